@@ -1,0 +1,300 @@
+"""From tensors to bundles: what each bundle of a store is made of, and its streaming into a writer.
+
+Planning looks at names and shapes only and finds everything that is missing, left over or misshapen
+before a byte is written. Writing reads a few MiB of rows at a time; a few threads read and pack
+ahead while the caller's thread writes, in the order of the plan, so the store's bytes are always
+the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from edgemem.dtypes import F16, F32, LANES, Q4_0, Q8_0, DType
+from edgemem.errors import CheckpointError
+from edgemem.format import (
+    NO_LAYER,
+    Kind,
+    Layout,
+    Part,
+    Segment,
+    bundle_order,
+    bundle_parts,
+    table_rows,
+)
+from edgemem.spec import ModelSpec
+from edgemem.writer import StoreWriter
+
+from . import naming
+from .checkpoint import Tensor
+from .configuration import Description
+from .quantize import BITS, pack
+
+DTYPES = ("keep", "f16", "q8_0", "q4_0")
+_WEIGHTS = {"f16": F16, "q8_0": Q8_0, "q4_0": Q4_0}
+_TABLES = {"f16": F16, "q8_0": Q8_0, "q4_0": Q8_0}
+"""Vocabulary tables stay at 8 bits: errors in them reach every logit."""
+
+_KEPT = ("router", "shared_gate")
+"""Small matrices that decide what is computed, kept as they are."""
+
+_MANY_MISSING = 1000
+"""Planning ends here, however many layers and experts a config claims."""
+
+_CHUNK_BYTES = 4 << 20
+_WORKERS = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One segment and the rows that it is made of."""
+
+    segment: Segment
+    tensor: Tensor
+    first_row: int
+
+
+@dataclass(frozen=True)
+class PlannedBundle:
+    """One bundle of the store to be, and what its segments are made of, in their order."""
+
+    kind: Kind
+    layer: int
+    index: int
+    layout: Layout
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All bundles of a store in file order. `spec` is the config's, corrected by what is there."""
+
+    spec: ModelSpec
+    bundles: tuple[PlannedBundle, ...]
+    parameters: int
+
+    @property
+    def payload_bytes(self) -> int:
+        return sum(bundle.layout.payload_bytes for bundle in self.bundles)
+
+    @cached_property
+    def source_bytes(self) -> int:
+        """Bytes of tensors that will be read."""
+        return sum(c.source_bytes for b in self.bundles for p in b.pieces for c in _chunks(p))
+
+
+def plan(description: Description, tensors: dict[str, Tensor], dtype: str) -> Plan:
+    """Raises CheckpointError naming tensors that are missing, left over or of another shape."""
+    return _Planner(description, tensors, dtype).plan()
+
+
+class _Planner:
+    def __init__(self, description: Description, tensors: dict[str, Tensor], dtype: str):
+        self.spec = description.spec
+        self.biases = description.biases
+        self.tensors = tensors
+        self.dtype = dtype
+        self.prefix = naming.prefix_of(tensors)
+        self.used: set[str] = set()
+        self.missing: list[str] = []
+        self.layouts: dict[Layout, Layout] = {}
+
+    def plan(self) -> Plan:
+        embed, head = self._tables()
+        spec = self.spec
+        bundles = [] if spec.tied else self._table(Kind.EMBED, embed)
+        bundles += [
+            self._bundle(kind, layer, index)
+            for kind, layer, index in bundle_order(spec, range(spec.n_layers + 1))
+        ]
+        bundles += self._table(Kind.HEAD, head)
+        self._check_names()
+        parameters = sum(self.tensors[name].elements for name in self.used)
+        return Plan(spec, tuple(bundles), parameters)
+
+    def _tables(self) -> tuple[Tensor | None, Tensor | None]:
+        """The embedding and output tables; one and the same if tied.
+
+        As in transformers, a tied model whose file has two tables that differ is not tied, and one
+        that has only the output table takes its embedding from it.
+        """
+        shape = (self.spec.vocab_size, self.spec.hidden)
+        embed = naming.Source(self.prefix + naming.EMBED, shape)
+        head = naming.Source(naming.HEAD, shape)
+        both = embed.tensor in self.tensors and head.tensor in self.tensors
+        if self.spec.tied and not both:
+            taken = self._take([embed, head])
+            return (taken[0], taken[0]) if taken else (None, None)
+        tables = [taken[0] if taken else None for taken in map(self._take, ([embed], [head]))]
+        if self.spec.tied and not _equal(*tables):
+            self.spec = replace(self.spec, tied=False)
+        return tuple(tables)
+
+    def _bundle(self, kind: Kind, layer: int, index: int) -> PlannedBundle:
+        shapes, found = [], []
+        for part in bundle_parts(self.spec, kind, layer):
+            if part.optional and part.name not in self.biases:
+                continue
+            where = naming.sources(self.spec, self.prefix, kind, layer, index, part)
+            taken = self._take(where)
+            if taken:
+                dtype = self._format(part, taken[0])
+                shapes.append((part.name, dtype, part.lanes, part.rows, part.cols))
+                found.append(taken)
+        return self._planned(kind, layer, index, shapes, found)
+
+    def _table(self, kind: Kind, tensor: Tensor | None) -> list[PlannedBundle]:
+        if tensor is None:
+            return []
+        vocab, cols = self.spec.vocab_size, self.spec.hidden
+        dtype = _TABLES.get(self.dtype) or tensor.dtype
+        step, lanes = table_rows(kind, dtype, cols), 1 if kind == Kind.EMBED else LANES
+        return [
+            self._planned(
+                kind,
+                NO_LAYER,
+                index,
+                [("rows", dtype, lanes, min(step, vocab - first), cols)],
+                [(tensor, first)],
+            )
+            for index, first in enumerate(range(0, vocab, step))
+        ]
+
+    def _planned(self, kind, layer, index, shapes, found) -> PlannedBundle:
+        """Bundles of one class share one Layout object: there may be tens of thousands."""
+        layout = Layout.build(shapes) if shapes else Layout(())
+        layout = self.layouts.setdefault(layout, layout)
+        pieces = (Piece(s, *taken) for s, taken in zip(layout.segments, found, strict=True))
+        return PlannedBundle(kind, layer, index, layout, tuple(pieces))
+
+    def _format(self, part: Part, tensor: Tensor) -> DType:
+        if part.lanes == 1:
+            return F32
+        if self.dtype == "keep" or part.name in _KEPT:
+            return tensor.dtype
+        return _WEIGHTS[self.dtype]
+
+    def _take(self, candidates: list[naming.Source]) -> tuple[Tensor, int] | None:
+        """The first candidate that is there; its shape and type must be right."""
+        for source in candidates:
+            tensor = self.tensors.get(source.tensor)
+            if tensor is None:
+                continue
+            if tensor.shape != source.shape:
+                raise CheckpointError(
+                    f"reading {tensor.file.path}: tensor {tensor.name} has the shape "
+                    f"{list(tensor.shape)}, config.json asks for {list(source.shape)}"
+                )
+            _ = tensor.dtype
+            self.used.add(source.tensor)
+            return tensor, source.first_row
+        self.missing.append(candidates[0].tensor)
+        if len(self.missing) > _MANY_MISSING:
+            self._check_names()
+        return None
+
+    def _check_names(self) -> None:
+        if self.missing:
+            raise CheckpointError(
+                f"converting: the checkpoint lacks {_some(self.missing)}; "
+                "fetch all of its files, and check that config.json belongs to them"
+            )
+        left = [n for n in self.tensors if n not in self.used and naming.is_weight(n)]
+        if left:
+            raise CheckpointError(
+                f"converting: the checkpoint has tensors that config.json has no use for: "
+                f"{_some(sorted(left))}; check that config.json belongs to them"
+            )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(f"{name:.200}" for name in names[:4]) + more
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same bits."""
+    if a.type_name != b.type_name:
+        return False
+    step = _chunk_rows(a, 1)
+    rows = range(0, a.shape[0], step)
+    return all(
+        np.array_equal(a.read_rows(r, n), b.read_rows(r, n))
+        for r, n in ((r, min(step, a.shape[0] - r)) for r in rows)
+    )
+
+
+def _chunk_rows(tensor: Tensor, lanes: int) -> int:
+    """Rows to read at a time: whole groups, a few MiB."""
+    row_bytes = max(1, tensor.shape[-1] * BITS[tensor.dtype].itemsize)
+    return max(1, _CHUNK_BYTES // (row_bytes * lanes)) * lanes
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+def write(plan: Plan, writer: StoreWriter, progress: Callable[[int, int], None] | None) -> None:
+    """Stream every bundle of the plan into `writer`.
+
+    `progress(done_bytes, total_bytes)` counts bytes of tensors. Raises CheckpointError for weights
+    that cannot be stored, naming their tensor, and what `writer` raises.
+    """
+    chunks = (chunk for b in plan.bundles for piece in b.pieces for chunk in _chunks(piece))
+    done = 0
+    with closing(_ahead(chunks)) as packed:
+        for bundle in plan.bundles:
+            with writer.bundle(bundle.kind, bundle.layer, bundle.index, bundle.layout) as out:
+                for piece in bundle.pieces:
+                    out.begin(piece.segment.name)
+                    for chunk in _chunks(piece):
+                        out.write(next(packed))
+                        done += chunk.source_bytes
+                        if progress:
+                            progress(done, plan.source_bytes)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    piece: Piece
+    first: int
+    count: int
+
+    @property
+    def source_bytes(self) -> int:
+        return self.count * self.piece.segment.cols * BITS[self.piece.tensor.dtype].itemsize
+
+    def pack(self) -> np.ndarray:
+        tensor, segment = self.piece.tensor, self.piece.segment
+        bits = tensor.read_rows(self.piece.first_row + self.first, self.count)
+        try:
+            return pack(bits, tensor.dtype, segment.dtype, segment.lanes)
+        except ValueError as error:
+            raise CheckpointError(f"converting tensor {tensor.name}: {error}") from None
+
+
+def _chunks(piece: Piece) -> Iterator[_Chunk]:
+    rows, step = piece.segment.rows, _chunk_rows(piece.tensor, piece.segment.lanes)
+    return (_Chunk(piece, first, min(step, rows - first)) for first in range(0, rows, step))
+
+
+def _ahead(chunks: Iterable[_Chunk]) -> Iterator[np.ndarray]:
+    """Packed chunks in order, a few of them in the making; ends its threads however it ends."""
+    pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="pack")
+    pending: deque = deque()
+    try:
+        for chunk in chunks:
+            pending.append(pool.submit(chunk.pack))
+            if len(pending) > 2 * _WORKERS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,386 @@
+"""A Hugging Face config → ModelSpec, by the rules of transformers' own configuration classes.
+
+Configs of transformers 4 (`rope_theta`, `rope_scaling` with "type" or "rope_type") and 5
+(`rope_parameters`) are read alike. A key that is absent has the default of the model type's
+configuration class; so has one that is null, unless null has a meaning of its own.
+"""
+
+import math
+from dataclasses import dataclass
+
+from edgemem.errors import CheckpointError, CorruptError, UnsupportedError
+from edgemem.spec import ROPE_TYPES, ModelSpec, RopeSpec
+
+_COMMON = {
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000.0,
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+}  # fmt: skip
+_LLAMA = _COMMON | {
+    "vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_QWEN = _COMMON | {
+    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
+    "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28,
+}  # fmt: skip
+_QWEN_MOE = _QWEN | {
+    "hidden_size": 2048, "num_hidden_layers": 24, "decoder_sparse_step": 1, "norm_topk_prob": False,
+}  # fmt: skip
+
+DEFAULTS = {
+    "llama": _LLAMA | {"intermediate_size": 11008, "max_position_embeddings": 2048},
+    "mistral": _LLAMA | {
+        "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "mixtral": _LLAMA | {
+        "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts": 8, "num_experts_per_tok": 2,
+    },
+    "olmoe": _COMMON | {
+        "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 2048,
+        "num_hidden_layers": 16, "num_attention_heads": 16, "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5, "eos_token_id": 50279, "num_experts": 64, "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+    },
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
+    "qwen2_moe": _QWEN_MOE | {
+        "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632, "qkv_bias": True,
+    },
+    "qwen3_moe": _QWEN_MOE | {
+        "intermediate_size": 6144, "num_key_value_heads": 4, "num_experts": 128,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+    },
+}  # fmt: skip
+"""The defaults of each supported model type's configuration class, where they are not None."""
+
+_ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "relu": "relu", "relu2": "relu2", "quick_gelu": "gelu_quick",
+    "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh", "gelu_accurate": "gelu_tanh",
+}  # fmt: skip
+"""Names in transformers' ACT2FN → ours; the tanh forms of GELU differ only in rounding."""
+
+_ALIASES = {"num_experts": "num_local_experts"}
+_QKV = frozenset({"q_bias", "k_bias", "v_bias"})
+_FFN = frozenset({"gate_bias", "up_bias", "down_bias"})
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a config says: the spec, and which biases the model has (names of segments)."""
+
+    spec: ModelSpec
+    biases: frozenset[str]
+
+
+def describe(config: dict, generation: dict) -> Description:
+    """Raises UnsupportedError for an unknown kind of model, CheckpointError for a bad value."""
+    keys = _Keys(_model_type(config), config)
+    if config.get("quantization_config") is not None:
+        raise UnsupportedError(
+            "config.json: the weights are already quantised (quantization_config); "
+            "convert from the original checkpoint in f32, f16 or bf16"
+        )
+    try:
+        return Description(_spec(keys, generation), _biases(keys))
+    except CorruptError as error:
+        raise CheckpointError(f"config.json: {error}") from None
+
+
+def _model_type(config: dict) -> str:
+    """The model type, which must be supported, and so must the architecture if one is named."""
+    model_type, names = config.get("model_type"), config.get("architectures") or []
+    wanted = {f"{t.replace('_', '')}forcausallm": t for t in DEFAULTS}
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"config.json: architectures = {names!r:.80} is not a list of names")
+    types = {wanted.get(name.lower()) for name in names}
+    if model_type is None and len(types) == 1:
+        model_type = next(iter(types))
+    if model_type not in DEFAULTS or (names and model_type not in types):
+        named = f"{model_type or 'no model_type'} ({', '.join(names) or 'no architectures'})"
+        raise UnsupportedError(
+            f"config.json: {named:.200} is not supported; "
+            f"supported are causal language models of type {', '.join(DEFAULTS)}"
+        )
+    return model_type
+
+
+class _Keys:
+    """Typed access to a config's keys; every fault is a CheckpointError that names the key."""
+
+    def __init__(self, model_type: str, config: dict):
+        self.model_type = model_type
+        self.config = config
+
+    def get(self, key: str, types, what: str, default=None):
+        value = self.config.get(key)
+        if value is None and key in _ALIASES:
+            value = self.config.get(_ALIASES[key])
+        if value is None:
+            value = DEFAULTS[self.model_type].get(key, default)
+        if value is None:
+            return None
+        if type(value) not in types:
+            raise CheckpointError(f"config.json: {key} = {value!r:.80} is not {what}")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.get(key, (int,), "a whole number", default)
+        if value is None or not 0 <= value < 1 << 31:
+            raise CheckpointError(f"config.json: {key} = {value!r:.80} is out of range")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        return _finite(key, self.get(key, (int, float), "a number", default))
+
+    def flag(self, key: str) -> bool:
+        return self.get(key, (bool,), "true or false", False)
+
+
+def _finite(key: str, value) -> float:
+    """A finite float of a JSON value that is a number (and no bool)."""
+    if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > 1e300:
+        raise CheckpointError(f"config.json: {key} = {value!r:.80} is not a finite number")
+    return float(value)
+
+
+def _spec(keys: _Keys, generation: dict) -> ModelSpec:
+    n_layers, hidden, heads = (
+        keys.count(name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    )
+    if not 1 <= n_layers <= 1 << 16 or heads < 1:
+        raise CheckpointError(f"config.json: {n_layers} layers of {heads} heads are out of range")
+    head_dim = keys.count("head_dim", hidden // heads)
+    model_type, vocab = keys.model_type, keys.count("vocab_size")
+    return ModelSpec(
+        model_type=model_type,
+        n_layers=n_layers,
+        hidden=hidden,
+        n_heads=heads,
+        n_kv_heads=keys.count("num_key_value_heads", heads),
+        head_dim=head_dim,
+        vocab_size=vocab,
+        activation=_activation(keys),
+        norm_eps=keys.number("rms_norm_eps", 1e-6),
+        rope=_rope(keys),
+        windows=_windows(keys, n_layers),
+        max_positions=keys.count("max_position_embeddings"),
+        tied=keys.flag("tie_word_embeddings"),
+        qk_norm={"olmoe": "full", "qwen3": "head", "qwen3_moe": "head"}.get(model_type, "none"),
+        clip_qkv=keys.number("clip_qkv", 0.0) if model_type == "olmoe" else 0.0,
+        bos_id=_token_ids(keys, "bos_token_id", vocab)[0],
+        eos_ids=_eos_ids(keys, generation, vocab),
+        **_experts(keys, n_layers),
+    )
+
+
+def _activation(keys: _Keys) -> str:
+    name = keys.get("hidden_act", (str,), "a name")
+    if name not in _ACTIVATIONS:
+        raise UnsupportedError(
+            f"config.json: the activation {name!r:.80} is not supported; "
+            f"supported are {', '.join(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[name]
+
+
+def _experts(keys: _Keys, n_layers: int) -> dict:
+    """ModelSpec's fields about the FFN: which layers are routed, and how wide everything is."""
+    intermediate = keys.count("intermediate_size")
+    if "num_experts" not in DEFAULTS[keys.model_type]:
+        return {"routed": (False,) * n_layers, "intermediate": intermediate}
+    n_experts, routed = keys.count("num_experts"), (True,) * n_layers
+    own_width = "moe_intermediate_size" in DEFAULTS[keys.model_type]
+    if own_width:
+        routed = _routed(keys, n_layers, n_experts)
+    if not any(routed):
+        return {"routed": routed, "intermediate": intermediate}
+    return {
+        "routed": routed,
+        "intermediate": 0 if all(routed) else intermediate,
+        "n_experts": n_experts,
+        "top_k": keys.count("num_experts_per_tok"),
+        "expert_intermediate": keys.count("moe_intermediate_size") if own_width else intermediate,
+        "shared_intermediate": keys.count("shared_expert_intermediate_size", 0),
+        "normalize_top_k": keys.model_type == "mixtral" or keys.flag("norm_topk_prob"),
+    }
+
+
+def _routed(keys: _Keys, n_layers: int, n_experts: int) -> tuple[bool, ...]:
+    """Which layers of a Qwen MoE are mixtures; see Qwen2MoeDecoderLayer.__init__."""
+    dense = keys.get("mlp_only_layers", (list,), "a list of layers", [])
+    if not all(type(layer) is int for layer in dense):
+        raise CheckpointError(f"config.json: mlp_only_layers = {dense!r:.80} is no list of layers")
+    step = keys.count("decoder_sparse_step")
+    if step < 1:
+        raise CheckpointError(
+            "config.json: decoder_sparse_step = 0 is out of range; it is at least 1"
+        )
+    return tuple(
+        n_experts > 0 and layer not in dense and (layer + 1) % step == 0
+        for layer in range(n_layers)
+    )
+
+
+def _windows(keys: _Keys, n_layers: int) -> tuple[int, ...]:
+    """Each layer's sliding window, 0 for full attention, by the rules of its modeling file.
+
+    Mistral and Mixtral slide in all layers or none, and null means none; qwen3_moe likewise, where
+    `use_sliding_window` says so; the other Qwens slide in some layers.
+    """
+    model_type = keys.model_type
+    if model_type in ("llama", "olmoe"):
+        return (0,) * n_layers
+    if model_type in ("mistral", "mixtral"):
+        absent = "sliding_window" not in keys.config
+        slides = keys.config.get("sliding_window") is not None or (
+            model_type == "mistral" and absent
+        )
+        return (_window(keys) if slides else 0,) * n_layers
+    slides = keys.flag("use_sliding_window")
+    if "sliding_window" in keys.config and keys.config["sliding_window"] is None:
+        slides = False
+    if model_type == "qwen3_moe":
+        return (_window(keys) if slides else 0,) * n_layers
+    return tuple(
+        _window(keys) if sliding else 0 for sliding in _sliding_layers(keys, n_layers, slides)
+    )
+
+
+def _window(keys: _Keys) -> int:
+    window = keys.count("sliding_window")
+    if window < 1:
+        raise CheckpointError("config.json: sliding_window = 0 lets no token see any; use null")
+    return window
+
+
+def _sliding_layers(keys: _Keys, n_layers: int, slides: bool) -> list[bool]:
+    """Qwen2, qwen3, qwen2_moe: `layer_types` if given, else the rule of the configuration class."""
+    types = keys.get("layer_types", (list,), "a list")
+    if types is None:
+        until = keys.count("max_window_layers")
+        if keys.model_type == "qwen2_moe":
+            return [slides and layer % 2 == 0 and layer < until for layer in range(n_layers)]
+        return [slides and layer >= until for layer in range(n_layers)]
+    if len(types) != n_layers or not all(
+        t in ("full_attention", "sliding_attention") for t in types
+    ):
+        raise CheckpointError(
+            f"config.json: layer_types does not say full_attention or sliding_attention "
+            f"for each of the {n_layers} layers"
+        )
+    sliding = [t == "sliding_attention" for t in types]
+    if any(sliding) and not slides:
+        raise CheckpointError(
+            "config.json: layer_types has sliding layers, but there is no sliding window to use"
+        )
+    return sliding
+
+
+def _rope(keys: _Keys) -> RopeSpec:
+    """See RotaryEmbeddingConfigMixin and the functions in transformers' modeling_rope_utils.py."""
+    config = keys.config
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"config.json: rope_scaling = {rope!r:.80} is not an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_TYPES or any(isinstance(value, dict) for value in rope.values()):
+        raise UnsupportedError(
+            f"config.json: the rope type {kind!r:.80} is not supported; "
+            f"supported are {', '.join(ROPE_TYPES)}, one for all layers"
+        )
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1.0):
+        raise UnsupportedError(
+            f"config.json: partial_rotary_factor = {partial!r:.80} is not supported"
+        )
+    theta = rope.get("rope_theta")
+    theta = keys.number("rope_theta", 1e4) if theta is None else _finite("rope_theta", theta)
+    values = {"type": kind, "theta": theta}
+    if kind != "default":
+        values |= _scaling(keys, kind, rope)
+    return RopeSpec(**values)
+
+
+def _scaling(keys: _Keys, kind: str, rope: dict) -> dict:
+    """The fields of RopeSpec that scale positions, for all types but "default"."""
+    positions = keys.count("max_position_embeddings")
+    if kind == "linear":
+        return {"factor": _need(rope, "factor")}
+    if kind == "dynamic":
+        return {"factor": _need(rope, "factor"), "original_positions": positions}
+    original = keys.config.get("original_max_position_embeddings")
+    if original is None:
+        original = rope.get("original_max_position_embeddings", positions)
+    if type(original) is not int or not 1 <= original < 1 << 31:
+        raise CheckpointError(
+            f"config.json: original_max_position_embeddings = {original!r:.80} is out of range"
+        )
+    values = {"original_positions": original}
+    if kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        return values | {name: _need(rope, name) for name in names}
+    factor = rope.get("factor")
+    factor = positions / original if factor is None else _finite("factor", factor)
+    values |= {"factor": factor, "attention_factor": _attention_factor(rope, factor)}
+    values["beta_fast"] = _finite("beta_fast", rope.get("beta_fast") or 32)
+    values["beta_slow"] = _finite("beta_slow", rope.get("beta_slow") or 1)
+    return values | {"truncate": bool(rope.get("truncate", True))}
+
+
+def _need(rope: dict, name: str) -> float:
+    if name not in rope:
+        raise CheckpointError(f"config.json: the rotary embedding lacks its {name}")
+    return _finite(name, rope[name])
+
+
+def _attention_factor(rope: dict, factor: float) -> float:
+    """What YaRN scales cosines and sines by."""
+    if rope.get("attention_factor") is not None:
+        return _finite("attention_factor", rope["attention_factor"])
+    mscale, all_dim = rope.get("mscale") or 0, rope.get("mscale_all_dim") or 0
+    if mscale and all_dim:
+        scale, all_scale = _finite("mscale", mscale), _finite("mscale_all_dim", all_dim)
+        return _mscale(factor, scale) / _mscale(factor, all_scale)
+    return _mscale(factor, 1.0)
+
+
+def _mscale(factor: float, scale: float) -> float:
+    value = 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+    if value <= 0:
+        raise CheckpointError(f"config.json: mscale = {scale} is out of range")
+    return value
+
+
+def _biases(keys: _Keys) -> frozenset[str]:
+    model_type = keys.model_type
+    if model_type == "qwen2":
+        return _QKV
+    if model_type == "qwen2_moe":
+        return _QKV if keys.flag("qkv_bias") else frozenset()
+    if model_type in ("mistral", "mixtral"):
+        return frozenset()
+    attention = _QKV | {"o_bias"} if keys.flag("attention_bias") else frozenset()
+    return attention | (_FFN if model_type == "llama" and keys.flag("mlp_bias") else frozenset())
+
+
+def _token_ids(keys: _Keys, name: str, vocab: int, source: dict | None = None) -> list:
+    """The ids of the vocabulary under a key (one id or a list), in a list; [None] for none."""
+    if source is None:
+        value = keys.config.get(name, DEFAULTS[keys.model_type].get(name))
+    else:
+        value = source.get(name)
+    ids = value if isinstance(value, list) else [value]
+    if not all(i is None or type(i) is int for i in ids):
+        raise CheckpointError(f"{name} = {value!r:.80} is not a token id or a list of them")
+    return [i for i in ids if i is not None and 0 <= i < vocab] or [None]
+
+
+def _eos_ids(keys: _Keys, generation: dict, vocab: int) -> tuple[int, ...]:
+    """Every id that ends a text: those of the config and those of the generation config."""
+    ids = _token_ids(keys, "eos_token_id", vocab)
+    ids += _token_ids(keys, "eos_token_id", vocab, generation)
+    return tuple(sorted(set(ids) - {None}))

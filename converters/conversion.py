@@ -1,0 +1,133 @@
+"""Converting a checkpoint to a store, from end to end."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgemem import __version__
+from edgemem.errors import StoreError, UnsupportedError
+from edgemem.format import check_page_size
+from edgemem.tokenizer import Tokenizer
+from edgemem.writer import StoreWriter, check_target
+
+from . import bundler
+from .checkpoint import Checkpoint
+from .configuration import describe
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did. `peak_rss_bytes` is the whole process's, 0 where it is not known."""
+
+    source: str
+    target: str
+    model_type: str
+    dtype: str
+    parameters: int
+    tensors: int
+    bundles: int
+    source_bytes: int
+    store_bytes: int
+    seconds: float
+    peak_rss_bytes: int
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    dtype: str = "keep",
+    page_size: int = 4096,
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> ConversionReport:
+    """Convert the checkpoint directory `source` into the store `target`.
+
+    `dtype` is "keep" (weights as they are), "f16", "q8_0" or "q4_0": it applies to the matrices of
+    attention and FFN; norms and biases become f32, routers stay as they are, vocabulary tables
+    become f16 or q8_0. `progress(done_bytes, total_bytes)` is called as it goes. Everything that
+    can be checked is checked before the first byte is written, and a conversion that fails or is
+    interrupted leaves nothing behind. Raises ValueError for a bad argument, CheckpointError,
+    UnsupportedError and StoreError.
+    """
+    started = time.perf_counter()
+    source, target = Path(source), Path(target)
+    if dtype not in bundler.DTYPES:
+        raise ValueError(f"dtype {dtype!r} is none of {', '.join(bundler.DTYPES)}")
+    check_page_size(page_size)
+    check_target(target, force)
+    with Checkpoint(source) as checkpoint:
+        plan = bundler.plan(
+            describe(checkpoint.config, checkpoint.generation), checkpoint.tensors, dtype
+        )
+        _check_tokenizer(checkpoint)
+        _check_space(target, plan.payload_bytes)
+        with StoreWriter(target, page_size, force) as writer:
+            bundler.write(plan, writer, progress)
+            size = writer.finish(
+                plan.spec,
+                checkpoint.tokenizer_json,
+                chat_template=checkpoint.chat_template,
+                generation=checkpoint.generation,
+                tokenizer_config=checkpoint.tokenizer_config,
+                provenance=_provenance(checkpoint, plan),
+                recipe={"dtype": dtype, "page_size": page_size, "edgemem": __version__},
+            )
+        return ConversionReport(
+            source=str(source),
+            target=str(target),
+            model_type=plan.spec.model_type,
+            dtype=dtype,
+            parameters=plan.parameters,
+            tensors=len(checkpoint.tensors),
+            bundles=len(plan.bundles),
+            source_bytes=plan.source_bytes,
+            store_bytes=size,
+            seconds=time.perf_counter() - started,
+            peak_rss_bytes=_peak_rss_bytes(),
+        )
+
+
+def _check_tokenizer(checkpoint: Checkpoint) -> None:
+    try:
+        Tokenizer(checkpoint.tokenizer_json, checkpoint.tokenizer_config)
+    except UnsupportedError as error:
+        file = checkpoint.path / "tokenizer.json"
+        raise UnsupportedError(f"reading {file}: {error.__cause__ or error}") from None
+
+
+def _check_space(target: Path, needed_bytes: int) -> None:
+    """Refuse what cannot fit before writing gigabytes of it; the writer meets other full disks."""
+    free_bytes = shutil.disk_usage(target.parent).free
+    if needed_bytes > free_bytes:
+        raise StoreError(
+            f"writing {target}: it needs {needed_bytes:,} bytes, the disk has {free_bytes:,} free; "
+            "free some space, choose another disk, or a smaller --dtype"
+        )
+
+
+def _provenance(checkpoint: Checkpoint, plan: bundler.Plan) -> dict:
+    types = Counter(tensor.type_name for tensor in checkpoint.tensors.values())
+    return {
+        "checkpoint": checkpoint.path.resolve().name,
+        "tensors": dict(types),
+        "parameters": plan.parameters,
+        "config_sha256": hashlib.sha256(checkpoint.config_bytes).hexdigest(),
+        "tokenizer_sha256": hashlib.sha256(checkpoint.tokenizer_json).hexdigest(),
+    }
+
+
+def _peak_rss_bytes() -> int:
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,192 @@
+"""The memory budget of the whole process: what it is, what is spent, and a refusal that shows its sum."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+
+import psutil
+
+from .errors import BudgetError
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": MIB, "g": GIB, "t": 1 << 40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(%)|([kmgt]?)(?:i?b)?)", re.IGNORECASE)
+_UNLIMITED = 1 << 60
+"""Control groups write numbers near 2^63 for "no limit"."""
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size: an int, "4GiB", "4G", "512 MB" (all powers of 1024), "50%" (of this machine).
+
+    Raises TypeError or ValueError.
+    """
+    if isinstance(text, Integral) and not isinstance(text, bool):
+        size = int(text)
+    elif isinstance(text, str):
+        match = _SIZE.fullmatch(text.strip())
+        if not match:
+            raise ValueError(f"{text!r} is not a memory size; write 4GiB, 512M, 50% or auto")
+        number, percent, unit = match.groups()
+        scale = machine_bytes() / 100 if percent else _UNITS[unit.lower()]
+        size = int(float(number) * scale)
+    else:
+        raise TypeError(f"a memory size is an int or a str, not {type(text).__name__}")
+    if size <= 0:
+        raise ValueError(f"a memory size must be above zero, not {text}")
+    return size
+
+
+def show_size(size: float) -> str:
+    """A size for people: three digits or so, in powers of 1024."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
+def machine_bytes(root: Path = Path("/")) -> int:
+    """All the memory this process could ever have: physical memory or its control group's limit."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _cgroups(root))])
+
+
+def auto_bytes(root: Path = Path("/")) -> int:
+    """A budget that leaves the rest of the machine alone.
+
+    What is free for this process (available memory, and room in every control group around it), plus
+    what it has already, less a reserve of a tenth, between 128 MiB and 1 GiB, but never over half.
+    """
+    free = min([psutil.virtual_memory().available, *(l - used for l, used in _cgroups(root))])
+    whole = max(0, free) + current_bytes()
+    reserve = min(max(whole // 10, 128 * MIB), GIB, whole // 2)
+    return whole - reserve
+
+
+def current_bytes() -> int:
+    """Resident bytes of this process now."""
+    return psutil.Process().memory_info().rss
+
+
+def peak_bytes() -> int:
+    """The largest number of resident bytes that this process has had."""
+    try:
+        # Not getrusage, which starts with the peak of the process that started this one.
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)[1]) * 1024
+    except (OSError, TypeError):
+        return _peak_by_rusage()
+
+
+def _peak_by_rusage() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows, where psutil knows it
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if psutil.MACOS else peak * 1024
+
+
+def usable_cpus() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+def _cgroups(root: Path) -> list[tuple[int, int]]:
+    """(limit, used) in bytes of each memory control group around this process that has a limit."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, files = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = base / path.lstrip("/")
+        # In a container the path may be that of the host; the base is always the container's own.
+        for group in [folder, *folder.parents]:
+            if group == base or base in group.parents:
+                found += _read_group(group, *files)
+    return found
+
+
+def _read_group(group: Path, limit_name: str, used_name: str, cache_name: str):
+    """[(limit, used)] of one control group, [] without a limit. Clean page cache is not "used"."""
+    try:
+        limit = int((group / limit_name).read_text())
+        used = int((group / used_name).read_text())
+        match = re.search(
+            rf"^{cache_name} (\d+)", (group / "memory.stat").read_text(), re.MULTILINE
+        )
+    except (OSError, ValueError):  # the file is absent, or says "max"
+        return []
+    if limit >= _UNLIMITED:
+        return []
+    return [(limit, max(0, used - (int(match[1]) if match else 0)))]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of the sum."""
+
+    label: str
+    bytes: int
+
+
+class Budget:
+    """A limit on the bytes of the process and what has been promised so far. Thread-safe."""
+
+    def __init__(self, memory: str | int = "auto"):
+        self.is_auto = isinstance(memory, str) and memory.strip().lower() == "auto"
+        self.limit = auto_bytes() if self.is_auto else min(parse_size(memory), machine_bytes())
+        self._items: list[Item] = []
+        self._lock = threading.RLock()
+
+    @property
+    def promised(self) -> int:
+        return sum(item.bytes for item in self._items)
+
+    def take(
+        self, items: Sequence[Item],
+        advise: Callable[[Sequence[Item], int], list[str]] | None = None,
+    ) -> None:  # fmt: skip
+        """Promise all `items`, or raise BudgetError with the whole sum and what would fit.
+
+        `advise(items, spare)` gives lines of advice; `spare` is what the limit leaves for `items`.
+        """
+        with self._lock:
+            spare = self.limit - self.promised
+            if sum(item.bytes for item in items) > spare:
+                advice = advise(items, spare) if advise else []
+                raise BudgetError(self._refusal([*self._items, *items], advice))
+            self._items += items
+
+    def give_back(self, items: Sequence[Item]) -> None:
+        """End a promise made with the same items."""
+        with self._lock:
+            for item in items:
+                self._items.remove(item)
+
+    def _refusal(self, items: Sequence[Item], advice: Sequence[str]) -> str:
+        total = sum(item.bytes for item in items)
+        source = "available memory less a reserve" if self.is_auto else "as asked"
+        rows = [*items, Item("sum", total), Item(f"budget ({source})", self.limit)]
+        width = max(len(row.label) for row in rows)
+        lines = [f"{row.label:<{width}}  {show_size(row.bytes):>10}" for row in rows]
+        head = f"the model does not fit the memory budget: {show_size(total - self.limit)} too much"
+        return "\n  ".join([head, *lines, *advice])

@@ -1,0 +1,50 @@
+"""`edgemem convert`: make a store from a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from . import options
+
+_HELP = """Convert a Hugging Face checkpoint (a folder with config.json, tokenizer.json and safetensors)
+into a store, a single file that holds all a run needs.
+
+--dtype keep leaves the weights as they are; f16, q8_0 and q4_0 convert the matrices. Memory use stays
+within a small multiple of the largest tensor.
+"""
+
+
+@click.command(help=_HELP)
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, metavar="OUT.edgemem",
+    help="The store to write.",
+)  # fmt: skip
+@click.option(
+    "--dtype", type=click.Choice(["keep", "f16", "q8_0", "q4_0"]), default="keep",
+    show_default=True, help="Number format of the matrices.",
+)  # fmt: skip
+@click.option(
+    "--page-size", type=int, default=4096, show_default=True, metavar="N",
+    help="Bytes that bundles are aligned to: a power of two from 4096.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace the store if it exists.")
+@options.JSON
+def convert(source, output, dtype, page_size, force, as_json):
+    from .. import converters
+    from ..budget import show_size
+
+    with options.usage_errors(), options.progress_bar("converting", "B") as progress:
+        report = converters.convert(
+            source, output, dtype=dtype, page_size=page_size, force=force, progress=progress
+        )
+    if as_json:
+        options.print_json(dataclasses.asdict(report))
+        return
+    print(
+        f"{report.target}: {report.model_type}, {report.parameters / 1e6:,.1f} M parameters, "
+        f"{show_size(report.store_bytes)}, in {report.seconds:.1f} s"
+    )

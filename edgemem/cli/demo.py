@@ -1,0 +1,48 @@
+"""`edgemem demo`: a first text, from the small model that comes with the package."""
+
+from __future__ import annotations
+
+import importlib.resources
+
+import click
+
+from ..errors import StoreError
+from . import options
+from .run import generate
+
+DEMO_STORE = "demo.edgemem"
+DEMO_PROMPT = "The history of the city"
+DEMO_SAMPLING = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
+
+_HELP = """Generate text with the small model that comes with edgemem.
+
+It has 22 M parameters, so its English is rough; what makes the text is what runs any other model.
+Sampling options that are not given are chosen to suit it. Prints the prompt and the text on stdout,
+and an account of the run on stderr; --json prints one object instead, as 'edgemem run' does.
+"""
+
+
+@click.command(help=_HELP)
+@click.option(
+    "-p", "--prompt", metavar="TEXT", default=DEMO_PROMPT, show_default=True, help="The prompt."
+)
+@click.option(
+    "-n", "--max-tokens", type=click.IntRange(min=0), default=120, show_default=True, metavar="N",
+    help="Generate at most N tokens.",
+)  # fmt: skip
+@options.sampling_options
+@options.engine_options
+@options.JSON
+def demo(prompt, max_tokens, memory, context, threads, as_json, **sampling):
+    given = {name: value for name, value in sampling.items() if value is not None}
+    resource = importlib.resources.files("edgemem") / DEMO_STORE
+    if not resource.is_file():
+        raise StoreError(
+            f"the demo's store {DEMO_STORE} is not in this installation; reinstall edgemem, or convert a "
+            "checkpoint with 'edgemem convert'"
+        )
+    with importlib.resources.as_file(resource) as store:
+        engine = options.load_engine(store, memory, context, threads)
+        if not as_json:
+            print(prompt, end="", flush=True)
+        generate(engine, prompt, as_json, max_tokens=max_tokens, **(DEMO_SAMPLING | given))

@@ -1,0 +1,110 @@
+"""`edgemem run`: generate text from a prompt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from . import options
+
+_HELP = """Generate text that continues a prompt.
+
+The prompt is -p TEXT, the contents of -f FILE, or what stdin gives; of the latter two, one newline at the
+end is dropped. Text goes to stdout as it is made, an account of the run to stderr.
+
+--json prints one object instead: text, token_ids, prompt_tokens, generated_tokens, finish_reason
+(eos, stop, length or context), prefill and decode (each: tokens, seconds, tokens_per_second),
+peak_rss_bytes, threads, isa.
+"""
+
+
+@click.command(help=_HELP)
+@options.STORE
+@click.option("-p", "--prompt", metavar="TEXT", help="The prompt.")
+@click.option("-f", "--file", type=click.Path(path_type=Path), help="Read the prompt from a file.")
+@click.option(
+    "-n", "--max-tokens", type=click.IntRange(min=0), default=256, show_default=True, metavar="N",
+    help="Generate at most N tokens.",
+)  # fmt: skip
+@options.sampling_options
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
+@options.engine_options
+@options.JSON
+def run(store, prompt, file, max_tokens, stop, memory, context, threads, as_json, **sampling):
+    from ..budget import parse_size
+    from ..sampler import Sampling
+
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    with options.usage_errors():
+        Sampling(**sampling)
+        if memory.strip().lower() != "auto":
+            parse_size(memory)
+    text = read_prompt(prompt, file)
+    engine = options.load_engine(store, memory, context, threads)
+    generate(engine, text, as_json, max_tokens=max_tokens, stop=stop, **sampling)
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    if prompt is not None and file is not None:
+        raise click.UsageError("give the prompt with -p or with -f, not both")
+    if prompt is not None:
+        return prompt
+    if file is None and sys.stdin.isatty():
+        options.note("edgemem: type the prompt, then Ctrl-D (or give it with -p TEXT)")
+    return options.read_text(file).removesuffix("\n")
+
+
+def generate(engine, prompt: str, as_json: bool, **arguments) -> None:
+    """Generate and print, and account for it."""
+    with options.usage_errors():
+        generation = engine.generate(prompt, stream=True, **arguments)
+    if as_json:
+        text = "".join(generation)
+        options.print_json({"text": text} | account(engine, generation))
+        return
+    for piece in generation:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    if not generation.text.endswith("\n"):
+        print(flush=True)
+    options.note(account_line(generation))
+
+
+def account(engine, generation) -> dict:
+    """What happened, in numbers."""
+    from ..budget import peak_bytes
+
+    phases = {"prefill": generation.prefill, "decode": generation.decode}
+    return {
+        "token_ids": generation.token_ids,
+        "prompt_tokens": generation.prompt_tokens,
+        "generated_tokens": len(generation.token_ids),
+        "finish_reason": generation.finish_reason,
+        **{
+            name: {
+                "tokens": phase.tokens,
+                "seconds": phase.seconds,
+                "tokens_per_second": phase.tokens_per_second,
+            }
+            for name, phase in phases.items()
+        },
+        "peak_rss_bytes": peak_bytes(),
+        "threads": engine.threads,
+        "isa": engine.isa,
+    }
+
+
+def account_line(generation) -> str:
+    """What happened, in a line."""
+    from ..budget import peak_bytes, show_size
+
+    decode, prefill = generation.decode, generation.prefill
+    parts = [
+        f"{len(generation.token_ids)} tokens at {decode.tokens_per_second:.1f} tok/s",
+        f"prompt of {generation.prompt_tokens} at {prefill.tokens_per_second:.1f} tok/s",
+        f"ended by {generation.finish_reason}",
+        f"peak memory {show_size(peak_bytes())}",
+    ]
+    return "edgemem: " + " · ".join(parts)

@@ -1,0 +1,234 @@
+"""Engines: a store made ready to run, inside a memory budget."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from numbers import Integral
+from time import perf_counter
+
+import numpy as np
+
+from . import inventory, models
+from .budget import MIB, Budget, Item, current_bytes, show_size, usable_cpus
+from .dtypes import BY_NAME
+from .generation import Generation
+from .kernels import Core
+from .kvcache import KvCache, cache_bytes
+from .models.layers import core_scratch_bytes
+from .residency import Residency
+from .sequence import TokenSequence
+from .session import Session, check_ids
+from .spec import ModelSpec
+from .store import Store
+from .streamer import Streamer
+from .tokenizer import Tokenizer
+from .trace import Trace
+
+DEFAULT_CONTEXT = 4096
+CHUNK_TOKENS = 128
+"""Tokens per forward pass in prefill."""
+
+Progress = Callable[[int, int], None]
+
+
+def load(
+    path: str | os.PathLike, memory: str | int = "auto", context: int | None = None,
+    threads: int | None = None, progress: Progress | None = None,
+) -> Engine:  # fmt: skip
+    """Open a store and make its model ready to run.
+
+    `memory` is the budget of the whole process: bytes, "4GiB", "50%" or "auto" (what is free here, less
+    a reserve). `context` is the most tokens a session can hold, by default 4096 or what the model was
+    made for, if that is less; more than `context_limit(spec)` is refused. `threads` defaults to
+    the cores that this process may use. `progress(done_bytes, total_bytes)` is called while weights are read.
+
+    Raises StoreError for what is wrong with the store, and BudgetError, with the sum, before any weight
+    is read; ValueError or TypeError for arguments.
+    """
+    return Engine(path, memory, context, threads, progress)
+
+
+def context_limit(spec: ModelSpec) -> int:
+    """The longest context the model can be asked for: its own, or what RoPE scaling stretches it to."""
+    scaled = spec.rope.type != "default" and spec.rope.original_positions * spec.rope.factor
+    return max(spec.max_positions, int(scaled or 0))
+
+
+class Engine:
+    """A loaded model. Thread-safe: steps of its sessions take turns.
+
+    `spec` (ModelSpec), `tokenizer`, `trace`, `store`, `budget`, `context`, `threads` and `isa` are for reading.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, memory: str | int, context: int | None,
+        threads: int | None, progress: Progress | None,
+    ):  # fmt: skip
+        _check_count("context", context)
+        _check_count("threads", threads)
+        self.budget = Budget(memory)
+        self.threads = usable_cpus() if threads is None else int(threads)
+        self.store = Store.open(path)
+        try:
+            self._prepare(context)
+            self._load(progress)
+        except BaseException:
+            self.store.close()
+            raise
+
+    def _prepare(self, context: int | None) -> None:
+        """Everything that is known before weights are read; ends with the budget's consent."""
+        self.spec = spec = self.store.spec
+        self.context_limit = context_limit(spec)
+        self.context = min(DEFAULT_CONTEXT, spec.max_positions) if context is None else int(context)
+        if self.context > self.context_limit:
+            raise ValueError(
+                f"context {self.context} is more than the {self.context_limit} tokens this model takes"
+            )
+        self.tokenizer = Tokenizer(self.store.tokenizer_json, self.store.tokenizer_config)
+        self.bos_id = self.tokenizer.bos_id if spec.bos_id is None else spec.bos_id
+        self.eos_ids = _eos_ids(self.store)
+        self.chunk_tokens = min(CHUNK_TOKENS, self.context)
+        self.trace = Trace()
+        # Reentrant: a sequence may be freed by the garbage collector in the middle of anything.
+        self._lock = threading.RLock()
+        self._model = None
+        self._kv_item = Item(f"KV cache ({self.context} tokens)", cache_bytes(spec, self.context))
+        self._spare_kv = True
+        self._all_logits_promised = False
+        self.budget.take(
+            [
+                Item("process before loading", current_bytes()),
+                Item("weights", inventory.resident_bytes(self.store)),
+                Item("scratch", _scratch_bytes(spec, self.chunk_tokens, self.threads)),
+                self._kv_item,
+            ],
+            self._advise,
+        )
+
+    def _load(self, progress: Progress | None) -> None:
+        self._core = Core(self.threads)
+        self.isa = self._core.isa
+        streamer = Streamer(Residency(self.store, progress))
+        self._model = models.build(self.store, streamer, self._core, self.chunk_tokens)
+
+    def session(self) -> Session:
+        """A new, empty sequence. Raises BudgetError if one more KV cache does not fit the budget."""
+        self._check_open()
+        return Session(self)
+
+    def generate(
+        self, prompt: str | Sequence[int], *, stream: bool = False, **options
+    ) -> str | Generation:
+        """Generate from `prompt` in a session of its own; the options of `Session.generate`."""
+        return self.session().generate(prompt, stream=stream, **options)
+
+    def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Logits after each of `ids`, which start at position 0: float32 [n, vocab]."""
+        self._check_open()
+        ids = check_ids(ids, self.spec.vocab_size)
+        sequence = TokenSequence(self)
+        sequence.check_room(len(ids))
+        out = np.empty((len(ids), self.spec.vocab_size), np.float32)
+        done = 0
+        for rows in sequence.each_logits(ids):
+            out[done : done + len(rows)] = rows
+            done += len(rows)
+        return out
+
+    def close(self) -> None:
+        """Free the weights and the store. Closing twice is fine; sessions cannot run afterwards."""
+        with self._lock:
+            self._model = self._core = None
+        self.store.close()
+
+    def __enter__(self) -> Engine:
+        self._check_open()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def step(self, ids: np.ndarray, kv: KvCache, phase: str, out: np.ndarray | None) -> None:
+        """One forward pass, for sequences: `ids` int32 [n], n ≤ chunk_tokens, after what `kv` holds.
+
+        `out` takes logits: float32 [vocab] those after the last id, [n, vocab] all of them, None none.
+        """
+        with self._lock:
+            self._check_open()
+            started = perf_counter()
+            logits = self._model.step(ids, kv, out is not None and out.ndim == 2)
+            if out is not None:
+                np.copyto(out, logits if out.ndim == 2 else logits[-1])
+            self.trace.record(phase, len(ids), perf_counter() - started)
+
+    def new_kv(self) -> KvCache:
+        """A KV cache for a sequence; the first is in the budget from the start, others are added."""
+        with self._lock:
+            if not self._spare_kv:
+                self.budget.take([self._kv_item])
+            self._spare_kv = False
+        return KvCache(self.spec, self.context)
+
+    def free_kv(self) -> None:
+        """Says that a cache of `new_kv` is gone."""
+        with self._lock:
+            if self._spare_kv:
+                self.budget.give_back([self._kv_item])
+            self._spare_kv = True
+
+    def promise_all_logits(self) -> None:
+        """Put the logits of a whole chunk (the model's and the reader's) into the budget, once."""
+        with self._lock:
+            if not self._all_logits_promised:
+                size = 2 * 4 * self.chunk_tokens * self.spec.vocab_size
+                self.budget.take([Item("logits of every position", size)])
+                self._all_logits_promised = True
+
+    def _check_open(self) -> None:
+        if self._model is None:
+            raise ValueError("the engine is closed")
+
+    def _advise(self, items: Sequence[Item], spare: int) -> list[str]:
+        """What would fit where `items` do not: a shorter context, a smaller format of the weights."""
+        needed = sum(item.bytes for item in items)
+        weights, per_token = inventory.resident_bytes(self.store), cache_bytes(self.spec, 1)
+        lines = []
+        context = (spare - needed + self._kv_item.bytes) // per_token // 64 * 64
+        if context > 0:
+            lines.append(f"a context of {context} tokens would fit (--context {context})")
+        for name in ("q8_0", "q4_0"):
+            smaller = inventory.bytes_as(self.store, BY_NAME[name])
+            if needed - weights + smaller <= spare:
+                size = show_size(smaller)
+                lines.append(
+                    f"the same model at {name} would fit: about {size} (convert --dtype {name})"
+                )
+                break
+        return [*lines, f"this would fit with --memory {-(-needed // MIB)}M"]
+
+
+def _scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:
+    """About what activations, the core's scratch and two rows of logits take."""
+    heads = spec.n_heads + 2 * spec.n_kv_heads
+    floats = 2 * spec.hidden + (heads + spec.n_heads + 1) * spec.head_dim + spec.n_experts
+    core = core_scratch_bytes(spec, n_tokens, threads)
+    return core + 4 * (n_tokens * floats + 2 * spec.vocab_size)
+
+
+def _check_count(name: str, value: int | None) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer or None, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def _eos_ids(store: Store) -> frozenset[int]:
+    """Ids that end a text: those of the generation defaults if it names any, as transformers does."""
+    named = store.generation.get("eos_token_id")
+    named = [named] if isinstance(named, int) else named
+    return frozenset(named if isinstance(named, list) and named else store.spec.eos_ids)

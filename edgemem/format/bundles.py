@@ -1,0 +1,158 @@
+"""Which bundles a model has, in which order, with which segments: all of it follows from the spec.
+
+The converter lays out what this says, and opening a store holds its directory to it, so that
+nothing after that has to ask whether a weight is there or how big it is.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import numpy as np
+
+from ..dtypes import LANES, DType, matrix_bytes
+from ..errors import CorruptError
+from ..spec import ModelSpec
+from .layout import NO_LAYER, Kind, Layout
+from .meta import Meta
+
+EMBED_BUNDLE_BYTES = 256 << 10
+HEAD_BUNDLE_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """One segment that a bundle has, or may have: its shape follows from the spec."""
+
+    name: str
+    rows: int
+    cols: int
+    lanes: int = LANES
+    optional: bool = False
+
+
+def bundle_parts(spec: ModelSpec, kind: Kind, layer: int) -> tuple[Part, ...]:
+    """A layer bundle's segments in canonical order (for EMBED and HEAD see `table_rows`)."""
+    hidden = spec.hidden
+    if kind in (Kind.FFN, Kind.EXPERT, Kind.SHARED):
+        width = {
+            Kind.FFN: spec.intermediate,
+            Kind.EXPERT: spec.expert_intermediate,
+            Kind.SHARED: spec.shared_intermediate,
+        }[kind]
+        return (
+            Part("gate", width, hidden),
+            Part("up", width, hidden),
+            _bias("gate_bias", width),
+            _bias("up_bias", width),
+            Part("down", hidden, width),
+            _bias("down_bias", hidden),
+        )
+    if layer == spec.n_layers:
+        return (_norm("norm", hidden),)
+    q_rows, kv_rows = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+    parts = [
+        _norm("attn_norm", hidden),
+        Part("q", q_rows, hidden),
+        Part("k", kv_rows, hidden),
+        Part("v", kv_rows, hidden),
+        _bias("q_bias", q_rows),
+        _bias("k_bias", kv_rows),
+        _bias("v_bias", kv_rows),
+    ]
+    if spec.qk_norm != "none":
+        full = spec.qk_norm == "full"
+        parts.append(_norm("q_norm", q_rows if full else spec.head_dim))
+        parts.append(_norm("k_norm", kv_rows if full else spec.head_dim))
+    parts += [Part("o", hidden, q_rows), _bias("o_bias", hidden), _norm("ffn_norm", hidden)]
+    if spec.routed[layer]:
+        parts.append(Part("router", spec.n_experts, hidden))
+        if spec.shared_intermediate:
+            parts.append(Part("shared_gate", 1, hidden))
+    return tuple(parts)
+
+
+def _norm(name: str, cols: int) -> Part:
+    return Part(name, 1, cols, lanes=1)
+
+
+def _bias(name: str, cols: int) -> Part:
+    return Part(name, 1, cols, lanes=1, optional=True)
+
+
+def table_rows(kind: Kind, dtype: DType, cols: int) -> int:
+    """Rows of the vocabulary that an EMBED or HEAD bundle holds (the last may hold fewer)."""
+    if kind == Kind.EMBED:
+        return max(1, EMBED_BUNDLE_BYTES // matrix_bytes(dtype, 1, cols, 1))
+    return LANES * max(1, HEAD_BUNDLE_BYTES // matrix_bytes(dtype, LANES, cols, LANES))
+
+
+def bundle_order(spec: ModelSpec, layers: Iterable[int]) -> Iterator[tuple[Kind, int, int]]:
+    """(kind, layer, index) of the bundles of `layers` in file order, vocabulary left out.
+
+    Layer `spec.n_layers` stands for what follows the last layer: the final norm.
+    """
+    for layer in layers:
+        yield Kind.DENSE, layer, 0
+        if layer == spec.n_layers:
+            return
+        if not spec.routed[layer]:
+            yield Kind.FFN, layer, 0
+            continue
+        for expert in range(spec.n_experts):
+            yield Kind.EXPERT, layer, expert
+        if spec.shared_intermediate:
+            yield Kind.SHARED, layer, 0
+
+
+def check_bundles(entries: np.ndarray, meta: Meta) -> None:
+    """Hold a directory to the spec: these bundles, in this order, with these segments and shapes.
+
+    Raises CorruptError. The work is bounded by the number of entries, whatever the spec claims.
+    """
+    spec = meta.spec
+    embeds = int((entries["kind"] == Kind.EMBED).sum())
+    heads = int((entries["kind"] == Kind.HEAD).sum())
+    middle = entries[embeds : len(entries) - heads]
+    kinds, layers, indices, layouts = (
+        middle[name].tolist() for name in ("kind", "layer", "index", "layout")
+    )
+    expected = bundle_order(spec, range(spec.n_layers + 1))
+    found = zip(kinds, layers, indices, strict=True)
+    if not all(a == b for a, b in zip_longest(found, expected)):
+        raise CorruptError("the directory does not list the bundles of its model")
+    for kind, layer, layout in sorted(set(zip(kinds, layers, layouts, strict=True))):
+        _check_layout(meta.layouts[layout], bundle_parts(spec, Kind(kind), layer), layer)
+    _check_table(entries[:embeds], Kind.EMBED, meta, expected=not spec.tied)
+    _check_table(entries[len(entries) - heads :], Kind.HEAD, meta, expected=True)
+
+
+def _check_layout(layout: Layout, parts: tuple[Part, ...], layer: int) -> None:
+    wanted = [p for p in parts if not p.optional or p.name in layout]
+    found = [(s.name, s.rows, s.cols, s.lanes) for s in layout.segments]
+    if found != [(p.name, p.rows, p.cols, p.lanes) for p in wanted]:
+        raise CorruptError(f"a bundle of layer {layer} does not have the segments of its model")
+    for segment in layout.segments:
+        if segment.lanes == 1 and segment.dtype.name != "f32":
+            raise CorruptError(f"segment {segment.name} of layer {layer} is not f32")
+
+
+def _check_table(entries: np.ndarray, kind: Kind, meta: Meta, expected: bool) -> None:
+    """Vocabulary rows: `rows` alone in each bundle, bundles equally full but for the last."""
+    if not expected and len(entries) == 0:
+        return
+    what = kind.name.lower()
+    layouts = [meta.layouts[i] for i in entries["layout"].tolist()]
+    if not expected or not layouts or any("rows" not in layout for layout in layouts):
+        raise CorruptError(f"the {what} bundles are not those of the model")
+    first, spec = layouts[0]["rows"], meta.spec
+    step = min(table_rows(kind, first.dtype, spec.hidden), spec.vocab_size)
+    for index, layout in enumerate(layouts):
+        rows = min(step, spec.vocab_size - index * step)
+        lanes = 1 if kind == Kind.EMBED else LANES
+        if rows < 1 or layout != Layout.build([("rows", first.dtype, lanes, rows, spec.hidden)]):
+            raise CorruptError(f"{what} bundle {index} does not hold the rows that it should")
+    whole = len(layouts) * step >= spec.vocab_size
+    in_order = (entries["kind"] == kind).all() and (entries["layer"] == NO_LAYER).all()
+    if not (whole and in_order and (entries["index"] == np.arange(len(entries))).all()):
+        raise CorruptError(f"the {what} bundles do not hold the whole vocabulary")

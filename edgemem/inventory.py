@@ -1,0 +1,67 @@
+"""What a store holds, counted from its directory alone: parameters and bytes, by kind and by format."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .dtypes import BY_NAME, LANES, DType, matrix_bytes
+from .format import Kind, Segment
+from .store import Store
+
+STREAMED = (Kind.FFN, Kind.EXPERT)
+"""Kinds that a step may do without; all others are dense: every token needs them (or rows of them)."""
+
+
+def parameter_count(store: Store) -> int:
+    """Weights of the model, padding left out; tied tables count once."""
+    per_layout = [sum(s.rows * s.cols for s in layout.segments) for layout in store.layouts]
+    return int(_layout_uses(store) @ np.array(per_layout, np.int64))
+
+
+def resident_bytes(store: Store) -> int:
+    """Bytes of all bundles as they lie in memory: whole pages."""
+    return int(store.entries["page_count"].sum(dtype=np.int64)) * store.page_size
+
+
+def by_kind(store: Store) -> dict[str, dict[str, int]]:
+    """For each kind that occurs: bundle_count and payload_bytes."""
+    kinds, payload = store.entries["kind"], store.entries["payload_bytes"]
+    return {
+        kind.name.lower(): {
+            "bundle_count": int((kinds == kind).sum()),
+            "payload_bytes": int(payload[kinds == kind].sum(dtype=np.int64)),
+        }
+        for kind in Kind
+        if (kinds == kind).any()
+    }
+
+
+def by_dtype(store: Store) -> dict[str, int]:
+    """Bytes of the segments of each number format."""
+    sizes = dict.fromkeys(BY_NAME, 0)
+    for layout, uses in zip(store.layouts, _layout_uses(store).tolist()):
+        for segment in layout.segments:
+            sizes[segment.dtype.name] += segment.bytes * uses
+    return {name: size for name, size in sizes.items() if size}
+
+
+def bytes_as(store: Store, dtype: DType) -> int:
+    """About how many bytes the bundles would have, had the store been converted to `dtype`."""
+    per_layout = [sum(_bytes_as(s, dtype) for s in layout.segments) for layout in store.layouts]
+    return int(_layout_uses(store) @ np.array(per_layout, np.int64))
+
+
+def _layout_uses(store: Store) -> np.ndarray:
+    """How many bundles are of each layout class, int64 [n_layouts]."""
+    return np.bincount(store.entries["layout"], minlength=len(store.layouts)).astype(np.int64)
+
+
+def _bytes_as(segment: Segment, dtype: DType) -> int:
+    """Segment bytes in the other format; vectors and routers keep theirs."""
+    if segment.rows == 1 or (segment.lanes != LANES and segment.name != "rows"):
+        return segment.bytes
+    if segment.name in ("router", "shared_gate"):
+        return segment.bytes
+    if segment.name == "rows" and dtype.name == "q4_0":
+        dtype = BY_NAME["q8_0"]
+    return matrix_bytes(dtype, segment.rows, segment.cols, segment.lanes)

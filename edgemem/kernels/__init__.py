@@ -1,0 +1,128 @@
+"""The native operations as Python sees them: a `Core`, and arrays that it reads and writes in place.
+
+`reference.py` is the meaning of each operation in plain numpy; `native/edgemem.h` is the contract.
+"""
+
+import os
+
+import numpy as np
+
+from .._native import check, ffi, lib, pointer
+
+ACTIVATION_CODES = {
+    "silu": lib.EM_SILU,
+    "gelu": lib.EM_GELU,
+    "gelu_tanh": lib.EM_GELU_TANH,
+    "gelu_quick": lib.EM_GELU_QUICK,
+    "relu": lib.EM_RELU,
+    "relu2": lib.EM_RELU2,
+}
+
+
+class Array:
+    """A numpy array together with its address, made once so that a step makes none."""
+
+    __slots__ = ("array", "pointer")
+
+    def __init__(self, shape, dtype=np.float32):
+        self.array = np.zeros(shape, dtype)
+        self.pointer = pointer(self.array, _CTYPES[np.dtype(dtype)])
+
+
+_CTYPES = {
+    np.dtype(np.float32): "float *",
+    np.dtype(np.float64): "double *",
+    np.dtype(np.int32): "int32_t *",
+    np.dtype(np.uint32): "uint32_t *",
+    np.dtype(np.uint64): "uint64_t *",
+}
+
+
+class Core:
+    """A thread pool, the kernels of one instruction set, and their scratch. One step at a time.
+
+    `threads` counts the calling thread; `isa` (or the environment's EDGEMEM_ISA) forces a set of
+    kernels. Raises UnsupportedError if that set does not run here.
+    """
+
+    def __init__(self, threads: int, isa: str | None = None):
+        isa = isa or os.environ.get("EDGEMEM_ISA") or None
+        out = ffi.new("em_core **")
+        name = ffi.NULL if isa is None else isa.encode()
+        check(lib.em_core_open(threads, name, out), f"opening the core with {isa or 'any ISA'}")
+        self.handle = ffi.gc(out[0], lib.em_core_close)
+        self.threads = threads
+        self.isa = ffi.string(lib.em_core_isa(self.handle)).decode()
+
+    def reserve(self, size: int) -> None:
+        """Make scratch at least `size` bytes. Not while a step runs."""
+        check(lib.em_core_reserve(self.handle, size), f"reserving {size} bytes of scratch")
+
+
+class Linears:
+    """Matrices of one bundle that read the same input: out_i (+)= W_i x + b_i.
+
+    `parts` is a list of (segment name, bias segment name or None, out Array, first float in out);
+    out rows are `stride` floats apart, by default the matrix's rows.
+    """
+
+    def __init__(self, core: Core, layout, parts, accumulate: bool = False, stride: int | None = None):
+        self._core = core
+        self._items = ffi.new("em_linear[]", len(parts))
+        self._offsets = []
+        for item, (name, bias, out, start) in zip(self._items, parts, strict=True):
+            segment = layout[name]
+            item.out = out.pointer + start
+            item.out_stride = stride or segment.rows
+            item.dtype, item.rows, item.cols = segment.dtype.code, segment.rows, segment.cols
+            item.accumulate = accumulate
+            has_bias = bias is not None and bias in layout
+            self._offsets.append((item, segment.offset, layout[bias].offset if has_bias else None))
+
+    def bind(self, address: int) -> None:
+        """The bundle is at `address` from now on."""
+        for item, weights, bias in self._offsets:
+            item.weights = ffi.cast("void *", address + weights)
+            if bias is not None:
+                item.bias = ffi.cast("float *", address + bias)
+
+    def run(self, x, n_tokens: int) -> None:
+        """x: float pointer to [n_tokens, cols]."""
+        status = lib.em_linears(self._core.handle, self._items, len(self._items), x, n_tokens)
+        check(status, "multiplying matrices")
+
+
+class Table:
+    """A matrix split over bundles of whole rows: gathered as an embedding, multiplied as a head."""
+
+    def __init__(self, core: Core, layouts, addresses: np.ndarray):
+        self._core = core
+        self._segments = [layout["rows"] for layout in layouts]
+        self._addresses = np.ascontiguousarray(addresses, np.uint64)
+        self.rows = sum(s.rows for s in self._segments)
+        self.cols = self._segments[0].cols
+
+    def gather(self, ids: np.ndarray, out: Array) -> None:
+        """out [n, cols] = the rows `ids` (int32, contiguous, each checked by the caller)."""
+        first = self._segments[0]
+        status = lib.em_embed(
+            self._core.handle, pointer(self._addresses, "uint64_t *"), first.rows, first.dtype.code,
+            first.lanes, self.cols, pointer(ids, "int32_t *"), len(ids), out.pointer,
+        )  # fmt: skip
+        check(status, "gathering embedding rows")
+
+    def multiplier(self, out: Array):
+        """A function (x pointer, n_tokens) that writes out [n_tokens, rows] = x · tableᵀ."""
+        items = ffi.new("em_linear[]", len(self._segments))
+        start = 0
+        for item, segment, address in zip(items, self._segments, self._addresses, strict=True):
+            item.weights = ffi.cast("void *", int(address))
+            item.out, item.out_stride = out.pointer + start, self.rows
+            item.dtype, item.rows, item.cols = segment.dtype.code, segment.rows, segment.cols
+            start += segment.rows
+
+        def run(x, n_tokens: int) -> None:
+            status = lib.em_linears(self._core.handle, items, len(items), x, n_tokens)
+            check(status, "multiplying by the output head")
+
+        return run

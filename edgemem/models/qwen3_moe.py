@@ -1,0 +1,8 @@
+"""Qwen3-MoE (arXiv 2505.09388): Qwen3 attention; routed experts, or a dense FFN in some layers."""
+
+from .layers import Decoder, Dense, Experts
+
+
+class Model(Decoder):
+    def feed_forward(self, index: int) -> list[type]:
+        return [Experts] if self.spec.routed[index] else [Dense]

@@ -1,0 +1,108 @@
+"""A growing sequence of tokens and the model's state for it, kept in step with each other.
+
+The token list is the truth. The KV cache may lag behind it (the token sampled last has not run yet) or
+lead it (an interrupt fell between a step and its bookkeeping); every run starts by bringing it level.
+So whatever is interrupted, at whatever point, the sequence is as it was before or as it was to be.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .errors import ContextError
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class TokenSequence:
+    """Tokens, their KV cache and the logits after the last of them. Not for two threads at once."""
+
+    def __init__(self, engine: Engine):
+        self.tokens: list[int] = []
+        self.context = engine.context
+        self._engine = engine
+        self._kv = engine.new_kv()
+        weakref.finalize(self, engine.free_kv).atexit = False
+        self._logits = np.empty(engine.spec.vocab_size, np.float32)
+        self._logits_at = 0
+        """Number of tokens after which `_logits` are; 0 for none."""
+
+    @property
+    def room(self) -> int:
+        """How many more tokens fit the context."""
+        return self.context - len(self.tokens)
+
+    def check_room(self, count: int) -> None:
+        """Raises ContextError if `count` more tokens do not fit."""
+        if count <= self.room:
+            return
+        used = f", {len(self.tokens)} of them used" if self.tokens else ""
+        limit = self._engine.context_limit
+        larger = f" or load with a larger one (up to {limit})" if limit > self.context else ""
+        raise ContextError(
+            f"{count} tokens do not fit the context of {self.context} tokens{used}; "
+            f"shorten the text{larger}"
+        )
+
+    def append(self, token: int) -> None:
+        """Add a token, to be run with whatever runs next."""
+        self.tokens.append(token)
+
+    def extend(self, ids: np.ndarray) -> None:
+        """Run `ids`, int32 [n], and add them: all of them, or none if that fails or is interrupted."""
+        lagging = self._level()
+        if lagging:
+            ids = np.concatenate([np.array(lagging, np.int32), ids])
+        self._run(ids, "prefill")
+        self.tokens += ids[len(lagging) :].tolist()
+
+    def each_logits(self, ids: np.ndarray) -> Iterator[np.ndarray]:
+        """Like `extend`; yields the logits after each of `ids`, chunk by chunk: float32 [n, vocab].
+
+        A chunk's array is used again for the next. The ids are added with the last chunk.
+        """
+        self._engine.promise_all_logits()
+        self._run(np.array(self._level(), np.int32), "decode")
+        chunk_tokens = self._engine.chunk_tokens
+        rows = np.empty((min(len(ids), chunk_tokens), len(self._logits)), np.float32)
+        self._kv.rope_length = self._kv.position + len(ids)
+        for start in range(0, len(ids), chunk_tokens):
+            chunk = ids[start : start + chunk_tokens]
+            self._engine.step(chunk, self._kv, "prefill", rows[: len(chunk)])
+            if start + len(chunk) == len(ids):
+                self.tokens += ids.tolist()
+            yield rows[: len(chunk)]
+
+    def logits(self) -> np.ndarray:
+        """Logits after the last token, float32 [vocab], good until the next run. Needs a token."""
+        lagging = self._level()
+        if not lagging and self._logits_at != len(self.tokens):
+            self._kv.truncate(len(self.tokens) - 1)  # they were lost: run the last token again
+            lagging = self.tokens[-1:]
+        self._run(np.array(lagging, np.int32), "decode")
+        return self._logits
+
+    def _level(self) -> list[int]:
+        """Cut what the cache has too much; return the tokens that it lacks."""
+        if self._kv.position > len(self.tokens):
+            self._kv.truncate(len(self.tokens))
+            self._logits_at = 0
+        return self.tokens[self._kv.position :]
+
+    def _run(self, ids: np.ndarray, phase: str) -> None:
+        """Run `ids` on the cache as it is, chunk by chunk; `_logits` takes the last one's."""
+        if not len(ids):
+            return
+        end = self._kv.position + len(ids)
+        self._kv.rope_length = end
+        self._logits_at = 0
+        for start in range(0, len(ids), self._engine.chunk_tokens):
+            chunk = ids[start : start + self._engine.chunk_tokens]
+            is_last = start + len(chunk) == len(ids)
+            self._engine.step(chunk, self._kv, phase, self._logits if is_last else None)
+        self._logits_at = end

@@ -1,0 +1,152 @@
+"""Sessions: the public face of one sequence on an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .generation import Generation
+from .sampler import Sampler, Sampling
+from .sequence import TokenSequence
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+DEFAULT_TOKENS = 256
+"""How many tokens `generate` makes at most, unless told."""
+
+
+class Session:
+    """One sequence of tokens with its own KV cache and position; made by `engine.session()`.
+
+    Sessions of one engine may be used from different threads, one thread each at a time. After an
+    interrupt (Ctrl-C) or an error a session is as it was before the call, plus the tokens generated.
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._sequence: TokenSequence | None = TokenSequence(engine)
+
+    @property
+    def position(self) -> int:
+        """Number of tokens so far, fed and generated."""
+        return len(self._open().tokens)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens so far, a copy."""
+        return list(self._open().tokens)
+
+    def feed(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Append token ids; return the logits after the last, float32 [vocab].
+
+        Raises ValueError for no ids or ids out of range and ContextError for too many, before any work.
+        """
+        sequence = self._open()
+        ids = check_ids(ids, self._engine.spec.vocab_size)
+        if not len(ids):
+            raise ValueError("feeding a session: there are no ids")
+        sequence.check_room(len(ids))
+        sequence.extend(ids)
+        return sequence.logits().copy()
+
+    def generate(
+        self, prompt: str | Sequence[int] | None = None, *, max_tokens: int = DEFAULT_TOKENS,
+        stop: str | Iterable[str] = (), stream: bool = False, **sampling,
+    ) -> str | Generation:  # fmt: skip
+        """Append `prompt` (text, token ids, or None to go on as it is), then generate.
+
+        Ends at an EOS token, before the first of the strings in `stop`, after `max_tokens` tokens or when
+        the context is full. `sampling` are the fields of `Sampling`: temperature, top_k, top_p, min_p,
+        repetition_penalty, seed; by default greedy. Returns the generated text; with `stream` a
+        `Generation`, which yields it in pieces and knows counts, times and why it ended.
+
+        Text starts with BOS (if the model has one) only at position 0. Every argument is checked before
+        any work: ValueError, TypeError, or ContextError if the prompt does not fit.
+        """
+        sequence = self._open()
+        sampler = Sampler(Sampling(**sampling))
+        stops, stop_ids = self._stops(stop)
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, Integral):
+            raise TypeError(f"max_tokens must be an integer, not {max_tokens!r}")
+        if max_tokens < 0:
+            raise ValueError(f"max_tokens must be zero or more, not {max_tokens}")
+        ids = self._prompt_ids(prompt)
+        sequence.check_room(len(ids))
+        detokenizer = self._engine.tokenizer.detokenizer()
+        detokenizer.skip(sequence.tokens + ids.tolist(), whole=isinstance(prompt, str))
+        generation = Generation(
+            sequence, detokenizer, ids, sampler, int(max_tokens), stops, stop_ids
+        )
+        return generation if stream else "".join(generation)
+
+    def close(self) -> None:
+        """Free the KV cache. Closing twice is fine."""
+        self._sequence = None
+
+    def __enter__(self) -> Session:
+        self._open()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def _open(self) -> TokenSequence:
+        if self._sequence is None:
+            raise ValueError("the session is closed")
+        return self._sequence
+
+    def _prompt_ids(self, prompt: str | Sequence[int] | None) -> np.ndarray:
+        engine, position = self._engine, self.position
+        if isinstance(prompt, str):
+            prompt = engine.tokenizer.encode(prompt, special=position == 0)
+        ids = check_ids(() if prompt is None else prompt, engine.spec.vocab_size)
+        if len(ids) or position:
+            return ids
+        if engine.bos_id is None:
+            raise ValueError(
+                "the prompt is empty and this model has no BOS token to start from; give it some text"
+            )
+        return np.array([engine.bos_id], np.int32)
+
+    def _stops(self, stop: str | Iterable[str]) -> tuple[list[str], dict[int, str]]:
+        """Stop strings, and the reason for each id that ends a generation."""
+        if not isinstance(stop, (str, Iterable)):
+            raise TypeError(f"stop must be a str or several, not {stop!r}")
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        ids = dict.fromkeys(self._engine.eos_ids, "eos")
+        for text in stops:
+            if not isinstance(text, str):
+                raise TypeError(f"a stop string must be a str, not {text!r}")
+            if not text:
+                raise ValueError("a stop string must not be empty")
+            # A special token has no text in which its name could be found.
+            special = self._engine.tokenizer.special_id(text)
+            if special is not None:
+                ids.setdefault(special, "stop")
+        return stops, ids
+
+
+def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
+    """Token ids as int32 [n]. Raises TypeError or ValueError unless they are ids of the vocabulary."""
+    if isinstance(ids, (str, bytes)):
+        raise TypeError("token ids must be integers; encode text with engine.tokenizer.encode")
+    array = np.asarray(ids)
+    if array.ndim != 1:
+        raise TypeError(f"token ids must be a flat sequence of integers, not {ids!r:.40}")
+    if not array.size:
+        return np.empty(0, np.int32)
+    if array.dtype == object and all(isinstance(id, int) for id in ids):
+        array = np.clip(array, -1, vocab_size)  # beyond 64 bits, so out of range in any case
+    elif array.dtype.kind not in "iu":
+        raise TypeError(f"token ids must be integers, not {array.dtype.name}")
+    wrong = np.flatnonzero((array < 0) | (array >= vocab_size))
+    if len(wrong):
+        raise ValueError(
+            f"token id {array[wrong[0]]} at place {wrong[0]} is out of range: "
+            f"the vocabulary has ids 0 to {vocab_size - 1}"
+        )
+    return array.astype(np.int32)

@@ -1,0 +1,152 @@
+"""What a model is, apart from its weights: the shapes and constants that a forward pass needs.
+
+A spec is made from a checkpoint's config when it is converted and travels in the store. It holds facts
+only; which code runs is decided by `model_type` (one file in `models/` each).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+from .errors import CorruptError
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2")
+QK_NORMS = ("none", "head", "full")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+MAX_DIM = 1 << 24
+"""No dimension of any model comes near this; a larger one is damage or an attack."""
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary position embedding; fields beyond `theta` are read by the types that define them."""
+
+    type: str = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+    def __post_init__(self):
+        _check(self.type in ROPE_TYPES, "rope.type", self.type)
+        positions, scaled = self.original_positions, self.type in ("dynamic", "llama3", "yarn")
+        _check(scaled <= positions <= 1 << 40, "rope.original_positions", positions)
+        for name in _ROPE_POSITIVE:
+            value = getattr(self, name)
+            _check(math.isfinite(value) and value > 0, f"rope.{name}", value)
+        _check(self.theta > 1, "rope.theta", self.theta)
+        ramp = self.high_freq_factor > self.low_freq_factor
+        _check(ramp or self.type != "llama3", "rope.high_freq_factor", self.high_freq_factor)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The facts of one model.
+
+    `windows[i]` is layer i's sliding window in tokens, 0 for full attention. `routed[i]` says whether
+    layer i's FFN is a mixture of experts. `qk_norm` is "head" (a norm over each head) or "full" (over
+    all heads at once). `shared_intermediate` is the width of a shared expert, 0 for none.
+    """
+
+    model_type: str
+    n_layers: int
+    hidden: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    intermediate: int
+    activation: str
+    norm_eps: float
+    rope: RopeSpec
+    windows: tuple[int, ...]
+    max_positions: int
+    tied: bool
+    routed: tuple[bool, ...]
+    qk_norm: str = "none"
+    clip_qkv: float = 0.0
+    n_experts: int = 0
+    top_k: int = 0
+    expert_intermediate: int = 0
+    shared_intermediate: int = 0
+    normalize_top_k: bool = False
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for name in _POSITIVE:
+            _check(1 <= getattr(self, name) <= MAX_DIM, name, getattr(self, name))
+        for name in _COUNTS:
+            _check(0 <= getattr(self, name) <= MAX_DIM, name, getattr(self, name))
+        _check(self.n_heads % self.n_kv_heads == 0, "n_kv_heads", self.n_kv_heads)
+        _check(self.head_dim % 2 == 0, "head_dim", self.head_dim)
+        _check(self.activation in ACTIVATIONS, "activation", self.activation)
+        _check(self.qk_norm in QK_NORMS, "qk_norm", self.qk_norm)
+        _check(math.isfinite(self.norm_eps) and self.norm_eps >= 0, "norm_eps", self.norm_eps)
+        _check(math.isfinite(self.clip_qkv) and self.clip_qkv >= 0, "clip_qkv", self.clip_qkv)
+        _check(len(self.windows) == self.n_layers, "windows", len(self.windows))
+        _check(all(0 <= w <= 1 << 40 for w in self.windows), "windows", self.windows)
+        _check(len(self.routed) == self.n_layers, "routed", len(self.routed))
+        if any(self.routed):
+            _check(self.n_experts >= 1 and self.expert_intermediate >= 1, "n_experts", self.n_experts)
+            _check(1 <= self.top_k <= self.n_experts, "top_k", self.top_k)
+        if not all(self.routed):
+            _check(self.intermediate >= 1, "intermediate", self.intermediate)
+
+    def to_dict(self) -> dict:
+        """Plain JSON types; `from_dict` takes it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "ModelSpec":
+        """Check every field's presence and type. Raises CorruptError naming the field."""
+        values = _typed(cls, data, "spec")
+        values["rope"] = RopeSpec(**_typed(RopeSpec, values["rope"], "spec.rope"))
+        return cls(**values)
+
+
+_POSITIVE = (
+    "n_layers", "hidden", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_positions",
+)  # fmt: skip
+_ROPE_POSITIVE = (
+    "theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+    "attention_factor",
+)  # fmt: skip
+_COUNTS = ("intermediate", "n_experts", "top_k", "expert_intermediate", "shared_intermediate")
+_TYPES = {
+    "str": str, "int": int, "float": (int, float), "bool": bool, "RopeSpec": dict,
+    "int | None": (int, type(None)), "tuple[int, ...]": list, "tuple[bool, ...]": list,
+}  # fmt: skip
+
+
+def _typed(cls, data, where: str) -> dict:
+    if not isinstance(data, dict):
+        raise CorruptError(f"reading {where}: expected an object, found {type(data).__name__}")
+    known = {f.name: f for f in fields(cls)}
+    if set(data) != set(known):
+        raise CorruptError(f"reading {where}: fields differ: {sorted(set(data) ^ set(known))}")
+    values = {}
+    for name, value in data.items():
+        kind = known[name].type
+        if isinstance(value, tuple):
+            value = list(value)
+        item = bool if kind == "tuple[bool, ...]" else int
+        wrong = not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool")
+        if isinstance(value, list) and not wrong:
+            wrong = not all(type(v) is item for v in value)
+            value = tuple(value)
+        if wrong:
+            raise CorruptError(f"reading {where}.{name}: {value!r} is not a {kind}")
+        values[name] = float(value) if kind == "float" else value
+    return values
+
+
+def _check(holds: bool, name: str, value) -> None:
+    if not holds:
+        raise CorruptError(f"model spec: {name} = {value!r} is out of range")

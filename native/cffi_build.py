@@ -1,0 +1,22 @@
+"""Write the C source of the Python module `edgemem._core` from the marked region of edgemem.h.
+
+Usage: cffi_build.py HEADER OUTPUT.c
+"""
+
+import re
+import sys
+
+import cffi
+
+
+def main(header: str, output: str) -> None:
+    with open(header, encoding="utf-8") as file:
+        declared = re.search(r"/\* cdef:.*?\*/(.*)/\* end cdef \*/", file.read(), re.S).group(1)
+    builder = cffi.FFI()
+    builder.cdef(declared)
+    builder.set_source("edgemem._core", '#include "edgemem.h"')
+    builder.emit_c_code(output)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

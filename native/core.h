@@ -1,0 +1,30 @@
+/* What an em_core is made of, for the files that implement its operations. */
+#ifndef EM_CORE_H
+#define EM_CORE_H
+
+#include "kernels.h"
+#include "pool.h"
+
+struct em_core {
+    em_pool *pool;
+    const em_kernels *kernels;
+    uint8_t *scratch;
+    uint64_t scratch_bytes;
+};
+
+EM_INLINE em_arena em_core_arena(const em_core *core) {
+    return (em_arena){core->scratch, 0, core->scratch_bytes};
+}
+
+EM_INLINE bool em_dtype_known(int32_t dtype) { return dtype >= EM_F32 && dtype <= EM_Q4_0; }
+EM_INLINE bool em_dtype_is_block(int32_t dtype) { return dtype >= EM_Q8_0; }
+
+/* How many groups of rows one item takes, so that each thread finds several items to take. */
+int64_t em_chunk_groups(const em_core *core, int64_t groups);
+
+/* Scratch for the int8 form of n rows of `cols`, and filling it in (in parallel where it pays). */
+uint64_t em_acts_bytes(int64_t n, int32_t cols);
+bool em_acts_take(em_arena *arena, em_acts *acts, int64_t n);
+void em_acts_quantize(em_core *core, const em_acts *acts, const int32_t *rows, int64_t n);
+
+#endif

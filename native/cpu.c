@@ -1,0 +1,126 @@
+/* Which instruction sets are built in, and which of them really run here.
+ *
+ * A set counts as running when its self-test ends without an illegal instruction and gives the
+ * portable code's bytes. What CPUID or the kernel say is not asked: hypervisors and emulators lie. */
+#include "core.h"
+
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+
+extern const em_kernels em_kernels_scalar;
+#if defined(__x86_64__)
+extern const em_kernels em_kernels_avx2, em_kernels_avxvnni, em_kernels_avx512,
+    em_kernels_avx512vnni;
+#elif defined(__aarch64__)
+extern const em_kernels em_kernels_neon, em_kernels_dotprod;
+#endif
+
+static const em_kernels *const best_first[] = {
+#if defined(__x86_64__)
+    &em_kernels_avx512vnni, &em_kernels_avx512, &em_kernels_avxvnni, &em_kernels_avx2,
+#elif defined(__aarch64__)
+    &em_kernels_dotprod, &em_kernels_neon,
+#endif
+    &em_kernels_scalar,
+};
+#define N_TABLES ((int32_t)(sizeof best_first / sizeof best_first[0]))
+
+static bool runs[N_TABLES];
+static pthread_once_t probed = PTHREAD_ONCE_INIT;
+
+/* ---- the self-test ----------------------------------------------------------------------------- */
+
+enum { COLS = 64, ROWS = 16, TOKENS = 3, MATRIX_BYTES = ROWS * COLS * 4 };
+
+typedef struct {
+    float products[5][TOKENS * ROWS];
+    float vectors[4][COLS];
+    int8_t q[TOKENS * COLS];
+    uint16_t halves[COLS];
+    uint64_t sum;
+} test_result;
+
+static uint32_t next_random(uint32_t *state) { return *state = *state * 1664525u + 1013904223u; }
+
+/* Finite numbers of every sign in the given format. */
+static void fill_matrix(int32_t dtype, uint8_t *data) {
+    uint32_t state = 7;
+    for (int i = 0; i < MATRIX_BYTES; i++) data[i] = (uint8_t)(next_random(&state) >> 24);
+    int step = dtype == EM_F32 ? 4 : 2, top = step - 1;
+    int end = em_dtype_is_block(dtype) ? (int)em_scale_bytes(dtype, COLS, ROWS) : MATRIX_BYTES;
+    for (int i = 0; i < end; i += step) data[i + top] = (uint8_t)((data[i + top] & 0x83) | 0x38);
+}
+
+static void self_test(const em_kernels *k, test_result *r) {
+    static const float weight_seed[4] = {0.25f, -1.5f, 3.0f, -0.0625f};
+    _Alignas(64) uint8_t matrix[MATRIX_BYTES];
+    float x[TOKENS * COLS], scale[TOKENS * COLS / EM_BLOCK];
+    int32_t sum[TOKENS * COLS / EM_BLOCK];
+    for (int i = 0; i < TOKENS * COLS; i++) x[i] = weight_seed[i % 4] * (float)(i % 37 - 18);
+    for (int t = 0; t < TOKENS; t++)
+        k->quantize(x + t * COLS, COLS, r->q + t * COLS, scale + t * 2, sum + t * 2);
+    em_acts acts = {x, r->q, scale, sum, NULL, COLS, COLS / EM_BLOCK};
+    for (int32_t dtype = EM_F32; dtype <= EM_Q4_0; dtype++) {
+        em_out out = {r->products[dtype], NULL, ROWS, ROWS, 0};
+        fill_matrix(dtype, matrix);
+        k->product[dtype](matrix, 0, 1, &acts, TOKENS, &out);
+    }
+    memcpy(r->vectors[0], x, sizeof r->vectors[0]);
+    k->softmax(r->vectors[0], COLS);
+    k->rms_norm(x, x + COLS, 1e-6f, COLS, r->vectors[1]);
+    k->rotate(x, r->vectors[0], r->vectors[1], COLS, r->vectors[2]);
+    memcpy(r->vectors[3], x, sizeof r->vectors[3]);
+    k->gate(r->vectors[3], x + COLS, COLS, EM_GELU);
+    k->store_f16(x, COLS, r->halves);
+    k->attend(x, r->halves, r->halves, 0, 4, 16, r->vectors[1]);
+    r->sum = k->read_bytes(matrix, sizeof matrix);
+}
+
+static sigjmp_buf escape;
+static pthread_t prober;
+static struct sigaction before;
+
+static void on_illegal(int signal_number) {
+    if (pthread_equal(pthread_self(), prober)) siglongjmp(escape, 1);
+    /* Another thread's fault is not ours: put its handling back and let it happen again. */
+    sigaction(signal_number, &before, NULL);
+}
+
+static bool matches_portable(const em_kernels *kernels) {
+    static test_result expected, found;
+    memset(&expected, 0, sizeof expected);
+    memset(&found, 0, sizeof found);
+    self_test(&em_kernels_scalar, &expected);
+    if (sigsetjmp(escape, 1)) return false;
+    self_test(kernels, &found);
+    return memcmp(&expected, &found, sizeof found) == 0;
+}
+
+static void probe(void) {
+    struct sigaction action = {.sa_handler = on_illegal};
+    sigemptyset(&action.sa_mask);
+    prober = pthread_self();
+    sigaction(SIGILL, &action, &before);
+    for (int32_t i = 0; i < N_TABLES; i++) runs[i] = matches_portable(best_first[i]);
+    sigaction(SIGILL, &before, NULL);
+}
+
+/* ---- choosing ---------------------------------------------------------------------------------- */
+
+const char *em_isa_name(int32_t i) { return i >= 0 && i < N_TABLES ? best_first[i]->name : NULL; }
+
+int32_t em_isa_runs(int32_t i) {
+    pthread_once(&probed, probe);
+    return i >= 0 && i < N_TABLES && runs[i];
+}
+
+const em_kernels *em_kernels_pick(const char *isa, int32_t *status) {
+    *status = EM_OK;
+    for (int32_t i = 0; i < N_TABLES; i++)
+        if (em_isa_runs(i) && (!isa || strcmp(isa, best_first[i]->name) == 0)) return best_first[i];
+    *status = EM_UNSUPPORTED;
+    return NULL;
+}

@@ -1,0 +1,138 @@
+/* The native core's whole interface: what Python (through cffi) and the native tests call.
+ *
+ * Rules that hold everywhere: a function returns EM_OK or says in its status why nothing was done;
+ * nothing prints, aborts or exits; after em_core_reserve nothing is allocated; pointers are borrowed
+ * for the length of the call; all arrays are dense and row-major unless a stride is named.
+ *
+ * Every result is the same bytes for every instruction set, thread count and split of tokens over
+ * calls: each output element is one chain of operations in an order that only its own inputs fix.
+ */
+#ifndef EDGEMEM_H
+#define EDGEMEM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* cdef: everything between these two marks is also what cffi parses */
+
+enum {
+    EM_OK = 0,
+    EM_INVALID = 1,     /* an argument is out of range: a bug of the caller */
+    EM_UNSUPPORTED = 2, /* the named instruction set is unknown, not built in, or does not run here */
+    EM_NO_MEMORY = 3,   /* an allocation failed, or the reserved scratch is too small */
+    EM_NO_THREADS = 4,  /* the system refused to start a thread */
+};
+
+/* Number formats; the codes are those of the store. */
+enum { EM_F32 = 0, EM_F16 = 1, EM_BF16 = 2, EM_Q8_0 = 3, EM_Q4_0 = 4 };
+
+enum {
+    EM_SILU = 0,
+    EM_GELU = 1,
+    EM_GELU_TANH = 2,
+    EM_GELU_QUICK = 3,
+    EM_RELU = 4,
+    EM_RELU2 = 5,
+};
+
+/* Continues the CRC-32C (Castagnoli) `crc` over n bytes; start with 0. */
+uint32_t em_crc32c(uint32_t crc, const void *data, size_t n);
+
+/* Names of the instruction sets built in, best first; NULL past the end. */
+const char *em_isa_name(int32_t i);
+/* 1 if that instruction set ran its self-test here and gave the portable code's bytes, else 0. */
+int32_t em_isa_runs(int32_t i);
+
+/* A thread pool, one table of kernels, and scratch memory. Not reentrant: one call at a time. */
+typedef struct em_core em_core;
+
+/* isa: a name, or NULL for the best that runs. n_threads counts the calling thread. */
+int32_t em_core_open(int32_t n_threads, const char *isa, em_core **core);
+void em_core_close(em_core *core);
+const char *em_core_isa(const em_core *core);
+/* Grows scratch to at least `bytes`; called when a model is opened, never in a step. */
+int32_t em_core_reserve(em_core *core, uint64_t bytes);
+
+/* out[t, r] (+)= bias[r] + sum over c of weights[r, c] * x[t, c]. `weights` is a store matrix of 16
+ * lanes, 64-byte aligned. */
+typedef struct {
+    const void *weights;
+    const float *bias; /* [rows] or NULL */
+    float *out;
+    int64_t out_stride; /* floats from one token's row to the next */
+    int32_t dtype;
+    int32_t rows;
+    int32_t cols;
+    int32_t accumulate; /* add to out instead of replacing it */
+} em_linear;
+
+uint64_t em_linear_scratch(int32_t n_tokens, int32_t cols);
+/* All the linears read the same x [n_tokens, cols]; it is quantised once if any of them needs it. */
+int32_t em_linears(em_core *core, const em_linear *linears, int32_t n_linears, const float *x,
+                   int32_t n_tokens);
+
+/* Where a gated FFN's parts lie in its bundle; offset -1 means absent. */
+typedef struct {
+    int64_t gate, up, down, gate_bias, up_bias, down_bias;
+    int32_t gate_dtype, up_dtype, down_dtype;
+    int32_t hidden, intermediate, activation;
+} em_ffn;
+
+uint64_t em_ffn_scratch(int32_t n_tokens, int32_t n_pairs, int32_t hidden, int32_t intermediate);
+/* out[t] += sum over t's pairs, in bundle order, of weight * ffn(bundle, x[t]).
+ * A pair says that a bundle computes a token: pairs [first[b], first[b+1]) belong to bundle b, and
+ * pair p takes token tokens[p] with weight weights[p]. ready[b], where given, is waited for until it
+ * is nonzero (set it with release order after the bundle's bytes are in place): bundles are computed
+ * in the order in which they become ready, and summed in their own order all the same. A negative
+ * ready[b] ends the call with EM_INVALID before `out` is touched. */
+int32_t em_ffn_run(em_core *core, const em_ffn *ffn, int32_t n_bundles, const uint64_t *addresses,
+                   const int32_t *ready, const int32_t *first, const int32_t *tokens,
+                   const float *weights, const float *x, int32_t n_tokens, float *out);
+
+/* Softmax over each token's n_experts logits, the top_k largest (ties: the lower id), weights
+ * optionally scaled to sum 1. Gives pairs for em_ffn_run: `experts` [<= n_experts] ascending, `first`
+ * [n_experts + 1], `tokens` and `weights` [n_tokens * top_k]; returns how many experts, or -1 for
+ * arguments out of range or scratch too small. */
+uint64_t em_route_scratch(int32_t n_tokens, int32_t n_experts, int32_t top_k);
+int32_t em_route(em_core *core, const float *logits, int32_t n_tokens, int32_t n_experts,
+                 int32_t top_k, int32_t normalize, uint32_t *experts, int32_t *first,
+                 int32_t *tokens, float *weights);
+
+/* out[i] = x[i] / sqrt(mean(x[i]^2) + eps) * weight, for each of n_rows rows; out may be x. */
+int32_t em_rms_norm(em_core *core, const float *x, const float *weight, float eps, int32_t n_rows,
+                    int32_t n_cols, float *out);
+
+/* Rows `ids` of a table whose bundles hold rows_per_bundle rows each. out [n, cols]. */
+int32_t em_embed(em_core *core, const uint64_t *addresses, int32_t rows_per_bundle, int32_t dtype,
+                 int32_t lanes, int32_t cols, const int32_t *ids, int32_t n, float *out);
+
+/* cos and sin [n, head_dim / 2] of (position + i) * inv_freq, times `scale`. */
+int32_t em_rope_table(const double *inv_freq, int32_t head_dim, int64_t position, int32_t n,
+                      double scale, float *cos_out, float *sin_out);
+
+/* One layer's attention. K and V caches are f16 [n_kv_heads, context, head_dim rounded up to 16]. */
+typedef struct {
+    int32_t n_heads, n_kv_heads, head_dim;
+    int32_t window; /* keys a query sees, itself included; 0 for all */
+    int64_t context;
+    uint16_t *k_cache;
+    uint16_t *v_cache;
+} em_attention;
+
+/* Rotates q [n, n_heads, head_dim] in place, and k [n, n_kv_heads, head_dim] into the cache with v. */
+int32_t em_attention_store(em_core *core, const em_attention *a, float *q, const float *k,
+                           const float *v, const float *cos_table, const float *sin_table,
+                           int64_t position, int32_t n);
+/* Causal attention of queries at `position`...: out [n, n_heads, head_dim]. Online softmax. */
+int32_t em_attention_run(em_core *core, const em_attention *a, const float *q, int64_t position,
+                         int32_t n, float *out);
+
+int32_t em_clamp(float *x, int64_t n, float limit);
+int32_t em_sigmoid(em_core *core, float *x, int32_t n);
+
+/* Adds up 8-byte words: the plain read that kernels are measured against. */
+uint64_t em_read_bytes(em_core *core, const void *data, uint64_t bytes);
+
+/* end cdef */
+
+#endif

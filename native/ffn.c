@@ -1,0 +1,252 @@
+/* Routing, and gated FFNs over bundles: expert-major, in the order in which bundles become ready. */
+#include "core.h"
+
+#include <sched.h>
+#include <string.h>
+
+/* ---- routing ----------------------------------------------------------------------------------- */
+
+uint64_t em_route_scratch(int32_t n_tokens, int32_t n_experts, int32_t top_k) {
+    uint64_t pairs = (uint64_t)n_tokens * (uint64_t)top_k;
+    return em_arena_cost((uint64_t)n_experts * 4) + em_arena_cost(((uint64_t)n_experts + 1) * 4) +
+           2 * em_arena_cost(pairs * 4);
+}
+
+/* The k largest of p in descending order; of equals the lower index. p's winners become -1. */
+static void take_top(float *p, int32_t n, int32_t k, int32_t *index, float *value) {
+    for (int32_t i = 0; i < k; i++) {
+        int32_t best = 0;
+        for (int32_t j = 1; j < n; j++)
+            if (p[j] > p[best]) best = j;
+        index[i] = best;
+        value[i] = p[best];
+        p[best] = -1;
+    }
+}
+
+int32_t em_route(em_core *core, const float *logits, int32_t n_tokens, int32_t n_experts,
+                 int32_t top_k, int32_t normalize, uint32_t *experts, int32_t *first,
+                 int32_t *tokens, float *weights) {
+    if (n_tokens < 0 || n_experts < 1 || top_k < 1 || top_k > n_experts) return -1;
+    em_arena arena = em_core_arena(core);
+    uint64_t pairs = (uint64_t)n_tokens * (uint64_t)top_k;
+    float *p = em_arena_take(&arena, (uint64_t)n_experts * 4);
+    int32_t *start = em_arena_take(&arena, ((uint64_t)n_experts + 1) * 4);
+    int32_t *chosen = em_arena_take(&arena, pairs * 4);
+    float *mass = em_arena_take(&arena, pairs * 4);
+    if (!p || !start || !chosen || !mass) return -1;
+    memset(start, 0, ((size_t)n_experts + 1) * 4);
+    for (int64_t t = 0; t < n_tokens; t++) {
+        int32_t *index = chosen + t * top_k;
+        float *value = mass + t * top_k, total = 0;
+        memcpy(p, logits + t * n_experts, (size_t)n_experts * 4);
+        core->kernels->softmax(p, n_experts);
+        take_top(p, n_experts, top_k, index, value);
+        for (int32_t i = 0; i < top_k; i++) {
+            total += value[i];
+            start[index[i] + 1]++;
+        }
+        for (int32_t i = 0; normalize && i < top_k; i++) value[i] /= total;
+    }
+    int32_t n_chosen = 0;
+    for (int32_t e = 0; e < n_experts; e++) {
+        if (start[e + 1] > 0) {
+            experts[n_chosen] = (uint32_t)e;
+            first[n_chosen++] = start[e];
+        }
+        start[e + 1] += start[e];
+    }
+    first[n_chosen] = (int32_t)pairs;
+    for (uint64_t i = 0; i < pairs; i++) { /* a counting sort: by expert, then by token */
+        int32_t at = start[chosen[i]]++;
+        tokens[at] = (int32_t)(i / (uint64_t)top_k);
+        weights[at] = mass[i];
+    }
+    return n_chosen;
+}
+
+/* ---- gated FFN --------------------------------------------------------------------------------- */
+
+uint64_t em_ffn_scratch(int32_t n_tokens, int32_t n_pairs, int32_t hidden, int32_t intermediate) {
+    uint64_t pairs = (uint64_t)n_pairs;
+    return em_acts_bytes(n_tokens, hidden) + em_acts_bytes(n_pairs, intermediate) +
+           2 * em_arena_cost(pairs * (uint64_t)intermediate * 4) +
+           em_arena_cost(pairs * (uint64_t)hidden * 4) + 2 * em_arena_cost(pairs * 4) +
+           em_arena_cost(((uint64_t)n_tokens + 1) * 4);
+}
+
+typedef struct {
+    const em_kernels *kernels;
+    const em_ffn *ffn;
+    const uint64_t *addresses;
+    const int32_t *first;   /* bundle -> its first pair */
+    const int32_t *tokens;  /* pair -> token */
+    const float *weights;   /* pair -> weight */
+    const int32_t *batch;   /* the bundles of this round */
+    int64_t chunk;          /* groups an item takes */
+    int64_t chunks;         /* items a bundle gives */
+    em_acts x, h;           /* inputs of gate and up, by token; of down, by pair */
+    float *gate, *up, *y;   /* by pair */
+    int32_t *token_first, *token_pairs; /* token -> its pairs, in bundle order */
+    float *out;
+} ffn_task;
+
+static const float *vector_at(const uint8_t *bundle, int64_t offset) {
+    return offset < 0 ? NULL : (const float *)(bundle + offset);
+}
+
+static const uint8_t *bundle_at(const ffn_task *t, int32_t b) {
+    return (const uint8_t *)(uintptr_t)t->addresses[b];
+}
+
+static void gate_up_item(void *arg, int64_t item, int32_t thread) {
+    (void)thread;
+    const ffn_task *t = arg;
+    const em_ffn *f = t->ffn;
+    int32_t b = t->batch[item / t->chunks], first = t->first[b], n = t->first[b + 1] - first;
+    int64_t group = item % t->chunks * t->chunk, width = f->intermediate;
+    int64_t groups = em_min(t->chunk, (width + EM_LANES - 1) / EM_LANES - group);
+    const uint8_t *bundle = bundle_at(t, b);
+    em_acts x = t->x;
+    x.rows = t->tokens + first;
+    float *gate = t->gate + first * width, *up = t->up + first * width;
+    em_out to_gate = {gate, vector_at(bundle, f->gate_bias), width, f->intermediate, 0};
+    em_out to_up = {up, vector_at(bundle, f->up_bias), width, f->intermediate, 0};
+    t->kernels->product[f->gate_dtype](bundle + f->gate, (int32_t)group, (int32_t)groups, &x, n,
+                                       &to_gate);
+    t->kernels->product[f->up_dtype](bundle + f->up, (int32_t)group, (int32_t)groups, &x, n, &to_up);
+    int64_t row = group * EM_LANES, rows = em_min(groups * EM_LANES, width - row);
+    for (int64_t i = 0; i < n; i++)
+        t->kernels->gate(gate + i * width + row, up + i * width + row, (int32_t)rows, f->activation);
+}
+
+static void down_item(void *arg, int64_t item, int32_t thread) {
+    (void)thread;
+    const ffn_task *t = arg;
+    const em_ffn *f = t->ffn;
+    int32_t b = t->batch[item / t->chunks], first = t->first[b], n = t->first[b + 1] - first;
+    int64_t group = item % t->chunks * t->chunk;
+    int64_t groups = em_min(t->chunk, (f->hidden + EM_LANES - 1) / EM_LANES - group);
+    const uint8_t *bundle = bundle_at(t, b);
+    em_acts h = t->h;
+    int64_t skip = (int64_t)first * h.blocks;
+    h.x += (int64_t)first * h.cols;
+    if (h.q) {
+        h.q += skip * EM_BLOCK;
+        h.scale += skip;
+        h.sum += skip;
+    }
+    em_out to_y = {t->y + (int64_t)first * f->hidden, vector_at(bundle, f->down_bias), f->hidden,
+                   f->hidden, 0};
+    t->kernels->product[f->down_dtype](bundle + f->down, (int32_t)group, (int32_t)groups, &h, n,
+                                       &to_y);
+}
+
+static void sum_token(void *arg, int64_t token, int32_t thread) {
+    (void)thread;
+    const ffn_task *t = arg;
+    int64_t hidden = t->ffn->hidden;
+    for (int32_t i = t->token_first[token]; i < t->token_first[token + 1]; i++) {
+        int32_t pair = t->token_pairs[i];
+        t->kernels->axpy(t->out + token * hidden, t->weights[pair], t->y + pair * hidden,
+                         (int32_t)hidden);
+    }
+}
+
+/* The inverse of `tokens`: each token's pairs in ascending order. */
+static void group_by_token(ffn_task *t, int32_t n_tokens, int32_t n_pairs) {
+    int32_t *start = t->token_first;
+    memset(start, 0, ((size_t)n_tokens + 1) * 4);
+    for (int32_t p = 0; p < n_pairs; p++) start[t->tokens[p] + 1]++;
+    for (int32_t i = 0; i < n_tokens; i++) start[i + 1] += start[i];
+    for (int32_t p = 0; p < n_pairs; p++) t->token_pairs[start[t->tokens[p]]++] = p;
+    for (int32_t i = n_tokens; i > 0; i--) start[i] = start[i - 1];
+    start[0] = 0;
+}
+
+/* Moves the bundles that are ready from `pending` to `batch`; waits until there is one. Returns how
+ * many, or -1 if a bundle failed. */
+static int32_t take_ready(const int32_t *ready, int32_t *pending, int32_t *n_pending,
+                          int32_t *batch) {
+    for (;;) {
+        int32_t taken = 0, left = 0;
+        for (int32_t i = 0; i < *n_pending; i++) {
+            int32_t b = pending[i];
+            int32_t flag = ready ? __atomic_load_n(&ready[b], __ATOMIC_ACQUIRE) : 1;
+            if (flag < 0) return -1;
+            if (flag > 0)
+                batch[taken++] = b;
+            else
+                pending[left++] = b;
+        }
+        *n_pending = left;
+        if (taken > 0) return taken;
+        sched_yield();
+    }
+}
+
+static void run_batch(em_core *core, ffn_task *t, int32_t n) {
+    int64_t inner = (t->ffn->intermediate + EM_LANES - 1) / EM_LANES;
+    t->chunk = em_chunk_groups(core, inner * n);
+    t->chunks = (inner + t->chunk - 1) / t->chunk;
+    em_pool_run(core->pool, gate_up_item, t, t->chunks * n);
+    if (t->h.q)
+        for (int32_t i = 0; i < n; i++) {
+            int32_t b = t->batch[i];
+            em_acts part = t->h;
+            int64_t skip = (int64_t)t->first[b] * part.blocks;
+            part.x += (int64_t)t->first[b] * part.cols;
+            part.q += skip * EM_BLOCK;
+            part.scale += skip;
+            part.sum += skip;
+            em_acts_quantize(core, &part, NULL, t->first[b + 1] - t->first[b]);
+        }
+    int64_t outer = (t->ffn->hidden + EM_LANES - 1) / EM_LANES;
+    t->chunk = em_chunk_groups(core, outer * n);
+    t->chunks = (outer + t->chunk - 1) / t->chunk;
+    em_pool_run(core->pool, down_item, t, t->chunks * n);
+}
+
+static bool valid_ffn(const em_ffn *f) {
+    return f->hidden >= 1 && f->intermediate >= 1 && em_dtype_known(f->gate_dtype) &&
+           em_dtype_known(f->up_dtype) && em_dtype_known(f->down_dtype) &&
+           f->activation >= EM_SILU && f->activation <= EM_RELU2;
+}
+
+int32_t em_ffn_run(em_core *core, const em_ffn *f, int32_t n_bundles, const uint64_t *addresses,
+                   const int32_t *ready, const int32_t *first, const int32_t *tokens,
+                   const float *weights, const float *x, int32_t n_tokens, float *out) {
+    if (!valid_ffn(f) || n_bundles < 0 || n_tokens < 0) return EM_INVALID;
+    if (n_bundles == 0 || n_tokens == 0) return EM_OK;
+    int32_t pairs = first[n_bundles];
+    ffn_task t = {core->kernels, f, addresses, first, tokens, weights, .out = out};
+    em_arena arena = em_core_arena(core);
+    t.x = (em_acts){.x = x, .cols = f->hidden, .blocks = (f->hidden + EM_BLOCK - 1) / EM_BLOCK};
+    t.gate = em_arena_take(&arena, (uint64_t)pairs * (uint64_t)f->intermediate * 4);
+    t.up = em_arena_take(&arena, (uint64_t)pairs * (uint64_t)f->intermediate * 4);
+    t.y = em_arena_take(&arena, (uint64_t)pairs * (uint64_t)f->hidden * 4);
+    t.h = (em_acts){.x = t.gate, .cols = f->intermediate,
+                    .blocks = (f->intermediate + EM_BLOCK - 1) / EM_BLOCK};
+    t.token_pairs = em_arena_take(&arena, (uint64_t)pairs * 4);
+    t.token_first = em_arena_take(&arena, ((uint64_t)n_tokens + 1) * 4);
+    int32_t *pending = em_arena_take(&arena, (uint64_t)pairs * 4);
+    bool wide = em_dtype_is_block(f->gate_dtype) || em_dtype_is_block(f->up_dtype);
+    bool fits = t.gate && t.up && t.y && t.token_pairs && t.token_first && pending && n_bundles <= pairs;
+    if (fits && wide) fits = em_acts_take(&arena, &t.x, n_tokens);
+    if (fits && em_dtype_is_block(f->down_dtype)) fits = em_acts_take(&arena, &t.h, pairs);
+    if (!fits) return EM_NO_MEMORY;
+
+    if (wide) em_acts_quantize(core, &t.x, NULL, n_tokens);
+    int32_t n_pending = n_bundles;
+    for (int32_t b = 0; b < n_bundles; b++) pending[b] = b;
+    int32_t *batch = t.token_pairs; /* free until the sums */
+    t.batch = batch;
+    while (n_pending > 0) {
+        int32_t n = take_ready(ready, pending, &n_pending, batch);
+        if (n < 0) return EM_INVALID;
+        run_batch(core, &t, n);
+    }
+    group_by_token(&t, n_tokens, pairs);
+    em_pool_run(core->pool, sum_token, &t, n_tokens);
+    return EM_OK;
+}

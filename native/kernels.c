@@ -1,0 +1,408 @@
+/* All kernels, once; compiled for one instruction set by -DEM_ISA=name and its compiler flags.
+ *
+ * Sums run in one order: a product's row is one chain over its columns (over its blocks, for block
+ * formats: exact in integers within a block, then one fused multiply-add per block); other sums run in
+ * 16 lanes that a fixed tree adds up. So tiles, threads and batches never change a result. */
+#include "kernels.h"
+
+#if defined(EM_ISA_avx512) || defined(EM_ISA_avx512vnni)
+#include "simd_avx512.h"
+#elif defined(EM_ISA_avx2) || defined(EM_ISA_avxvnni)
+#include "simd_avx2.h"
+#elif defined(EM_ISA_neon) || defined(EM_ISA_dotprod)
+#include "simd_neon.h"
+#else
+#include "simd_scalar.h"
+#endif
+
+#include <math.h>
+
+#define JOIN2(a, b) a##b
+#define JOIN(a, b) JOIN2(a, b)
+#define TEXT2(x) #x
+#define TEXT(x) TEXT2(x)
+
+EM_INLINE vf load_part(const float *p, int64_t n, float fill) {
+    if (n >= EM_LANES) return vf_load(p);
+    float lane[EM_LANES];
+    for (int i = 0; i < EM_LANES; i++) lane[i] = i < n ? p[i] : fill;
+    return vf_load(lane);
+}
+
+EM_INLINE void store_part(float *p, int64_t n, vf a) {
+    if (n >= EM_LANES) {
+        vf_store(p, a);
+        return;
+    }
+    float lane[EM_LANES];
+    vf_store(lane, a);
+    for (int i = 0; i < n; i++) p[i] = lane[i];
+}
+
+/* ---- products ---------------------------------------------------------------------------------- */
+
+EM_INLINE void finish(vf sum, const em_out *o, int64_t token, int64_t row) {
+    float *p = o->out + token * o->stride + row;
+    int64_t n = o->rows - row;
+    if (o->bias) sum = vf_add(sum, load_part(o->bias + row, n, 0));
+    if (o->accumulate) sum = vf_add(load_part(p, n, 0), sum);
+    store_part(p, n, sum);
+}
+
+EM_INLINE int64_t act_row(const em_acts *a, int64_t token) {
+    return a->rows ? a->rows[token] : token;
+}
+
+/* Calls TILE(group, n_groups, token, n_tokens) so that both counts are compile-time constants. */
+#define FOR_TILES(TILE, GROUPS)                                                                    \
+    do {                                                                                           \
+        int32_t g = first_group, end = first_group + n_groups;                                     \
+        if (n_tokens == 1)                                                                         \
+            for (; g + (GROUPS) <= end; g += (GROUPS)) TILE(g, GROUPS, 0, 1);                      \
+        for (; g < end; g++) {                                                                     \
+            int32_t t = 0;                                                                         \
+            for (; t + EM_TOKENS <= n_tokens; t += EM_TOKENS) TILE(g, 1, t, EM_TOKENS);            \
+            for (; t < n_tokens; t++) TILE(g, 1, t, 1);                                            \
+        }                                                                                          \
+    } while (0)
+
+/* Chains of fused multiply-adds wait 4 cycles for each other: for one token, run several groups. */
+#define FLOAT_GROUPS 4
+#define BLOCK_GROUPS 2
+
+#define FLOAT_PRODUCT(name, dtype, type, load)                                                     \
+    EM_INLINE void name##_tile(const uint8_t *weights, const em_acts *a, const em_out *o,          \
+                               int64_t group, const int groups, int64_t token, const int tokens) { \
+        vf sum[FLOAT_GROUPS * EM_TOKENS];                                                          \
+        const float *x[EM_TOKENS];                                                                 \
+        const int64_t next = em_group_bytes(dtype, a->cols, EM_LANES) / (int64_t)sizeof(type);     \
+        const type *w = (const type *)weights + group * next;                                      \
+        for (int t = 0; t < tokens; t++) x[t] = a->x + act_row(a, token + t) * a->cols;            \
+        for (int i = 0; i < groups * tokens; i++) sum[i] = vf_set1(0);                             \
+        for (int64_t k = 0; k < a->cols; k++)                                                      \
+            for (int g = 0; g < groups; g++) {                                                     \
+                vf wk = load(w + g * next + k * EM_LANES);                                         \
+                for (int t = 0; t < tokens; t++)                                                   \
+                    sum[g * tokens + t] = vf_fma(wk, vf_set1(x[t][k]), sum[g * tokens + t]);       \
+            }                                                                                      \
+        for (int g = 0; g < groups; g++)                                                           \
+            for (int t = 0; t < tokens; t++)                                                       \
+                finish(sum[g * tokens + t], o, token + t, (group + g) * EM_LANES);                 \
+    }                                                                                              \
+    static void name(const uint8_t *weights, int32_t first_group, int32_t n_groups,                \
+                     const em_acts *a, int32_t n_tokens, const em_out *o) {                        \
+        FOR_TILES(name##_CALL, FLOAT_GROUPS);                                                      \
+    }
+
+#define product_f32_CALL(g, ng, t, nt) product_f32_tile(weights, a, o, g, ng, t, nt)
+#define product_f16_CALL(g, ng, t, nt) product_f16_tile(weights, a, o, g, ng, t, nt)
+#define product_bf16_CALL(g, ng, t, nt) product_bf16_tile(weights, a, o, g, ng, t, nt)
+FLOAT_PRODUCT(product_f32, EM_F32, float, vf_load)
+FLOAT_PRODUCT(product_f16, EM_F16, uint16_t, vf_load_f16)
+FLOAT_PRODUCT(product_bf16, EM_BF16, uint16_t, vf_load_bf16)
+
+/* The 32 columns of one block times one token's: quants as they lie in a chunk of 4 bytes a row. */
+EM_INLINE vi dot_block_q8(const uint8_t *w, const int8_t *q, int32_t q_sum) {
+    vi dot = vi_set1(-EM_Q8_BIAS * q_sum);
+    for (int c = 0; c < 8; c++) dot = vi_dot_q8(dot, w + 64 * c, q + 4 * c);
+    return dot;
+}
+
+EM_INLINE vi dot_block_q4(const uint8_t *w, const int8_t *q, int32_t q_sum) {
+    vi dot = vi_set1(-8 * q_sum);
+    for (int c = 0; c < 4; c++) dot = vi_dot_q4(dot, w + 64 * c, q + 4 * c, q + 16 + 4 * c);
+    return dot;
+}
+
+#define BLOCK_PRODUCT(name, dtype, block_bytes, dot_block)                                         \
+    EM_INLINE void name##_tile(const uint8_t *weights, const em_acts *a, const em_out *o,          \
+                               int64_t group, const int groups, int64_t token, const int tokens) { \
+        const int64_t next = em_group_bytes(dtype, a->cols, EM_LANES);                             \
+        const uint8_t *base = weights + group * next;                                              \
+        const int64_t plane = em_scale_bytes(dtype, a->cols, EM_LANES);                            \
+        vf sum[BLOCK_GROUPS * EM_TOKENS];                                                          \
+        int64_t row[EM_TOKENS];                                                                    \
+        for (int t = 0; t < tokens; t++) row[t] = act_row(a, token + t) * a->blocks;               \
+        for (int i = 0; i < groups * tokens; i++) sum[i] = vf_set1(0);                             \
+        for (int64_t b = 0; b < a->blocks; b++)                                                    \
+            for (int g = 0; g < groups; g++) {                                                     \
+                const uint8_t *w = base + g * next + plane + b * (block_bytes);                    \
+                vf d = vf_load_f16((const uint16_t *)(base + g * next) + b * EM_LANES);            \
+                for (int t = 0; t < tokens; t++) {                                                 \
+                    int64_t at = row[t] + b;                                                       \
+                    vi dot = dot_block(w, a->q + at * EM_BLOCK, a->sum[at]);                       \
+                    vf scale = vf_mul(d, vf_set1(a->scale[at]));                                   \
+                    sum[g * tokens + t] = vf_fma(vf_from_vi(dot), scale, sum[g * tokens + t]);     \
+                }                                                                                  \
+            }                                                                                      \
+        for (int g = 0; g < groups; g++)                                                           \
+            for (int t = 0; t < tokens; t++)                                                       \
+                finish(sum[g * tokens + t], o, token + t, (group + g) * EM_LANES);                 \
+    }                                                                                              \
+    static void name(const uint8_t *weights, int32_t first_group, int32_t n_groups,                \
+                     const em_acts *a, int32_t n_tokens, const em_out *o) {                        \
+        FOR_TILES(name##_CALL, BLOCK_GROUPS);                                                      \
+    }
+
+#define product_q8_CALL(g, ng, t, nt) product_q8_tile(weights, a, o, g, ng, t, nt)
+#define product_q4_CALL(g, ng, t, nt) product_q4_tile(weights, a, o, g, ng, t, nt)
+BLOCK_PRODUCT(product_q8, EM_Q8_0, 512, dot_block_q8)
+BLOCK_PRODUCT(product_q4, EM_Q4_0, 256, dot_block_q4)
+
+static void quantize(const float *x, int32_t cols, int8_t *q, float *scale, int32_t *sum) {
+    for (int32_t k = 0; k < cols; k += EM_BLOCK) {
+        vf a = load_part(x + k, cols - k, 0);
+        vf b = cols - k > EM_LANES ? load_part(x + k + EM_LANES, cols - k - EM_LANES, 0)
+                                   : vf_set1(0);
+        float amax = vf_max_lane(vf_max(vf_abs(a), vf_abs(b)));
+        vf inverse = vf_set1(amax > 0 ? 127.0f / amax : 0), limit = vf_set1(127);
+        vf low = vf_set1(-127);
+        a = vf_round(vf_min(vf_max(vf_mul(a, inverse), low), limit));
+        b = vf_round(vf_min(vf_max(vf_mul(b, inverse), low), limit));
+        vi qa = vi_from_vf(a), qb = vi_from_vf(b);
+        vi_store_i8(q + k, qa);
+        vi_store_i8(q + k + EM_LANES, qb);
+        *scale++ = amax / 127.0f;
+        *sum++ = vi_sum(vi_add(qa, qb));
+    }
+}
+
+/* ---- element-wise ------------------------------------------------------------------------------ */
+
+/* e^x within 2 ulp; the argument is clamped to where the result is a normal float. Range reduction and
+ * polynomial as in Cephes' expf (S. Moshier). */
+EM_INLINE vf vf_exp(vf x) {
+    x = vf_min(vf_max(x, vf_set1(-87.0f)), vf_set1(88.0f));
+    vf n = vf_round(vf_mul(x, vf_set1(1.44269504088896341f)));
+    vf r = vf_fma(n, vf_set1(-0.693359375f), x);
+    r = vf_fma(n, vf_set1(2.12194440e-4f), r);
+    vf p = vf_set1(1.9875691500e-4f);
+    p = vf_fma(p, r, vf_set1(1.3981999507e-3f));
+    p = vf_fma(p, r, vf_set1(8.3334519073e-3f));
+    p = vf_fma(p, r, vf_set1(4.1665795894e-2f));
+    p = vf_fma(p, r, vf_set1(1.6666665459e-1f));
+    p = vf_fma(p, r, vf_set1(5.0000001201e-1f));
+    vf e = vf_add(vf_fma(p, vf_mul(r, r), r), vf_set1(1));
+    return vf_mul(e, vf_pow2(n));
+}
+
+EM_INLINE vf vf_sigmoid(vf x) {
+    vf e = vf_exp(vf_sub(vf_set1(0), x));
+    return vf_div(vf_set1(1), vf_add(vf_set1(1), e));
+}
+
+EM_INLINE vf vf_tanh(vf x) {
+    vf e = vf_exp(vf_add(x, x));
+    return vf_sub(vf_set1(1), vf_div(vf_set1(2), vf_add(e, vf_set1(1))));
+}
+
+/* erf within 1.5e-7 absolute: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26. */
+EM_INLINE vf vf_erf(vf x) {
+    vf z = vf_abs(x), one = vf_set1(1);
+    vf t = vf_div(one, vf_fma(vf_set1(0.3275911f), z, one));
+    vf p = vf_set1(1.061405429f);
+    p = vf_fma(p, t, vf_set1(-1.453152027f));
+    p = vf_fma(p, t, vf_set1(1.421413741f));
+    p = vf_fma(p, t, vf_set1(-0.284496736f));
+    p = vf_fma(p, t, vf_set1(0.254829592f));
+    vf e = vf_exp(vf_sub(vf_set1(0), vf_mul(z, z)));
+    vf magnitude = vf_sub(one, vf_mul(vf_mul(p, t), e));
+    vf sign = vf_min(vf_max(vf_mul(x, vf_set1(1e38f)), vf_set1(-1)), one);
+    return vf_mul(sign, magnitude);
+}
+
+EM_INLINE vf activate(vf x, int32_t activation) {
+    vf half = vf_set1(0.5f), one = vf_set1(1), positive;
+    switch (activation) {
+    case EM_SILU:
+        return vf_mul(x, vf_sigmoid(x));
+    case EM_GELU:
+        return vf_mul(vf_mul(half, x), vf_add(one, vf_erf(vf_mul(x, vf_set1(0.70710678f)))));
+    case EM_GELU_TANH: {
+        vf cube = vf_mul(vf_mul(x, x), x);
+        vf inner = vf_mul(vf_set1(0.79788456f), vf_fma(vf_set1(0.044715f), cube, x));
+        return vf_mul(vf_mul(half, x), vf_add(one, vf_tanh(inner)));
+    }
+    case EM_GELU_QUICK:
+        return vf_mul(x, vf_sigmoid(vf_mul(vf_set1(1.702f), x)));
+    default:
+        positive = vf_max(x, vf_set1(0));
+        return activation == EM_RELU2 ? vf_mul(positive, positive) : positive;
+    }
+}
+
+static void gate(float *g, const float *up, int32_t n, int32_t activation) {
+    for (int32_t i = 0; i < n; i += EM_LANES) {
+        vf a = activate(load_part(g + i, n - i, 0), activation);
+        store_part(g + i, n - i, vf_mul(a, load_part(up + i, n - i, 0)));
+    }
+}
+
+static void sigmoid(float *x, int32_t n) {
+    for (int32_t i = 0; i < n; i += EM_LANES)
+        store_part(x + i, n - i, vf_sigmoid(load_part(x + i, n - i, 0)));
+}
+
+static void softmax(float *x, int32_t n) {
+    vf top = vf_set1(-INFINITY), sum = vf_set1(0);
+    for (int32_t i = 0; i < n; i += EM_LANES) top = vf_max(load_part(x + i, n - i, -INFINITY), top);
+    top = vf_set1(vf_max_lane(top));
+    for (int32_t i = 0; i < n; i += EM_LANES) {
+        store_part(x + i, n - i, vf_exp(vf_sub(load_part(x + i, n - i, 0), top)));
+        sum = vf_add(sum, load_part(x + i, n - i, 0));
+    }
+    vf total = vf_set1(vf_sum(sum));
+    for (int32_t i = 0; i < n; i += EM_LANES)
+        store_part(x + i, n - i, vf_div(load_part(x + i, n - i, 0), total));
+}
+
+static void rms_norm(const float *x, const float *weight, float eps, int32_t n, float *out) {
+    vf squares = vf_set1(0);
+    for (int32_t i = 0; i < n; i += EM_LANES) {
+        vf a = load_part(x + i, n - i, 0);
+        squares = vf_fma(a, a, squares);
+    }
+    vf inverse = vf_set1(1.0f / sqrtf(vf_sum(squares) / (float)n + eps));
+    for (int32_t i = 0; i < n; i += EM_LANES) {
+        vf a = vf_mul(load_part(x + i, n - i, 0), inverse);
+        store_part(out + i, n - i, vf_mul(a, load_part(weight + i, n - i, 0)));
+    }
+}
+
+static void axpy(float *out, float weight, const float *x, int32_t n) {
+    vf w = vf_set1(weight);
+    for (int32_t i = 0; i < n; i += EM_LANES) {
+        vf a = vf_fma(w, load_part(x + i, n - i, 0), load_part(out + i, n - i, 0));
+        store_part(out + i, n - i, a);
+    }
+}
+
+/* ---- attention --------------------------------------------------------------------------------- */
+
+static void rotate(const float *x, const float *cos_t, const float *sin_t, int32_t n, float *out) {
+    int32_t half = n / 2;
+    for (int32_t i = 0; i < half; i += EM_LANES) {
+        int64_t left = half - i;
+        vf a = load_part(x + i, left, 0), b = load_part(x + half + i, left, 0);
+        vf c = load_part(cos_t + i, left, 0), s = load_part(sin_t + i, left, 0);
+        vf minus_b = vf_sub(vf_set1(0), b);
+        store_part(out + i, left, vf_fma(minus_b, s, vf_mul(a, c)));
+        store_part(out + half + i, left, vf_fma(a, s, vf_mul(b, c)));
+    }
+}
+
+static void store_f16(const float *x, int32_t n, uint16_t *out) {
+    for (int32_t i = 0; i < n; i += EM_LANES) {
+        uint16_t lane[EM_LANES];
+        vf_store_f16(lane, load_part(x + i, n - i, 0));
+        for (int64_t j = 0; j < em_min(EM_LANES, n - i); j++) out[i + j] = lane[j];
+    }
+}
+
+EM_INLINE float dot_f16(const float *q, const uint16_t *k, int32_t padded) {
+    vf sum = vf_set1(0);
+    for (int32_t d = 0; d < padded; d += EM_LANES)
+        sum = vf_fma(vf_load(q + d), vf_load_f16(k + d), sum);
+    return vf_sum(sum);
+}
+
+/* Online softmax (Milakov and Gimelshein, arXiv 1805.02867) over blocks of 16 keys. */
+static void attend(const float *q, const uint16_t *k, const uint16_t *v, int64_t begin, int64_t end,
+                   int32_t padded, float *out) {
+    float top = -INFINITY, total = 0;
+    for (int32_t d = 0; d < padded; d += EM_LANES) vf_store(out + d, vf_set1(0));
+    for (int64_t key = begin; key < end; key += EM_LANES) {
+        int n = (int)em_min(EM_LANES, end - key);
+        float p[EM_LANES];
+        for (int j = 0; j < EM_LANES; j++)
+            p[j] = j < n ? dot_f16(q, k + (key + j) * padded, padded) : -INFINITY;
+        vf score = vf_load(p);
+        float block_top = vf_max_lane(score), new_top = block_top > top ? block_top : top;
+        vf_store(p, vf_exp(vf_sub(score, vf_set1(new_top))));
+        for (int j = n; j < EM_LANES; j++) p[j] = 0;
+        vf shrink = vf_exp(vf_set1(top - new_top));
+        float lane[EM_LANES];
+        vf_store(lane, shrink);
+        total = total * lane[0] + vf_sum(vf_load(p));
+        top = new_top;
+        for (int32_t d = 0; d < padded; d += EM_LANES) {
+            vf sum = vf_mul(vf_load(out + d), shrink);
+            for (int j = 0; j < n; j++)
+                sum = vf_fma(vf_set1(p[j]), vf_load_f16(v + (key + j) * padded + d), sum);
+            vf_store(out + d, sum);
+        }
+    }
+    for (int32_t d = 0; d < padded; d += EM_LANES)
+        vf_store(out + d, vf_div(vf_load(out + d), vf_set1(total)));
+}
+
+/* ---- tables and memory ------------------------------------------------------------------------- */
+
+EM_INLINE float load_f16(const uint8_t *p) {
+    uint16_t lane[EM_LANES] = {(uint16_t)(p[0] | p[1] << 8)};
+    float value[EM_LANES];
+    vf_store(value, vf_load_f16(lane));
+    return value[0];
+}
+
+EM_INLINE float block_element(const uint8_t *group, int32_t dtype, int32_t lanes, int32_t cols,
+                              int64_t lane, int32_t k) {
+    int64_t block = k / EM_BLOCK, within = k % EM_BLOCK;
+    const uint8_t *quants = group + em_scale_bytes(dtype, cols, lanes);
+    float d = load_f16(group + (block * lanes + lane) * 2);
+    int64_t chunk = dtype == EM_Q8_0 ? block * 8 + within / 4 : block * 4 + within % 16 / 4;
+    uint8_t byte = quants[(chunk * lanes + lane) * 4 + within % 4];
+    if (dtype == EM_Q8_0) return d * (float)(byte - 128);
+    return d * (float)((within < 16 ? byte & 15 : byte >> 4) - 8);
+}
+
+static void unpack_row(const uint8_t *data, int32_t dtype, int32_t lanes, int32_t cols, int64_t row,
+                       float *out) {
+    const uint8_t *group = data + row / lanes * em_group_bytes(dtype, cols, lanes);
+    int64_t lane = row % lanes;
+    for (int32_t k = 0; k < cols; k++) {
+        int64_t at = (int64_t)k * lanes + lane;
+        switch (dtype) {
+        case EM_F32:
+            out[k] = ((const float *)group)[at];
+            break;
+        case EM_F16:
+            out[k] = load_f16(group + 2 * at);
+            break;
+        case EM_BF16: {
+            uint16_t bits[EM_LANES] = {((const uint16_t *)group)[at]};
+            float value[EM_LANES];
+            vf_store(value, vf_load_bf16(bits));
+            out[k] = value[0];
+            break;
+        }
+        default:
+            out[k] = block_element(group, dtype, lanes, cols, lane, k);
+        }
+    }
+}
+
+static uint64_t read_bytes(const uint8_t *data, uint64_t bytes) {
+    const uint64_t *word = (const uint64_t *)data;
+    uint64_t sum[32] = {0};
+    for (uint64_t i = 0; i + 32 <= bytes / 8; i += 32)
+        for (int j = 0; j < 32; j++) sum[j] += word[i + j];
+    for (int j = 1; j < 32; j++) sum[0] += sum[j];
+    return sum[0];
+}
+
+const em_kernels JOIN(em_kernels_, EM_ISA) = {
+    .name = TEXT(EM_ISA),
+    .product = {product_f32, product_f16, product_bf16, product_q8, product_q4},
+    .quantize = quantize,
+    .rms_norm = rms_norm,
+    .gate = gate,
+    .softmax = softmax,
+    .sigmoid = sigmoid,
+    .axpy = axpy,
+    .rotate = rotate,
+    .store_f16 = store_f16,
+    .attend = attend,
+    .unpack_row = unpack_row,
+    .read_bytes = read_bytes,
+};

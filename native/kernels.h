@@ -1,0 +1,65 @@
+/* The table of kernels: compiled once per instruction set from kernels.c, chosen once in cpu.c.
+ *
+ * A kernel works on one thread's share. Every table computes the same bytes. */
+#ifndef EM_KERNELS_H
+#define EM_KERNELS_H
+
+#include "base.h"
+#include "edgemem.h"
+
+/* Activations of the tokens that one product reads: floats, and for block formats their int8 form. */
+typedef struct {
+    const float *x;      /* [n_tokens, cols] */
+    const int8_t *q;     /* [n_tokens, blocks * 32], zero beyond cols */
+    const float *scale;  /* [n_tokens, blocks] */
+    const int32_t *sum;  /* [n_tokens, blocks]: the sum of each block's q */
+    const int32_t *rows; /* which rows of the above the tokens are, or NULL for 0, 1, 2... */
+    int32_t cols, blocks;
+} em_acts;
+
+/* Where the products of rows [row0, row0 + 16 * n_groups) go. */
+typedef struct {
+    float *out; /* token t's element r is out[t * stride + r] */
+    const float *bias;
+    int64_t stride;
+    int32_t rows; /* rows of the whole matrix: the last group may be partial */
+    int32_t accumulate;
+} em_out;
+
+typedef void em_product(const uint8_t *weights, int32_t first_group, int32_t n_groups,
+                        const em_acts *acts, int32_t n_tokens, const em_out *out);
+
+typedef struct {
+    const char *name;
+    em_product *product[5]; /* by dtype code */
+    /* One row of `cols` floats into int8 blocks of 32: q = round(x / scale), scale = amax / 127. */
+    void (*quantize)(const float *x, int32_t cols, int8_t *q, float *scale, int32_t *sum);
+    void (*rms_norm)(const float *x, const float *weight, float eps, int32_t n, float *out);
+    /* gate[i] = activation(gate[i]) * up[i] */
+    void (*gate)(float *gate, const float *up, int32_t n, int32_t activation);
+    /* x[i] = exp(x[i] - max) / sum */
+    void (*softmax)(float *x, int32_t n);
+    void (*sigmoid)(float *x, int32_t n);
+    /* out[i] += weight * x[i] */
+    void (*axpy)(float *out, float weight, const float *x, int32_t n);
+    /* Rotates the pairs (x[i], x[i + n/2]) by the angles of cos, sin [n/2]; out may be x. */
+    void (*rotate)(const float *x, const float *cos_t, const float *sin_t, int32_t n, float *out);
+    /* f32 to f16, round to nearest even. */
+    void (*store_f16)(const float *x, int32_t n, uint16_t *out);
+    /* One query head over keys [begin, end): q [padded], k and v [.., padded] f16, out [padded]. */
+    void (*attend)(const float *q, const uint16_t *k, const uint16_t *v, int64_t begin, int64_t end,
+                   int32_t padded, float *out);
+    /* Row `row` of a store matrix as floats. */
+    void (*unpack_row)(const uint8_t *data, int32_t dtype, int32_t lanes, int32_t cols, int64_t row,
+                       float *out);
+    uint64_t (*read_bytes)(const uint8_t *data, uint64_t bytes);
+} em_kernels;
+
+/* Bytes of one group of `lanes` rows, and of its plane of scales (dtypes.py, FORMAT.md). */
+int64_t em_group_bytes(int32_t dtype, int32_t cols, int32_t lanes);
+int64_t em_scale_bytes(int32_t dtype, int32_t cols, int32_t lanes);
+
+/* cpu.c: the table of that name, or the best one that runs; NULL with a status if there is none. */
+const em_kernels *em_kernels_pick(const char *isa, int32_t *status);
+
+#endif

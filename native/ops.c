@@ -1,0 +1,243 @@
+/* Operations over a core: arguments are checked here, then the pool runs kernels. */
+#include "core.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- the core ---------------------------------------------------------------------------------- */
+
+int32_t em_core_open(int32_t n_threads, const char *isa, em_core **out) {
+    int32_t status;
+    const em_kernels *kernels = em_kernels_pick(isa, &status);
+    if (!kernels) return status;
+    em_core *core = calloc(1, sizeof *core);
+    if (!core) return EM_NO_MEMORY;
+    core->kernels = kernels;
+    status = em_pool_open(n_threads, &core->pool);
+    if (status != EM_OK) {
+        free(core);
+        return status;
+    }
+    *out = core;
+    return EM_OK;
+}
+
+void em_core_close(em_core *core) {
+    if (!core) return;
+    em_pool_close(core->pool);
+    free(core->scratch);
+    free(core);
+}
+
+const char *em_core_isa(const em_core *core) { return core->kernels->name; }
+
+int32_t em_core_reserve(em_core *core, uint64_t bytes) {
+    if (bytes <= core->scratch_bytes) return EM_OK;
+    if (bytes > UINT64_MAX / 2) return EM_NO_MEMORY;
+    uint8_t *grown = aligned_alloc(EM_ALIGN, em_arena_cost(bytes));
+    if (!grown) return EM_NO_MEMORY;
+    free(core->scratch);
+    core->scratch = grown;
+    core->scratch_bytes = em_arena_cost(bytes);
+    return EM_OK;
+}
+
+/* ---- store matrices ---------------------------------------------------------------------------- */
+
+int64_t em_scale_bytes(int32_t dtype, int32_t cols, int32_t lanes) {
+    if (!em_dtype_is_block(dtype)) return 0;
+    return em_round_up((cols + EM_BLOCK - 1) / EM_BLOCK * 2LL * lanes, 4LL * lanes);
+}
+
+int64_t em_group_bytes(int32_t dtype, int32_t cols, int32_t lanes) {
+    int64_t blocks = (cols + EM_BLOCK - 1) / EM_BLOCK, quants;
+    switch (dtype) {
+    case EM_F32:
+        quants = 4LL * cols * lanes;
+        break;
+    case EM_Q8_0:
+        quants = blocks * 32 * lanes;
+        break;
+    case EM_Q4_0:
+        quants = blocks * 16 * lanes;
+        break;
+    default:
+        quants = 2LL * cols * lanes;
+    }
+    return em_scale_bytes(dtype, cols, lanes) + em_round_up(quants, 4LL * lanes);
+}
+
+/* ---- products ---------------------------------------------------------------------------------- */
+
+int64_t em_chunk_groups(const em_core *core, int64_t groups) {
+    int64_t threads = em_pool_threads(core->pool);
+    return threads == 1 ? em_max(groups, 1) : em_max(1, groups / (threads * 8));
+}
+
+uint64_t em_acts_bytes(int64_t n, int32_t cols) {
+    uint64_t blocks = (uint64_t)n * (uint64_t)((cols + EM_BLOCK - 1) / EM_BLOCK);
+    return em_arena_cost(blocks * EM_BLOCK) + 2 * em_arena_cost(blocks * 4);
+}
+
+bool em_acts_take(em_arena *arena, em_acts *acts, int64_t n) {
+    uint64_t blocks = (uint64_t)n * (uint64_t)acts->blocks;
+    acts->q = em_arena_take(arena, blocks * EM_BLOCK);
+    acts->scale = em_arena_take(arena, blocks * 4);
+    acts->sum = em_arena_take(arena, blocks * 4);
+    return acts->q && acts->scale && acts->sum;
+}
+
+typedef struct {
+    const em_kernels *kernels;
+    const em_acts *acts;
+    const int32_t *rows;
+} quantize_task;
+
+static void quantize_row(void *arg, int64_t item, int32_t thread) {
+    (void)thread;
+    quantize_task *task = arg;
+    const em_acts *a = task->acts;
+    int64_t row = task->rows ? task->rows[item] : item, at = row * a->blocks;
+    task->kernels->quantize(a->x + row * a->cols, a->cols, (int8_t *)a->q + at * EM_BLOCK,
+                            (float *)a->scale + at, (int32_t *)a->sum + at);
+}
+
+void em_acts_quantize(em_core *core, const em_acts *acts, const int32_t *rows, int64_t n) {
+    quantize_task task = {core->kernels, acts, rows};
+    if (n * acts->cols >= 16384)
+        em_pool_run(core->pool, quantize_row, &task, n);
+    else
+        for (int64_t i = 0; i < n; i++) quantize_row(&task, i, 0);
+}
+
+uint64_t em_linear_scratch(int32_t n_tokens, int32_t cols) { return em_acts_bytes(n_tokens, cols); }
+
+typedef struct {
+    const em_kernels *kernels;
+    const em_linear *linears;
+    int32_t n_linears, n_tokens;
+    int64_t chunk; /* groups an item takes */
+    const em_acts *acts;
+} linears_task;
+
+static int64_t groups_of(const em_linear *l) { return (l->rows + EM_LANES - 1) / EM_LANES; }
+
+static void linear_item(void *arg, int64_t item, int32_t thread) {
+    (void)thread;
+    const linears_task *task = arg;
+    const em_linear *l = task->linears;
+    for (;; l++) {
+        int64_t items = (groups_of(l) + task->chunk - 1) / task->chunk;
+        if (item < items) break;
+        item -= items;
+    }
+    int64_t first = item * task->chunk, n = em_min(task->chunk, groups_of(l) - first);
+    em_out out = {l->out, l->bias, l->out_stride, l->rows, l->accumulate};
+    task->kernels->product[l->dtype](l->weights, (int32_t)first, (int32_t)n, task->acts,
+                                     task->n_tokens, &out);
+}
+
+int32_t em_linears(em_core *core, const em_linear *linears, int32_t n_linears, const float *x,
+                   int32_t n_tokens) {
+    if (n_linears < 1 || n_tokens < 0) return EM_INVALID;
+    int32_t cols = linears[0].cols;
+    int64_t groups = 0, items = 0;
+    bool blocks = false;
+    for (int32_t i = 0; i < n_linears; i++) {
+        const em_linear *l = &linears[i];
+        if (l->cols != cols || l->cols < 1 || l->rows < 1 || !em_dtype_known(l->dtype))
+            return EM_INVALID;
+        blocks |= em_dtype_is_block(l->dtype);
+        groups += groups_of(l);
+    }
+    em_acts acts = {.x = x, .cols = cols, .blocks = (cols + EM_BLOCK - 1) / EM_BLOCK};
+    em_arena arena = em_core_arena(core);
+    if (blocks && !em_acts_take(&arena, &acts, n_tokens)) return EM_NO_MEMORY;
+    if (n_tokens == 0) return EM_OK;
+    if (blocks) em_acts_quantize(core, &acts, NULL, n_tokens);
+    linears_task task = {core->kernels, linears, n_linears, n_tokens, em_chunk_groups(core, groups),
+                         &acts};
+    for (int32_t i = 0; i < n_linears; i++)
+        items += (groups_of(&linears[i]) + task.chunk - 1) / task.chunk;
+    em_pool_run(core->pool, linear_item, &task, items);
+    return EM_OK;
+}
+
+/* ---- norms, tables, small things --------------------------------------------------------------- */
+
+typedef struct {
+    const em_kernels *kernels;
+    const float *x, *weight;
+    float eps;
+    int32_t n_cols;
+    float *out;
+} norm_task;
+
+static void norm_row(void *arg, int64_t row, int32_t thread) {
+    (void)thread;
+    const norm_task *t = arg;
+    int64_t at = row * t->n_cols;
+    t->kernels->rms_norm(t->x + at, t->weight, t->eps, t->n_cols, t->out + at);
+}
+
+int32_t em_rms_norm(em_core *core, const float *x, const float *weight, float eps, int32_t n_rows,
+                    int32_t n_cols, float *out) {
+    if (n_rows < 0 || n_cols < 1) return EM_INVALID;
+    norm_task task = {core->kernels, x, weight, eps, n_cols, out};
+    if ((int64_t)n_rows * n_cols >= 32768)
+        em_pool_run(core->pool, norm_row, &task, n_rows);
+    else
+        for (int32_t row = 0; row < n_rows; row++) norm_row(&task, row, 0);
+    return EM_OK;
+}
+
+int32_t em_embed(em_core *core, const uint64_t *addresses, int32_t rows_per_bundle, int32_t dtype,
+                 int32_t lanes, int32_t cols, const int32_t *ids, int32_t n, float *out) {
+    if (rows_per_bundle < 1 || !em_dtype_known(dtype) || (lanes != 1 && lanes != EM_LANES) ||
+        cols < 1 || n < 0)
+        return EM_INVALID;
+    for (int32_t i = 0; i < n; i++)
+        if (ids[i] < 0) return EM_INVALID;
+    for (int32_t i = 0; i < n; i++) {
+        const uint8_t *bundle = (const uint8_t *)(uintptr_t)addresses[ids[i] / rows_per_bundle];
+        core->kernels->unpack_row(bundle, dtype, lanes, cols, ids[i] % rows_per_bundle,
+                                  out + (int64_t)i * cols);
+    }
+    return EM_OK;
+}
+
+int32_t em_clamp(float *x, int64_t n, float limit) {
+    if (n < 0 || !(limit >= 0)) return EM_INVALID;
+    for (int64_t i = 0; i < n; i++) x[i] = x[i] > limit ? limit : x[i] < -limit ? -limit : x[i];
+    return EM_OK;
+}
+
+int32_t em_sigmoid(em_core *core, float *x, int32_t n) {
+    if (n < 0) return EM_INVALID;
+    core->kernels->sigmoid(x, n);
+    return EM_OK;
+}
+
+typedef struct {
+    const em_kernels *kernels;
+    const uint8_t *data;
+    uint64_t bytes;
+    uint64_t sum;
+} read_task;
+
+#define READ_CHUNK (1u << 20)
+
+static void read_item(void *arg, int64_t item, int32_t thread) {
+    (void)thread;
+    read_task *t = arg;
+    uint64_t from = (uint64_t)item * READ_CHUNK;
+    uint64_t n = (uint64_t)em_min(READ_CHUNK, (int64_t)(t->bytes - from));
+    __atomic_fetch_add(&t->sum, t->kernels->read_bytes(t->data + from, n), __ATOMIC_RELAXED);
+}
+
+uint64_t em_read_bytes(em_core *core, const void *data, uint64_t bytes) {
+    read_task task = {core->kernels, data, bytes, 0};
+    em_pool_run(core->pool, read_item, &task, (int64_t)((bytes + READ_CHUNK - 1) / READ_CHUNK));
+    return task.sum;
+}

@@ -1,0 +1,150 @@
+#include "pool.h"
+
+#include "edgemem.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+/* About 50 us: longer than the gap between two regions of a step, shorter than a nap is worth. */
+#define SPINS 8000
+
+struct em_pool {
+    pthread_t *threads;
+    int32_t n_threads; /* the caller included */
+    int32_t n_started;
+
+    em_task *task;
+    void *arg;
+    int64_t n_items;
+    _Alignas(64) _Atomic int64_t next;
+    _Alignas(64) _Atomic uint32_t epoch; /* grows by one for each region; odd or even alike */
+    _Alignas(64) _Atomic int32_t working;
+    _Alignas(64) _Atomic int32_t sleeping;
+    _Atomic bool closing;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+};
+
+typedef struct {
+    em_pool *pool;
+    int32_t index;
+} worker_start;
+
+EM_INLINE void pause_cpu(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("yield");
+#endif
+}
+
+static void take_items(em_pool *pool, int32_t thread) {
+    for (;;) {
+        int64_t item = atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed);
+        if (item >= pool->n_items) return;
+        pool->task(pool->arg, item, thread);
+    }
+}
+
+static void wait_for_epoch(em_pool *pool, uint32_t seen) {
+    for (int spin = 0; spin < SPINS; spin++) {
+        if (atomic_load_explicit(&pool->epoch, memory_order_acquire) != seen) return;
+        pause_cpu();
+    }
+    /* Sequentially consistent on both sides: either the caller sees us in `sleeping`, or we see its
+     * new epoch before we wait. */
+    pthread_mutex_lock(&pool->mutex);
+    atomic_fetch_add(&pool->sleeping, 1);
+    while (atomic_load(&pool->epoch) == seen) pthread_cond_wait(&pool->wake, &pool->mutex);
+    atomic_fetch_sub(&pool->sleeping, 1);
+    pthread_mutex_unlock(&pool->mutex);
+}
+
+static void *work(void *start_arg) {
+    worker_start start = *(worker_start *)start_arg;
+    free(start_arg);
+    em_pool *pool = start.pool;
+    for (uint32_t seen = 0;; seen++) {
+        wait_for_epoch(pool, seen);
+        if (atomic_load(&pool->closing)) return NULL;
+        take_items(pool, start.index);
+        atomic_fetch_sub_explicit(&pool->working, 1, memory_order_release);
+    }
+}
+
+static void next_epoch(em_pool *pool) {
+    atomic_fetch_add(&pool->epoch, 1);
+    if (atomic_load(&pool->sleeping) > 0) {
+        pthread_mutex_lock(&pool->mutex);
+        pthread_cond_broadcast(&pool->wake);
+        pthread_mutex_unlock(&pool->mutex);
+    }
+}
+
+void em_pool_run(em_pool *pool, em_task *task, void *arg, int64_t n_items) {
+    if (pool->n_threads == 1 || n_items <= 1) {
+        for (int64_t item = 0; item < n_items; item++) task(arg, item, 0);
+        return;
+    }
+    pool->task = task;
+    pool->arg = arg;
+    pool->n_items = n_items;
+    atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
+    atomic_store_explicit(&pool->working, pool->n_threads - 1, memory_order_relaxed);
+    next_epoch(pool);
+    take_items(pool, 0);
+    for (int spin = 0; atomic_load_explicit(&pool->working, memory_order_acquire) > 0; spin++) {
+        if (spin < SPINS)
+            pause_cpu();
+        else
+            sched_yield();
+    }
+}
+
+static bool start_worker(em_pool *pool, int32_t index) {
+    worker_start *start = malloc(sizeof *start);
+    if (!start) return false;
+    *start = (worker_start){pool, index};
+    if (pthread_create(&pool->threads[index], NULL, work, start) != 0) {
+        free(start);
+        return false;
+    }
+    pool->n_started++;
+    return true;
+}
+
+int32_t em_pool_open(int32_t n_threads, em_pool **out) {
+    if (n_threads < 1 || n_threads > 1024) return EM_INVALID;
+    em_pool *pool = aligned_alloc(64, (size_t)em_round_up(sizeof *pool, 64));
+    if (!pool) return EM_NO_MEMORY;
+    *pool = (em_pool){.n_threads = n_threads};
+    pool->threads = calloc((size_t)n_threads, sizeof *pool->threads);
+    if (!pool->threads) {
+        free(pool);
+        return EM_NO_MEMORY;
+    }
+    pthread_mutex_init(&pool->mutex, NULL);
+    pthread_cond_init(&pool->wake, NULL);
+    for (int32_t i = 1; i < n_threads; i++)
+        if (!start_worker(pool, i)) {
+            em_pool_close(pool);
+            return EM_NO_THREADS;
+        }
+    *out = pool;
+    return EM_OK;
+}
+
+void em_pool_close(em_pool *pool) {
+    if (!pool) return;
+    atomic_store(&pool->closing, true);
+    next_epoch(pool);
+    for (int32_t i = 1; i <= pool->n_started; i++) pthread_join(pool->threads[i], NULL);
+    pthread_mutex_destroy(&pool->mutex);
+    pthread_cond_destroy(&pool->wake);
+    free(pool->threads);
+    free(pool);
+}
+
+int32_t em_pool_threads(const em_pool *pool) { return pool->n_threads; }

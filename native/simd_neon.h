@@ -1,0 +1,108 @@
+/* The words of kernels.c for NEON on aarch64, with the dot product extension where the table says so.
+ * A vector is four registers of four lanes. */
+#include <arm_neon.h>
+#include <string.h>
+
+#define EM_TOKENS 2
+#define EM_Q8_BIAS 0
+
+typedef struct { float32x4_t v[4]; } vf;
+typedef struct { int32x4_t v[4]; } vi;
+
+#define EACH for (int i = 0; i < 4; i++)
+
+EM_INLINE vf vf_set1(float x) { vf r; EACH r.v[i] = vdupq_n_f32(x); return r; }
+EM_INLINE vf vf_load(const float *p) { vf r; EACH r.v[i] = vld1q_f32(p + 4 * i); return r; }
+EM_INLINE void vf_store(float *p, vf a) { EACH vst1q_f32(p + 4 * i, a.v[i]); }
+EM_INLINE vf vf_add(vf a, vf b) { EACH a.v[i] = vaddq_f32(a.v[i], b.v[i]); return a; }
+EM_INLINE vf vf_sub(vf a, vf b) { EACH a.v[i] = vsubq_f32(a.v[i], b.v[i]); return a; }
+EM_INLINE vf vf_mul(vf a, vf b) { EACH a.v[i] = vmulq_f32(a.v[i], b.v[i]); return a; }
+EM_INLINE vf vf_div(vf a, vf b) { EACH a.v[i] = vdivq_f32(a.v[i], b.v[i]); return a; }
+EM_INLINE vf vf_fma(vf a, vf b, vf c) { EACH a.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]); return a; }
+EM_INLINE vf vf_max(vf a, vf b) {
+    EACH a.v[i] = vbslq_f32(vcgtq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]);
+    return a;
+}
+EM_INLINE vf vf_min(vf a, vf b) {
+    EACH a.v[i] = vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]);
+    return a;
+}
+EM_INLINE vf vf_abs(vf a) { EACH a.v[i] = vabsq_f32(a.v[i]); return a; }
+EM_INLINE vf vf_round(vf a) { EACH a.v[i] = vrndnq_f32(a.v[i]); return a; }
+
+EM_INLINE vi vi_set1(int32_t x) { vi r; EACH r.v[i] = vdupq_n_s32(x); return r; }
+EM_INLINE vi vi_add(vi a, vi b) { EACH a.v[i] = vaddq_s32(a.v[i], b.v[i]); return a; }
+EM_INLINE vf vf_from_vi(vi a) { vf r; EACH r.v[i] = vcvtq_f32_s32(a.v[i]); return r; }
+EM_INLINE vi vi_from_vf(vf a) { vi r; EACH r.v[i] = vcvtnq_s32_f32(a.v[i]); return r; }
+EM_INLINE void vi_store_i8(int8_t *p, vi a) {
+    int16x8_t low = vcombine_s16(vmovn_s32(a.v[0]), vmovn_s32(a.v[1]));
+    int16x8_t high = vcombine_s16(vmovn_s32(a.v[2]), vmovn_s32(a.v[3]));
+    vst1q_s8(p, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
+}
+EM_INLINE int32_t vi_sum(vi a) {
+    return vaddvq_s32(vaddq_s32(vaddq_s32(a.v[0], a.v[1]), vaddq_s32(a.v[2], a.v[3])));
+}
+EM_INLINE vf vf_pow2(vf n) {
+    EACH {
+        int32x4_t biased = vaddq_s32(vcvtnq_s32_f32(n.v[i]), vdupq_n_s32(127));
+        n.v[i] = vreinterpretq_f32_s32(vshlq_n_s32(biased, 23));
+    }
+    return n;
+}
+
+EM_INLINE vf vf_load_f16(const uint16_t *p) {
+    vf r;
+    EACH r.v[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));
+    return r;
+}
+EM_INLINE void vf_store_f16(uint16_t *p, vf a) {
+    EACH vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(a.v[i])));
+}
+EM_INLINE vf vf_load_bf16(const uint16_t *p) {
+    vf r;
+    EACH r.v[i] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16));
+    return r;
+}
+
+EM_INLINE float vf_sum(vf a) {
+    float32x4_t s = vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
+    float32x2_t t = vadd_f32(vget_low_f32(s), vget_high_f32(s));
+    return vget_lane_f32(t, 0) + vget_lane_f32(t, 1);
+}
+EM_INLINE float vf_max_lane(vf a) {
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[1]), vmaxq_f32(a.v[2], a.v[3])));
+}
+
+EM_INLINE int8x16_t broadcast4(const int8_t *a) {
+    int32_t word;
+    memcpy(&word, a, 4);
+    return vreinterpretq_s8_s32(vdupq_n_s32(word));
+}
+
+/* acc[i] += sum over j < 4 of w[4i + j] * a[4i + j] */
+EM_INLINE int32x4_t dot4(int32x4_t acc, int8x16_t w, int8x16_t a) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    return vdotq_s32(acc, w, a);
+#else
+    int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(a)));
+    int32x4_t high = vpaddlq_s16(vmull_high_s8(w, a));
+    return vaddq_s32(acc, vpaddq_s32(low, high));
+#endif
+}
+
+EM_INLINE vi vi_dot_q8(vi acc, const uint8_t *w, const int8_t *a) {
+    int8x16_t x = broadcast4(a);
+    uint8x16_t flip = vdupq_n_u8(0x80);
+    EACH acc.v[i] = dot4(acc.v[i], vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w + 16 * i), flip)), x);
+    return acc;
+}
+EM_INLINE vi vi_dot_q4(vi acc, const uint8_t *p, const int8_t *low, const int8_t *high) {
+    int8x16_t l = broadcast4(low), h = broadcast4(high);
+    EACH {
+        uint8x16_t w = vld1q_u8(p + 16 * i);
+        acc.v[i] = dot4(acc.v[i], vreinterpretq_s8_u8(vandq_u8(w, vdupq_n_u8(15))), l);
+        acc.v[i] = dot4(acc.v[i], vreinterpretq_s8_u8(vshrq_n_u8(w, 4)), h);
+    }
+    return acc;
+}
+#undef EACH

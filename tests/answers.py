@@ -1,0 +1,65 @@
+"""What a store answers, as a digest, to compare across processes, instruction sets and threads.
+
+    EDGEMEM_ISA=scalar python tests/answers.py STORE...
+
+prints a JSON list of [store, ISA, threads, chunk, digest]. The digest covers the bytes of the
+logits of every prompt position and the tokens generated after it.
+"""
+
+import hashlib
+import json
+import sys
+from unittest import mock
+
+import edgemem
+import edgemem.engine
+
+THREADS = (1, 2, 5)
+CHUNKS = (1, 7, 128)
+"""Tokens a prefill step takes."""
+PROMPT_TOKENS, NEW_TOKENS = 37, 12
+
+
+def prompt(vocab_size: int, which: int = 0) -> list[int]:
+    """Ids all over the vocabulary, others for another `which`."""
+    return [(7919 * i + 104729 * which + 11) % vocab_size for i in range(PROMPT_TOKENS)]
+
+
+def opened(store, threads: int, chunk: int):
+    """An engine of the store whose prefill takes `chunk` tokens a step."""
+    with mock.patch.object(edgemem.engine, "CHUNK_TOKENS", chunk):
+        return edgemem.load(store, context=64, threads=threads)
+
+
+def greedy(session, ids, count: int = NEW_TOKENS) -> list[int]:
+    """The likeliest tokens after ids, EOS or not."""
+    out, logits = [], session.feed(ids)
+    while True:
+        out.append(int(logits.argmax()))
+        if len(out) == count:
+            return out
+        logits = session.feed(out[-1:])
+
+
+def digest(engine) -> str:
+    """Of the prompt's logits, all of them, and the tokens that follow."""
+    ids = prompt(engine.spec.vocab_size)
+    state = hashlib.sha256(engine.logits(ids).tobytes())
+    with engine.session() as session:
+        state.update(repr(greedy(session, ids)).encode())
+    return state.hexdigest()
+
+
+def main(stores: list[str]) -> None:
+    """Print one record for each store, thread count and chunk."""
+    records = []
+    for store in stores:
+        for threads in THREADS:
+            for chunk in CHUNKS:
+                with opened(store, threads, chunk) as engine:
+                    records.append([store, engine.isa, threads, chunk, digest(engine)])
+    print(json.dumps(records))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,214 @@
+/* Kernels other than products: the portable code against float64, every other set against it. */
+#include "check.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const em_kernels *portable;
+
+static void near(double got, double expected, double bound, const char *what, double at) {
+    CHECK(fabs(got - expected) <= bound, "%s at %g: %.9g, expected %.9g", what, at, got, expected);
+}
+
+static double activation(double x, int32_t kind) {
+    switch (kind) {
+    case EM_SILU: return x / (1 + exp(-x));
+    case EM_GELU: return 0.5 * x * (1 + erf(x / sqrt(2)));
+    case EM_GELU_TANH: return 0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
+    case EM_GELU_QUICK: return x / (1 + exp(-1.702 * x));
+    case EM_RELU: return x > 0 ? x : 0;
+    default: return x > 0 ? x * x : 0;
+    }
+}
+
+static void activations_are_right(void) {
+    for (int32_t kind = EM_SILU; kind <= EM_RELU2; kind++)
+        for (int i = -4000; i <= 4000; i++) {
+            float x = (float)i / 100, g = x, one = 1;
+            portable->gate(&g, &one, 1, kind);
+            near(g, activation(x, kind), 4e-7 * (1 + fabs(x)) * (kind == EM_RELU2 ? 41 : 1),
+                 "activation", kind);
+        }
+    const float extremes[] = {0, -0.0f, 3e38f, -3e38f, 1e-40f, 200, -200};
+    for (int32_t kind = EM_SILU; kind <= EM_RELU; kind++)
+        for (int i = 0; i < 7; i++) {
+            float g = extremes[i], one = 1;
+            portable->gate(&g, &one, 1, kind);
+            CHECK(isfinite(g) && fabsf(g) <= fabsf(extremes[i]), "kind %d of %g is %g", kind,
+                  extremes[i], g);
+        }
+}
+
+static void norms_and_softmax_are_right(void) {
+    for (int c = 0; c < N_LENGTHS; c++) {
+        int32_t n = LENGTHS[c];
+        float *x = exact((size_t)n * 4), *w = exact((size_t)n * 4), *out = exact((size_t)n * 4);
+        fill_unit(x, n, 3);
+        fill_unit(w, n, 4);
+        portable->rms_norm(x, w, 1e-6f, n, out);
+        double squares = 0, total = 0;
+        for (int32_t i = 0; i < n; i++) squares += (double)x[i] * x[i];
+        for (int32_t i = 0; i < n; i++)
+            near(out[i], x[i] / sqrt(squares / n + 1e-6) * w[i], 1e-6 * (1 + fabs(out[i])), "norm", i);
+        for (int32_t i = 0; i < n; i++) total += exp((double)x[i] * 20);
+        for (int32_t i = 0; i < n; i++) out[i] = x[i] * 20;
+        portable->softmax(out, n);
+        for (int32_t i = 0; i < n; i++)
+            near(out[i], exp((double)x[i] * 20) / total, 1e-6, "softmax", i);
+        free(x);
+        free(w);
+        free(out);
+    }
+}
+
+static void attention_is_right(void) {
+    enum { KEYS = 70, DIM = 48 };
+    static uint16_t k[KEYS * DIM], v[KEYS * DIM];
+    float q[DIM], out[DIM], row[KEYS * DIM], vf32[KEYS * DIM];
+    fill_unit(q, DIM, 1);
+    for (int d = 0; d < DIM; d++) q[d] *= 4;
+    fill_unit(row, KEYS * DIM, 2);
+    fill_unit(vf32, KEYS * DIM, 3);
+    portable->store_f16(row, KEYS * DIM, k);
+    portable->store_f16(vf32, KEYS * DIM, v);
+    for (int begin = 0; begin < 40; begin += 13)
+        for (int end = begin + 1; end <= KEYS; end += 11) {
+            double weight[KEYS], total = 0;
+            portable->attend(q, k, v, begin, end, DIM, out);
+            for (int j = begin; j < end; j++) {
+                double dot = 0;
+                for (int d = 0; d < DIM; d++) dot += (double)q[d] * row[j * DIM + d];
+                total += weight[j] = exp(dot);
+            }
+            for (int d = 0; d < DIM; d++) {
+                double sum = 0;
+                for (int j = begin; j < end; j++) sum += weight[j] * vf32[j * DIM + d];
+                near(out[d], sum / total, 4e-3, "attention (f16 keys)", end);
+            }
+        }
+}
+
+/* All 65536 halves and their neighbours, on every instruction set. */
+static void halves_round_trip(const em_kernels *k) {
+    enum { N = 65536 };
+    uint8_t *bits = exact(N * 2);
+    uint16_t *back = exact(N * 2);
+    float *mine = exact(N * 4), *plain = exact(N * 4);
+    for (int i = 0; i < N; i++) memcpy(bits + 2 * i, &(uint16_t){(uint16_t)i}, 2);
+    k->unpack_row(bits, EM_F16, 1, N, 0, mine);
+    portable->unpack_row(bits, EM_F16, 1, N, 0, plain);
+    CHECK(!memcmp(mine, plain, N * 4), "%s reads halves differently", k->name);
+    for (int i = 0; i < N; i++)
+        if (isfinite(mine[i])) near(mine[i], matrix_element(bits, EM_F16, 1, 0, 0) + mine[i] -
+                                    matrix_element(bits, EM_F16, 1, 0, 0), 0, "half", i);
+    k->store_f16(mine, N, back);
+    for (int i = 0; i < N; i++)
+        if (isfinite(mine[i])) CHECK(back[i] == i, "%s: half %#x came back as %#x", k->name, i, back[i]);
+    /* Between two halves, at the midpoint, and a hair to each side. */
+    float *between = exact(3 * 31744 * 4);
+    uint16_t *a = exact(3 * 31744 * 2), *b = exact(3 * 31744 * 2);
+    for (int i = 0; i + 1 < 31744; i++) {
+        float middle = (mine[i] + mine[i + 1]) / 2;
+        between[3 * i] = nextafterf(middle, 0);
+        between[3 * i + 1] = middle;
+        between[3 * i + 2] = nextafterf(middle, 1e30f);
+    }
+    k->store_f16(between, 3 * 31744, a);
+    portable->store_f16(between, 3 * 31744, b);
+    CHECK(!memcmp(a, b, 3 * 31744 * 2), "%s rounds halves differently", k->name);
+    free(bits);
+    free(back);
+    free(mine);
+    free(plain);
+    free(between);
+    free(a);
+    free(b);
+}
+
+typedef struct {
+    float gate[6][1000], norm[1000], soft[1000], sig[1000], sum[1000], turned[1000], attended[1008];
+    uint16_t half[1000];
+    uint64_t read;
+} outputs;
+
+static void run_all(const em_kernels *k, int32_t n, outputs *o) {
+    static float x[1000], y[1000], wide[1008 * 20];
+    static uint16_t cache[1008 * 20];
+    int32_t padded = (n + 15) / 16 * 16;
+    memset(o, 0, sizeof *o);
+    fill_unit(x, 1000, 21);
+    fill_unit(y, 1000, 22);
+    fill_unit(wide, 1008 * 20, 23);
+    for (int32_t i = 0; i < n; i++) x[i] *= 9;
+    for (int32_t a = 0; a < 6; a++) {
+        memcpy(o->gate[a], x, (size_t)n * 4);
+        k->gate(o->gate[a], y, n, a);
+    }
+    k->rms_norm(x, y, 1e-5f, n, o->norm);
+    memcpy(o->soft, x, (size_t)n * 4);
+    k->softmax(o->soft, n);
+    memcpy(o->sig, x, (size_t)n * 4);
+    k->sigmoid(o->sig, n);
+    memcpy(o->sum, y, (size_t)n * 4);
+    k->axpy(o->sum, 0.37f, x, n);
+    k->rotate(x, y, o->sig, n / 2 * 2, o->turned);
+    k->store_f16(x, n, o->half);
+    k->store_f16(wide, 1008 * 20, cache);
+    k->attend(wide, cache, cache + 16, 1, 18, padded, o->attended);
+    o->read = k->read_bytes((const uint8_t *)wide, (uint64_t)n * 64);
+}
+
+static void same_bytes(const em_kernels *k) {
+    static outputs mine, plain;
+    for (int c = 0; c < N_LENGTHS; c++) {
+        run_all(k, LENGTHS[c], &mine);
+        run_all(portable, LENGTHS[c], &plain);
+        CHECK(!memcmp(&mine, &plain, sizeof mine), "%s differs at length %d", k->name, LENGTHS[c]);
+    }
+}
+
+static void rows_unpack(const em_kernels *k) {
+    for (int32_t dtype = 0; dtype < 5; dtype++)
+        for (int c = 0; c < N_LENGTHS; c++) {
+            int32_t cols = LENGTHS[c];
+            uint8_t *w = random_matrix(dtype, 33, cols, 8);
+            float *row = exact((size_t)cols * 4);
+            for (int32_t r = 0; r < 33; r++) {
+                k->unpack_row(w, dtype, 16, cols, r, row);
+                for (int32_t i = 0; i < cols; i++)
+                    near(row[i], (float)matrix_element(w, dtype, cols, r, i), 0, DTYPES[dtype], i);
+            }
+            free(w);
+            free(row);
+        }
+}
+
+static void crc_is_castagnoli(void) {
+    uint8_t data[40000];
+    uint32_t state = 5;
+    for (size_t i = 0; i < sizeof data; i++) data[i] = (uint8_t)random_bits(&state);
+    CHECK(em_crc32c(0, "123456789", 9) == 0xE3069283u, "check value of RFC 3720%s", "");
+    for (size_t n = 0; n < sizeof data; n += 997) {
+        uint32_t bitwise = ~0u;
+        for (size_t i = 0; i < n; i++) {
+            bitwise ^= data[i];
+            for (int b = 0; b < 8; b++) bitwise = bitwise & 1 ? bitwise >> 1 ^ 0x82F63B78u : bitwise >> 1;
+        }
+        CHECK(em_crc32c(0, data, n) == ~bitwise, "%zu bytes", n);
+        CHECK(em_crc32c(em_crc32c(0, data, n / 3), data + n / 3, n - n / 3) == ~bitwise, "%zu", n);
+    }
+}
+
+int main(void) {
+    int32_t status;
+    portable = em_kernels_pick("scalar", &status);
+    activations_are_right();
+    norms_and_softmax_are_right();
+    attention_is_right();
+    crc_is_castagnoli();
+    for_each_isa(halves_round_trip);
+    for_each_isa(same_bytes);
+    for_each_isa(rows_unpack);
+    return check_report();
+}

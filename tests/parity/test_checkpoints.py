@@ -1,0 +1,108 @@
+"""Trained checkpoints give the text, the logits and the perplexity that transformers gives.
+
+The norm is max |ours − theirs| / max |theirs| over all positions and the whole vocabulary.
+Perplexity is over the first 20,000 tokens of WikiText-2's validation text in windows of 256, each
+window a sequence of its own whose first token is not predicted.
+"""
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+
+import edgemem
+
+NAMES = ("stories260k", "tiny-moe", "tiny-relu")
+PROMPT = "Once upon a time"
+LOGITS_BOUND = 1e-3
+PERPLEXITY_BOUND = 1e-3
+TOKENS, WINDOW = 20_000, 256
+
+
+@pytest.fixture(scope="module")
+def judges(shared):
+    """judges(name) → the checkpoint in transformers, loaded once."""
+    loaded = {}
+
+    def judge(name: str) -> oracle.Oracle:
+        if name not in loaded:
+            loaded[name] = oracle.Oracle(shared / "models" / name)
+        return loaded[name]
+
+    return judge
+
+
+@pytest.fixture(scope="module")
+def engines(shared, convert_store):
+    """engines(name, dtype="keep") → an engine of the checkpoint, loaded once."""
+    loaded = {}
+
+    def engine(name: str, dtype: str = "keep"):
+        if (name, dtype) not in loaded:
+            store = convert_store(shared / "models" / name, dtype)
+            loaded[name, dtype] = edgemem.load(store, context=512, threads=2)
+        return loaded[name, dtype]
+
+    return engine
+
+
+def text_ids(shared, wikitext, name: str) -> list[int]:
+    """The text's first tokens, by the checkpoint's own tokenizer and without special tokens."""
+    tokenizer = oracle.tokenizer(shared / "models" / name)
+    ids = tokenizer.encode(wikitext[: 12 * TOKENS], add_special_tokens=False).ids
+    assert len(ids) >= TOKENS
+    return ids[:TOKENS]
+
+
+def perplexity(engine, ids: list[int]) -> float:
+    """exp of the mean −log p of every token but the first of each window."""
+    total, count = 0.0, 0
+    for start in range(0, len(ids), WINDOW):
+        part = ids[start : start + WINDOW]
+        if len(part) < 2:
+            continue
+        logits = engine.logits(part)[:-1].astype(np.float64)
+        peak = logits.max(axis=1)
+        normal = peak + np.log(np.exp(logits - peak[:, None]).sum(axis=1))
+        total += float((normal - logits[np.arange(len(part) - 1), part[1:]]).sum())
+        count += len(part) - 1
+    return math.exp(total / count)
+
+
+@pytest.mark.parametrize("name, count", [(NAMES[0], 150), (NAMES[1], 100), (NAMES[2], 100)])
+def test_greedy_tokens_are_equal(name, count, shared, judges, engines):
+    engine = engines(name)
+    prompt = engine.tokenizer.encode(PROMPT)
+    assert prompt == oracle.tokenizer(shared / "models" / name).encode(PROMPT).ids
+    with engine.session() as session:
+        generation = session.generate(prompt, max_tokens=count, temperature=0.0, stream=True)
+        text = "".join(generation)
+    expected = judges(name).greedy(prompt, count, stop=engine.eos_ids)
+    assert generation.token_ids == expected
+    said = [i for i in expected if i not in engine.eos_ids]
+    whole = oracle.tokenizer(shared / "models" / name).decode(prompt + said)
+    assert whole.endswith(text) and len(text) > count
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_agree(name, shared, wikitext, judges, engines):
+    ids = text_ids(shared, wikitext, name)[:200]
+    error = oracle.relative_error(engines(name).logits(ids), judges(name).logits(ids))
+    print(f"{name}: logits differ by {error:.2e} of the largest over {len(ids)} tokens")
+    assert error <= LOGITS_BOUND
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_perplexity_agrees(name, shared, wikitext, judges, engines):
+    ids = text_ids(shared, wikitext, name)
+    losses = judges(name).negative_log_likelihoods(ids, WINDOW)
+    theirs = math.exp(losses.mean())
+    ours = perplexity(engines(name), ids)
+    line = f"{name}: transformers {theirs:.4f}, kept {ours:.4f} ({ours / theirs - 1:+.3%})"
+    for dtype in ("q8_0", "q4_0"):
+        lossy = perplexity(engines(name, dtype), ids)
+        line += f", {dtype} {lossy:.4f} ({lossy / theirs - 1:+.2%})"
+        assert theirs * 0.9 < lossy < theirs * 1.5, line
+    print(line)
+    assert abs(ours / theirs - 1) <= PERPLEXITY_BOUND, line

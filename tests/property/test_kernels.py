@@ -1,0 +1,382 @@
+"""Every native operation against its meaning in reference.py, over boundary shapes, on every ISA.
+
+Two claims: results are within a stated bound of float64, and they are the same bytes on every
+instruction set that runs here, for every thread count, and for tokens alone or together. u is the
+unit roundoff of float32, 2^-24; a bound of c·n·u on a sum of n terms is the usual one, with the
+terms' magnitudes added up (Higham, Accuracy and Stability, §3.1).
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+from boundaries import DIMENSIONS
+
+from edgemem import dtypes
+from edgemem._native import Slab, ffi, isa_names, lib
+from edgemem.dtypes import BY_NAME, DType
+from edgemem.errors import UnsupportedError
+from edgemem.format import Layout
+from edgemem.kernels import ACTIVATION_CODES, Array, Core, Linears, Table, reference
+from edgemem.spec import RopeSpec
+
+U = 2.0**-24
+ISAS = isa_names()
+THREADS = (1, 3)
+TOKENS = (1, 2, 5, 17)
+SCRATCH = 32 << 20
+HEADS = [(1, 1, 2), (4, 2, 16), (6, 1, 18), (3, 3, 64)]
+"""(query heads, key/value heads, head size)"""
+
+
+@pytest.fixture(scope="module")
+def cores() -> list[Core]:
+    """One core per instruction set and thread count; all must give the first one's bytes."""
+    made = [Core(threads, isa) for isa in ISAS for threads in THREADS]
+    for core in made:
+        core.reserve(SCRATCH)
+    return made
+
+
+def on_all(cores, run) -> np.ndarray:
+    """run(core) → array, on every core; asserts that all are the same bytes, and returns one."""
+    results = [(core, run(core)) for core in cores]
+    _, first = results[0]
+    for core, result in results[1:]:
+        same = result.tobytes() == first.tobytes()
+        assert same, f"{core.isa} with {core.threads} threads differs from {cores[0].isa}"
+    return first
+
+
+def floats(rng, *shape: int) -> np.ndarray:
+    return rng.normal(0, 1, shape).astype(np.float32)
+
+
+def packed_matrix(rng, dtype: DType, rows: int, cols: int, lanes: int = dtypes.LANES) -> bytes:
+    """Random store bytes of one matrix. Padding is as random as the rest: it must not matter."""
+    size = dtypes.group_bytes(dtype, cols, lanes)
+    groups = rng.integers(0, 256, (-(-rows // lanes), size), np.uint8)
+    plane = dtypes.scale_plane_bytes(dtype, cols, lanes) if dtype.is_block else size
+    count = len(groups) * plane // (4 if dtype is dtypes.F32 else 2)
+    values = floats(rng, count) * np.float32(0.05 if dtype.is_block else 1)
+    if dtype is dtypes.BF16:
+        head = (values.view(np.uint32) >> 16).astype(np.uint16)
+    else:
+        head = values.astype(np.float32 if dtype is dtypes.F32 else np.float16)
+    groups[:, :plane] = head.view(np.uint8).reshape(len(groups), plane)
+    return groups.tobytes()
+
+
+class Bundle:
+    """Random segments in aligned memory: `address` for kernels, `values` for the judge."""
+
+    def __init__(self, rng, shapes):
+        """shapes: (name, dtype, lanes, rows, cols) each."""
+        self.layout = Layout.build(shapes)
+        self.slab = Slab(self.layout.payload_bytes)
+        self.address = self.slab.address
+        self.values = {}
+        for s in self.layout.segments:
+            data = packed_matrix(rng, s.dtype, s.rows, s.cols, s.lanes)
+            self.slab.view[s.offset : s.end] = data
+            self.values[s.name] = reference.unpack(data, s.dtype, s.rows, s.cols, s.lanes)
+
+
+def product(core, bundle: Bundle, x: np.ndarray, bias: bool, start: np.ndarray | None):
+    """W x + b [+ start] through the native product."""
+    out = Array((len(x), bundle.layout["w"].rows))
+    if start is not None:
+        out.array[:] = start
+    parts = [("w", "b" if bias else None, out, 0)]
+    linears = Linears(core, bundle.layout, parts, accumulate=start is not None)
+    linears.bind(bundle.address)
+    linears.run(ffi.cast("float *", x.ctypes.data), len(x))
+    return out.array
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_products(name, cores, rng):
+    dtype, shapes = BY_NAME[name], itertools.product(DIMENSIONS, DIMENSIONS)
+    for i, (rows, cols) in enumerate(shapes):
+        tokens, bias, accumulate = TOKENS[i % len(TOKENS)], i % 3 == 0, i % 5 == 0
+        parts = [("w", dtype, 16, rows, cols), ("b", dtypes.F32, 1, 1, rows)]
+        bundle = Bundle(rng, parts)
+        x, start = floats(rng, tokens, cols), floats(rng, tokens, rows) if accumulate else None
+        found = on_all(cores, lambda c: product(c, bundle, x, bias, start))  # noqa: B023
+        weights, acts, steps = bundle.values["w"], x.astype(np.float64), cols
+        if dtype.is_block:
+            quants, scales = reference.quantize_blocks(x)
+            acts = (quants * scales[..., None].astype(np.float64)).reshape(tokens, -1)[:, :cols]
+            steps = 2 * quants.shape[1]
+        added = [bias * bundle.values["b"], start if accumulate else 0]
+        expected = acts @ weights.T + sum(added)
+        magnitude = np.abs(acts) @ np.abs(weights).T + sum(np.abs(a) for a in added)
+        bound = (steps + 3) * U * magnitude
+        assert (np.abs(found - expected) <= bound).all(), (rows, cols, tokens)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_token_alone_gives_the_bytes_it_gives_among_others(name, cores, rng):
+    bundle = Bundle(rng, [("w", BY_NAME[name], 16, 101, 251)])
+    x = floats(rng, 33, 251)
+    together = product(cores[0], bundle, x, False, None)
+    for core in cores:
+        alone = [product(core, bundle, x[i : i + 1], False, None) for i in range(len(x))]
+        assert np.concatenate(alone).tobytes() == together.tobytes(), core.isa
+
+
+@pytest.mark.parametrize("lanes", (1, dtypes.LANES))
+@pytest.mark.parametrize("name", BY_NAME)
+def test_gathering_rows_is_exact(name, lanes, cores, rng):
+    for cols in DIMENSIONS:
+        rows = [37 // lanes * lanes or 1] * 2 + [5]
+        bundles = [Bundle(rng, [("rows", BY_NAME[name], lanes, n, cols)]) for n in rows]
+        ids = rng.integers(0, sum(rows), 9).astype(np.int32)
+        out = Array((len(ids), cols))
+
+        def gather(core, bundles=bundles, ids=ids, out=out):
+            table = Table(core, [b.layout for b in bundles], [b.address for b in bundles])
+            table.gather(ids, out)
+            return out.array.copy()
+
+        found = on_all(cores, gather)
+        values = np.concatenate([b.values["rows"] for b in bundles])[ids]
+        assert np.array_equal(found, values.astype(np.float32)), cols
+
+
+def test_rms_norm(cores, rng):
+    for cols in DIMENSIONS:
+        x, weight = floats(rng, 5, cols) * 7, floats(rng, cols)
+        for eps in (1e-5, 0.1):
+
+            def norm(core, x=x, weight=weight, eps=eps):
+                out = Array(x.shape)
+                args = _pointer(x), _pointer(weight), eps, *x.shape, out.pointer
+                assert lib.em_rms_norm(core.handle, *args) == lib.EM_OK
+                return out.array
+
+            expected = reference.rms_norm(x.astype(np.float64), weight, np.float32(eps))
+            error = np.abs(on_all(cores, norm) - expected)
+            assert (error <= (cols / 2 + 6) * U * np.abs(expected)).all(), cols
+
+
+def test_sigmoid(cores, rng):
+    for count in DIMENSIONS:
+        x = floats(rng, count) * 20
+
+        def sigmoid(core, x=x):
+            out = x.copy()
+            assert lib.em_sigmoid(core.handle, _pointer(out), len(out)) == lib.EM_OK
+            return out
+
+        expected = 1 / (1 + np.exp(-x.astype(np.float64)))
+        assert (np.abs(on_all(cores, sigmoid) - expected) <= 16 * U * expected).all()
+
+
+def run_route(core, logits: np.ndarray, top_k: int, normalize: bool) -> np.ndarray:
+    """The weights that experts get, as a table [tokens, experts]: zero where not picked."""
+    n, n_experts = logits.shape
+    experts, first = np.zeros(n_experts, np.uint32), np.zeros(n_experts + 1, np.int32)
+    tokens, weights = np.zeros(n * top_k, np.int32), np.zeros(n * top_k, np.float32)
+    count = lib.em_route(
+        core.handle, _pointer(logits), n, n_experts, top_k, normalize,
+        _pointer(experts, "uint32_t *"), _pointer(first, "int32_t *"),
+        _pointer(tokens, "int32_t *"), _pointer(weights),
+    )  # fmt: skip
+    assert 0 < count <= n_experts
+    assert (np.diff(experts[:count].astype(int)) > 0).all(), "experts come in ascending order"
+    assert first[0] == 0 and first[count] == n * top_k
+    table = np.zeros((n, n_experts), np.float32)
+    for b in range(count):
+        span = slice(first[b], first[b + 1])
+        assert (np.diff(tokens[span]) > 0).all(), "tokens of an expert come in ascending order"
+        table[tokens[span], experts[b]] = weights[span]
+    return table
+
+
+@pytest.mark.parametrize("normalize", (False, True))
+@pytest.mark.parametrize("ties", (False, True))
+def test_routing(normalize, ties, cores, rng):
+    for n_experts, tokens in itertools.product((1, 2, 15, 16, 17, 60, 251), TOKENS):
+        top_k = min(n_experts, 1 + int(rng.integers(8)))
+        logits = floats(rng, tokens, n_experts) * 3
+        logits = np.round(logits) if ties else logits
+        args = logits, top_k, normalize
+        found = on_all(cores, lambda c: run_route(c, *args))  # noqa: B023
+        ids, weights = reference.route(logits.astype(np.float64), top_k, normalize)
+        expected = np.zeros(found.shape)
+        np.put_along_axis(expected, ids, weights, axis=1)
+        assert np.array_equal(found > 0, expected > 0), (n_experts, top_k)
+        assert (np.abs(found - expected) <= (n_experts + 16) * U * expected).all()
+
+
+def run_ffn(core, bundles, x, pairs, activation: str) -> np.ndarray:
+    """pairs: per bundle, (token, weight) of each token that it computes."""
+    layout = bundles[0].layout
+
+    def offset(name: str) -> int:
+        return layout[name].offset if name in layout else -1
+
+    names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+    codes = [layout[name].dtype.code for name in names[:3]]
+    shape = x.shape[1], layout["gate"].rows, ACTIVATION_CODES[activation]
+    ffn = ffi.new("em_ffn *", [*map(offset, names), *codes, *shape])
+    addresses = np.array([b.address for b in bundles], np.uint64)
+    first = np.cumsum([0] + [len(p) for p in pairs], dtype=np.int32)
+    tokens = np.array([t for p in pairs for t, _ in p], np.int32)
+    weights = np.array([w for p in pairs for _, w in p], np.float32)
+    out = np.zeros_like(x)
+    status = lib.em_ffn_run(
+        core.handle, ffn, len(bundles), _pointer(addresses, "uint64_t *"), ffi.NULL,
+        _pointer(first, "int32_t *"), _pointer(tokens, "int32_t *"), _pointer(weights),
+        _pointer(x), len(x), _pointer(out),
+    )  # fmt: skip
+    assert status == lib.EM_OK
+    return out
+
+
+def ffn_bundles(rng, dtype: DType, count: int, hidden: int, width: int, bias: bool):
+    biases = [("gate_bias", width), ("up_bias", width), ("down_bias", hidden)] if bias else []
+    shapes = [
+        ("gate", dtype, 16, width, hidden), ("up", dtype, 16, width, hidden),
+        *((name, dtypes.F32, 1, 1, size) for name, size in biases),
+        ("down", dtype, 16, hidden, width),
+    ]  # fmt: skip
+    return [Bundle(rng, shapes) for _ in range(count)]
+
+
+def some_pairs(rng, bundles: int, tokens: int):
+    """Each bundle gets some tokens, in ascending order, at least one."""
+    chosen = [np.flatnonzero(rng.random(tokens) < 0.6) for _ in range(bundles)]
+    return [[(int(t), float(rng.random())) for t in (c if len(c) else [0])] for c in chosen]
+
+
+@pytest.mark.parametrize("activation", ACTIVATION_CODES)
+def test_gated_ffn_in_floats(activation, cores, rng):
+    """Errors of gate, up and down add up; no activation has a slope over 1.2, relu2's is 2|g|."""
+    for i, (hidden, width) in enumerate(itertools.product((1, 17, 32, 101), (1, 16, 33, 251))):
+        dtype, tokens = (dtypes.F32, dtypes.F16, dtypes.BF16)[i % 3], TOKENS[i % len(TOKENS)]
+        bundles = ffn_bundles(rng, dtype, 3, hidden, width, bias=i % 2 == 0)
+        x, pairs = floats(rng, tokens, hidden), some_pairs(rng, 3, tokens)
+        args = bundles, x / np.float32(np.sqrt(hidden)), pairs, activation
+        found = on_all(cores, lambda c: run_ffn(c, *args))  # noqa: B023
+        expected, magnitude = np.zeros(x.shape), np.zeros(x.shape)
+        for bundle, chosen in zip(bundles, pairs, strict=True):
+            absolute = {name: np.abs(v) for name, v in bundle.values.items()}
+            for token, weight in chosen:
+                row = args[1][token : token + 1].astype(np.float64)
+                y = reference.gated_ffn(row, bundle.values, activation)
+                expected[token] += np.float32(weight) * y[0]
+                gate = reference.linear(abs(row), absolute["gate"], absolute.get("gate_bias"))
+                up = reference.linear(abs(row), absolute["up"], absolute.get("up_bias"))
+                inner = 2 * gate**2 * up if activation == "relu2" else (gate + 1) * up
+                y = reference.linear(inner, absolute["down"], absolute.get("down_bias"))
+                magnitude[token] += weight * y[0]
+        bound = (2 * hidden + width + 40) * U * magnitude
+        assert (np.abs(found - expected) <= bound).all(), (hidden, width, dtype.name)
+
+
+@pytest.mark.parametrize("name", ("q8_0", "q4_0"))
+def test_gated_ffn_in_blocks(name, cores, rng):
+    """The same bytes everywhere; and near what the weights mean, but for activations of 8 bits."""
+    for hidden, width in ((32, 32), (33, 101), (251, 64)):
+        bundles = ffn_bundles(rng, BY_NAME[name], 3, hidden, width, bias=False)
+        x, pairs = floats(rng, 17, hidden), some_pairs(rng, 3, 17)
+        found = on_all(cores, lambda c: run_ffn(c, bundles, x, pairs, "silu"))  # noqa: B023
+        expected = np.zeros(x.shape)
+        for bundle, chosen in zip(bundles, pairs, strict=True):
+            for token, weight in chosen:
+                row = x[token : token + 1].astype(np.float64)
+                expected[token] += weight * reference.gated_ffn(row, bundle.values, "silu")[0]
+        assert np.abs(found - expected).max() <= 0.03 * np.abs(expected).max()
+
+
+def test_rope_tables(rng):
+    for head_dim in (2, 16, 18, 128):
+        freqs = reference.frequencies(RopeSpec(theta=500000.0), head_dim, 64, 64)
+        for position, scale in ((0, 1.0), (8191, 1.25)):
+            cos, sin = (np.zeros((5, head_dim // 2), np.float32) for _ in range(2))
+            doubles = ffi.cast("double *", freqs.ctypes.data)
+            args = doubles, head_dim, position, 5, scale, _pointer(cos), _pointer(sin)
+            assert lib.em_rope_table(*args) == lib.EM_OK
+            angles = np.arange(position, position + 5)[:, None] * freqs
+            for found, function in ((cos, np.cos), (sin, np.sin)):
+                expected = scale * function(angles)
+                assert (np.abs(found - expected) <= U * np.abs(expected) + 1e-11).all()
+
+
+class Cache:
+    """One layer's attention on one core, fed step by step, as a session does it."""
+
+    def __init__(self, core, heads: int, kv_heads: int, head_dim: int, window: int, context: int):
+        self.core, self.padded = core, dtypes.round_up(head_dim, dtypes.LANES)
+        shape = kv_heads, context, self.padded
+        self.keys, self.values = np.zeros(shape, np.float16), np.zeros(shape, np.float16)
+        self.struct = ffi.new("em_attention *", [
+            heads, kv_heads, head_dim, window, context,
+            _pointer(self.keys, "uint16_t *"), _pointer(self.values, "uint16_t *"),
+        ])  # fmt: skip
+
+    def step(self, q, k, v, cos, sin, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """(the rotated queries, what attention gives)"""
+        q, out, n = q.copy(), np.zeros_like(q), len(q)
+        handle, tables = self.core.handle, (_pointer(cos), _pointer(sin))
+        args = _pointer(q), _pointer(k), _pointer(v), *tables, position, n
+        assert lib.em_attention_store(handle, self.struct, *args) == lib.EM_OK
+        args = _pointer(q), position, n, _pointer(out)
+        assert lib.em_attention_run(handle, self.struct, *args) == lib.EM_OK
+        return q, out
+
+
+@pytest.mark.parametrize("window", (0, 1, 3, 16, 17))
+@pytest.mark.parametrize("heads, kv_heads, head_dim", HEADS)
+def test_attention(heads, kv_heads, head_dim, window, cores, rng):
+    length = 53
+    q = floats(rng, length, heads, head_dim)
+    k, v = floats(rng, length, kv_heads, head_dim), floats(rng, length, kv_heads, head_dim)
+    freqs = reference.frequencies(RopeSpec(), head_dim, 64, 64)
+    angles = np.arange(length)[:, None] * freqs
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+    def run(core, cuts=(0, 1, 17, 18, 50, length)):
+        cache = Cache(core, heads, kv_heads, head_dim, window, length + 3)
+        parts = [slice(a, b) for a, b in itertools.pairwise(cuts)]
+        steps = [cache.step(q[s], k[s], v[s], cos[s], sin[s], s.start) for s in parts]
+        rotated, mixed = (np.concatenate(a) for a in zip(*steps, strict=True))
+        kept = (t[:, :length, :head_dim].transpose(1, 0, 2) for t in (cache.keys, cache.values))
+        return np.concatenate([a.astype(np.float64).ravel() for a in (rotated, mixed, *kept)])
+
+    found = on_all(cores, run)
+    assert run(cores[0], cuts=(0, length)).tobytes() == found.tobytes(), "steps must not matter"
+    sizes = np.cumsum([q.size, q.size, k.size])
+    rotated, mixed, keys, values = np.split(found, sizes)
+    rotated, mixed = rotated.reshape(q.shape), mixed.reshape(q.shape)
+    keys, values = keys.reshape(k.shape), values.reshape(v.shape)
+    at = np.arange(length)
+    half, least = 2.0**-11, 2.0**-25  # the roundoff of f16, and half its smallest number
+    turned = reference.rotate(k.astype(np.float64), at, freqs, 1.0)
+    assert (np.abs(keys - turned) <= half * np.abs(turned) + least + 8 * U).all()
+    assert np.array_equal(values, v.astype(np.float16))
+    turned = reference.rotate(q.astype(np.float64), at, freqs, 1.0)
+    assert np.abs(rotated - turned).max() <= 8 * U * np.abs(q).max()
+    expected = reference.attend(rotated, keys, values, window)
+    size = head_dim * np.abs(rotated).max() * np.abs(keys).max() / np.sqrt(head_dim)
+    bound = (2 * (head_dim / 16 + 6) * size + length + 16) * U * np.abs(values).max()
+    assert np.abs(mixed - expected).max() <= bound
+
+
+def test_clamping_is_exact(rng):
+    x = floats(rng, 251) * 3
+    clamped = x.copy()
+    assert lib.em_clamp(_pointer(clamped), len(x), 1.5) == lib.EM_OK
+    assert np.array_equal(clamped, np.clip(x, -1.5, 1.5))
+
+
+def test_an_instruction_set_that_does_not_run_is_refused():
+    with pytest.raises(UnsupportedError):
+        Core(1, "abacus")
+
+
+def _pointer(array: np.ndarray, ctype: str = "float *"):
+    assert array.flags.c_contiguous
+    return ffi.cast(ctype, array.ctypes.data)

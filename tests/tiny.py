@@ -1,0 +1,308 @@
+"""Tiny random Hugging Face checkpoints, drawn from a seed, for tests that need a whole model.
+
+    model = tiny.write(folder, "qwen3_moe", seed=7)
+    model.spec, model.weights, model.ids      # what a converter must find, and ids to try it with
+
+Everything that a checkpoint of the type may vary is drawn (`tiny_config`), and so is its spelling:
+key names of transformers 4 or 5, number format, one file or shards, experts apart or fused. Weights
+keep the residual stream near unit size, and no router of `model.ids` has a near tie, so float
+rounding cannot change which experts are picked.
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from tiny_config import MODEL_TYPES, Draw, draw_biases, draw_spec, spell
+
+from edgemem.kernels.reference import Forward
+from edgemem.spec import ModelSpec
+
+VOCAB_SIZES = (259, 272, 300)
+"""Beyond the 258 tokens of the tokenizer, as padded vocabularies of real models are."""
+IDS_COUNT = 33
+ROUTING_GAP = 0.01
+"""Least distance of the last picked router logit to the first unpicked one, in their spread."""
+
+
+@dataclass
+class Tiny:
+    """One checkpoint: the folder, its truth (spec and weights), and ids whose routing is clear."""
+
+    folder: Path
+    spec: ModelSpec
+    weights: "TinyWeights"
+    ids: list[int]
+    config: dict
+    tensors: dict[str, np.ndarray] = field(repr=False, default_factory=dict)
+
+
+class TinyWeights:
+    """Weights by bundle and segment, the way `reference.Forward` asks for them."""
+
+    def __init__(self, embedding: np.ndarray, output: np.ndarray | None):
+        self.bundles: dict[tuple[str, int, int], dict[str, np.ndarray]] = {}
+        self.embedding = embedding
+        self.output = output
+
+    def table(self):
+        return self.embedding
+
+    def head(self):
+        return self.embedding if self.output is None else self.output
+
+    def dense(self, layer):
+        return self.bundles["dense", layer, 0]
+
+    def ffn(self, layer):
+        return self.bundles["ffn", layer, 0]
+
+    def expert(self, layer, index):
+        return self.bundles["expert", layer, index]
+
+    def shared(self, layer):
+        return self.bundles["shared", layer, 0]
+
+
+def write(folder: Path, model_type: str, seed: int, dtype: str | None = None, **facts) -> Tiny:
+    """Draw the checkpoint of (model_type, seed) and write it into `folder`, which is made.
+
+    `dtype` ("F32", "F16", "BF16") fixes the number format, else it is drawn; `facts` replace fields
+    of the drawn spec (they must fit each other and the type).
+    """
+    draw = Draw(seed, MODEL_TYPES.index(model_type))
+    spec = replace(draw_spec(draw, model_type, draw.one(VOCAB_SIZES)), **facts)
+    biases = draw_biases(draw, model_type)
+    config, rope = spell(draw, spec, biases)
+    spec = replace(spec, rope=rope)
+    drawn = draw.one(("F32", "F32", "F32", "BF16", "F16"))
+    dtype = dtype or drawn
+    config[draw.one(("torch_dtype", "dtype"))] = _CONFIG_DTYPES[dtype]
+    weights = _draw_weights(draw, spec, biases, dtype)
+    ids = [int(i) for i in draw.rng.integers(0, spec.vocab_size, IDS_COUNT)]
+    _settle_routers(draw, spec, weights, ids, dtype)
+    tensors = _named(draw, spec, weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "config.json", config)
+    _write_weights(draw, folder, tensors, dtype)
+    write_tokenizer(folder)
+    if draw.maybe(0.5):
+        _write_json(folder / "generation_config.json", {"temperature": 0.7, "top_k": 20})
+    return Tiny(folder, spec, weights, ids, config, tensors)
+
+
+# ---- weights -----------------------------------------------------------------------------------
+
+_CONFIG_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _encode(values: np.ndarray, dtype: str) -> bytes:
+    if dtype == "BF16":
+        return (values.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
+    return values.astype("<f2" if dtype == "F16" else "<f4").tobytes()
+
+
+def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Values that the number format holds exactly, as float32."""
+    values = values.astype(np.float32)
+    if dtype == "BF16":
+        return (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    return values.astype(np.float16).astype(np.float32) if dtype == "F16" else values
+
+
+def _draw_weights(draw: Draw, spec: ModelSpec, biases: dict, dtype: str) -> TinyWeights:
+    def normal(*shape: int, scale: float) -> np.ndarray:
+        return _rounded(draw.rng.normal(0, scale, shape), dtype)
+
+    def matrix(rows: int, cols: int, gain: float = 1.0) -> np.ndarray:
+        return normal(rows, cols, scale=gain / np.sqrt(cols))
+
+    def norm(size: int) -> np.ndarray:
+        return _rounded(draw.rng.uniform(0.6, 1.4, size), dtype)
+
+    def ffn(width: int, bias: bool = False) -> dict[str, np.ndarray]:
+        bundle = {"gate": matrix(width, spec.hidden), "up": matrix(width, spec.hidden)}
+        if bias:
+            bundle |= {"gate_bias": normal(width, scale=0.2), "up_bias": normal(width, scale=0.2)}
+        bundle["down"] = matrix(spec.hidden, width, gain=0.5 if spec.activation == "relu2" else 0.8)
+        return bundle | ({"down_bias": normal(spec.hidden, scale=0.2)} if bias else {})
+
+    def dense(routed: bool) -> dict[str, np.ndarray]:
+        heads, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+        bundle = {"attn_norm": norm(spec.hidden), "ffn_norm": norm(spec.hidden)}
+        for name, rows in (("q", heads), ("k", kv), ("v", kv)):
+            bundle[name] = matrix(rows, spec.hidden)
+            bundle |= {f"{name}_bias": normal(rows, scale=0.2)} if biases["qkv"] else {}
+        bundle["o"] = matrix(spec.hidden, heads, gain=0.7)
+        bundle |= {"o_bias": normal(spec.hidden, scale=0.2)} if biases["o"] else {}
+        if spec.qk_norm != "none":
+            full = spec.qk_norm == "full"
+            bundle["q_norm"] = norm(heads if full else spec.head_dim)
+            bundle["k_norm"] = norm(kv if full else spec.head_dim)
+        if routed:
+            bundle["router"] = matrix(spec.n_experts, spec.hidden, gain=1.5)
+        if routed and spec.shared_intermediate:
+            bundle["shared_gate"] = matrix(1, spec.hidden)
+        return bundle
+
+    table = normal(spec.vocab_size, spec.hidden, scale=1.0)
+    weights = TinyWeights(table, None if spec.tied else matrix(spec.vocab_size, spec.hidden))
+    for layer, routed in enumerate(spec.routed):
+        weights.bundles["dense", layer, 0] = dense(routed)
+        if not routed:
+            weights.bundles["ffn", layer, 0] = ffn(spec.intermediate, biases["mlp"])
+        for expert in range(spec.n_experts if routed else 0):
+            weights.bundles["expert", layer, expert] = ffn(spec.expert_intermediate)
+        if routed and spec.shared_intermediate:
+            weights.bundles["shared", layer, 0] = ffn(spec.shared_intermediate)
+    weights.bundles["dense", spec.n_layers, 0] = {"norm": norm(spec.hidden)}
+    return weights
+
+
+def routing_gaps(logits: np.ndarray, top_k: int) -> np.ndarray:
+    """Per token, how far the k-th logit is from the next one, over the logits' spread."""
+    ranked = np.sort(logits, axis=-1)[:, ::-1]
+    if top_k == ranked.shape[1]:
+        return np.full(len(ranked), np.inf)
+    return (ranked[:, top_k - 1] - ranked[:, top_k]) / logits.std()
+
+
+def _settle_routers(draw: Draw, spec: ModelSpec, weights: TinyWeights, ids, dtype: str) -> None:
+    """Redraw each router, layer by layer, until it decides clearly about every one of `ids`."""
+
+    def settle(layer: int, name: str, h: np.ndarray) -> None:
+        if name != "ffn_norm" or not spec.routed[layer]:
+            return
+        router = weights.dense(layer)["router"]
+        scale = 1.5 / np.sqrt(spec.hidden)
+        for _ in range(10_000):
+            if routing_gaps(h @ router.T, spec.top_k).min() >= ROUTING_GAP:
+                return
+            router[:] = _rounded(draw.rng.normal(0, scale, router.shape), dtype)
+        raise AssertionError("every router has a near tie: fewer ids or experts are needed")
+
+    Forward(spec, weights, watch=settle).feed(ids)
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+_SEGMENT_NAMES = {
+    "attn_norm": "input_layernorm.weight", "ffn_norm": "post_attention_layernorm.weight",
+    "q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight",
+    "shared_gate": "mlp.shared_expert_gate.weight", "router": "mlp.gate.weight",
+} | {f"{x}": f"self_attn.{x}_proj.weight" for x in "qkvo"} \
+  | {f"{x}_bias": f"self_attn.{x}_proj.bias" for x in "qkvo"}  # fmt: skip
+_MIXTRAL_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
+
+
+def _named(draw: Draw, spec: ModelSpec, weights: TinyWeights) -> dict[str, np.ndarray]:
+    """Tensors by the names that hub checkpoints of the type use."""
+    old_mixtral = spec.model_type == "mixtral" and draw.maybe(0.7)
+    fused = draw.maybe(0.25) if spec.model_type != "mixtral" else not old_mixtral
+    tensors = {"model.embed_tokens.weight": weights.table()}
+    if not spec.tied or draw.maybe(0.2):  # some checkpoints keep a copy of what is tied
+        tensors["lm_head.weight"] = weights.head()
+    for (kind, layer, index), bundle in weights.bundles.items():
+        prefix = f"model.layers.{layer}."
+        if layer == spec.n_layers:
+            tensors["model.norm.weight"] = bundle["norm"]
+        elif kind == "dense":
+            tensors |= {prefix + _SEGMENT_NAMES[name]: value for name, value in bundle.items()}
+        elif kind != "expert" or not fused:
+            inner = {"ffn": "", "shared": "shared_expert.", "expert": f"experts.{index}."}[kind]
+            for name, value in bundle.items():
+                part, _, bias = name.partition("_")
+                tensors[f"{prefix}mlp.{inner}{part}_proj.{bias or 'weight'}"] = value
+    for layer in range(spec.n_layers if fused else 0):
+        if spec.routed[layer]:
+            tensors |= _fused(weights, layer, spec.n_experts)
+    if draw.maybe(0.1):  # early Llama checkpoints carry this buffer; it is no weight
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(spec.head_dim // 2)
+    return {_mixtral_name(n): v for n, v in tensors.items()} if old_mixtral else tensors
+
+
+def _fused(weights: TinyWeights, layer: int, n_experts: int) -> dict[str, np.ndarray]:
+    """All experts of a layer in two 3-D tensors, as transformers 5 holds them."""
+    experts = [weights.expert(layer, i) for i in range(n_experts)]
+    gate_up = [np.concatenate([e["gate"], e["up"]]) for e in experts]
+    prefix = f"model.layers.{layer}.mlp.experts."
+    return {
+        prefix + "gate_up_proj": np.stack(gate_up),
+        prefix + "down_proj": np.stack([e["down"] for e in experts]),
+    }
+
+
+def _mixtral_name(name: str) -> str:
+    name = name.replace(".mlp.", ".block_sparse_moe.")
+    for ours, theirs in _MIXTRAL_NAMES.items():
+        name = name.replace(f".{ours}_proj.", f".{theirs}.")
+    return name
+
+
+def _write_weights(draw: Draw, folder: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
+    names = list(tensors)
+    draw.rng.shuffle(names)
+    if draw.maybe(0.6):
+        write_safetensors(folder / "model.safetensors", tensors, names, dtype)
+        return
+    count = draw.whole(2, 4)
+    files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    for i, file in enumerate(files):
+        write_safetensors(folder / file, tensors, names[i::count], dtype)
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {}, "weight_map": {n: files[i % count] for i, n in enumerate(names)}},
+    )
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray], names, dtype: str) -> None:
+    """The named tensors in one safetensors file: u64 header length, JSON header, data."""
+    header, chunks, offset = {"__metadata__": {"format": "pt"}}, [], 0
+    for name in names:
+        data = _encode(tensors[name], dtype)
+        span = [offset, offset + len(data)]
+        header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": span}
+        chunks.append(data)
+        offset += len(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(chunks))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE with two special tokens, the 256 bytes and no merges: 258 tokens."""
+    special = ["<s>", "</s>"]
+    added = [
+        {"id": i, "content": text, "special": True, "single_word": False, "lstrip": False,
+         "rstrip": False, "normalized": False}
+        for i, text in enumerate(special)
+    ]  # fmt: skip
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    vocab = {text: i for i, text in enumerate(special + _byte_letters())}
+    model = {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+        "vocab": vocab, "merges": [],
+    }  # fmt: skip
+    tokenizer = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None,
+        "decoder": byte_level, "model": model,
+    }  # fmt: skip
+    _write_json(folder / "tokenizer.json", tokenizer)
+    _write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"},
+    )
+
+
+def _byte_letters() -> list[str]:
+    """The printable letter that GPT-2's byte-level BPE writes for each byte, in order of bytes."""
+    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = iter(range(0x100, 0x200))
+    return [chr(b if b in kept else next(moved)) for b in range(256)]
+
+
+def _write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value, indent=1))
