@@ -200,7 +200,7 @@ def _experts(keys: _Keys, n_layers: int) -> dict:
         return {"routed": routed, "intermediate": intermediate}
     return {
         "routed": routed,
-        "intermediate": 0 if all(routed) else intermediate,
+        "intermediate": intermediate,
         "n_experts": n_experts,
         "top_k": keys.count("num_experts_per_tok"),
         "expert_intermediate": keys.count("moe_intermediate_size") if own_width else intermediate,
@@ -308,10 +308,8 @@ def _rope(keys: _Keys) -> RopeSpec:
 def _scaling(keys: _Keys, kind: str, rope: dict) -> dict:
     """The fields of RopeSpec that scale positions, for all types but "default"."""
     positions = keys.count("max_position_embeddings")
-    if kind == "linear":
+    if kind in ("linear", "dynamic"):
         return {"factor": _need(rope, "factor")}
-    if kind == "dynamic":
-        return {"factor": _need(rope, "factor"), "original_positions": positions}
     original = keys.config.get("original_max_position_embeddings")
     if original is None:
         original = rope.get("original_max_position_embeddings", positions)

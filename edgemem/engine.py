@@ -159,9 +159,10 @@ class Engine:
         with self._lock:
             self._check_open()
             started = perf_counter()
-            logits = self._model.step(ids, kv, out is not None and out.ndim == 2)
+            n_logits = 0 if out is None else len(np.atleast_2d(out))
+            logits = self._model.step(ids, kv, n_logits)
             if out is not None:
-                np.copyto(out, logits if out.ndim == 2 else logits[-1])
+                np.copyto(np.atleast_2d(out), logits)
             self.trace.record(phase, len(ids), perf_counter() - started)
 
     def new_kv(self) -> KvCache:

@@ -7,9 +7,9 @@ only; which code runs is decided by `model_type` (one file in `models/` each).
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 
-from .errors import CorruptError
+from .errors import CorruptError, UnsupportedError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2")
 QK_NORMS = ("none", "head", "full")
@@ -35,7 +35,7 @@ class RopeSpec:
 
     def __post_init__(self):
         _check(self.type in ROPE_TYPES, "rope.type", self.type)
-        positions, scaled = self.original_positions, self.type in ("dynamic", "llama3", "yarn")
+        positions, scaled = self.original_positions, self.type in ("llama3", "yarn")
         _check(scaled <= positions <= 1 << 40, "rope.original_positions", positions)
         for name in _ROPE_POSITIVE:
             value = getattr(self, name)
@@ -105,7 +105,8 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, data: dict) -> "ModelSpec":
-        """Check every field's presence and type. Raises CorruptError naming the field."""
+        """Check every field's type and range. Raises CorruptError naming the field, or
+        UnsupportedError for one that only a newer version knows."""
         values = _typed(cls, data, "spec")
         values["rope"] = RopeSpec(**_typed(RopeSpec, values["rope"], "spec.rope"))
         return cls(**values)
@@ -129,8 +130,13 @@ def _typed(cls, data, where: str) -> dict:
     if not isinstance(data, dict):
         raise CorruptError(f"reading {where}: expected an object, found {type(data).__name__}")
     known = {f.name: f for f in fields(cls)}
-    if set(data) != set(known):
-        raise CorruptError(f"reading {where}: fields differ: {sorted(set(data) ^ set(known))}")
+    newer = sorted(set(data) - set(known))
+    if newer:
+        raise UnsupportedError(f"reading {where}: {newer[0]!r:.60} is of a newer version of edgemem")
+    # A field that came later has a default, which is what the stores before it meant.
+    missing = [name for name, f in known.items() if name not in data and f.default is MISSING]
+    if missing:
+        raise CorruptError(f"reading {where}: {missing[0]} is missing")
     values = {}
     for name, value in data.items():
         kind = known[name].type

@@ -53,7 +53,7 @@ class StoreWriter:
         self._temp: Path | None = None
         check_target(self.path, force)
         try:
-            with self._told():
+            with _told(self.path):
                 self._create()
             self._write(fmt.encode_header(page_size, crc32c))
         except BaseException:
@@ -147,19 +147,19 @@ class StoreWriter:
 
     def _write(self, data) -> None:
         view = memoryview(data).cast("B")
-        with self._told():
+        with _told(self.path):
             while view:
                 count = self._file.write(view)
                 view = view[count:]
                 self._end += count
 
     def _sync(self) -> None:
-        with self._told():
+        with _told(self.path):
             os.fsync(self._file.fileno())
 
     def _publish(self) -> None:
         """Give the finished file its name in one step; without `force` never over another file."""
-        with self._told():
+        with _told(self.path):
             self._file.close()
             if self._force:
                 os.replace(self._temp, self.path)
@@ -167,17 +167,6 @@ class StoreWriter:
                 _rename_new(self._temp, self.path)
             self._file = self._temp = None
             _sync_directory(self.path.parent)
-
-    @contextmanager
-    def _told(self):
-        try:
-            yield
-        except FileExistsError:
-            raise StoreError(_exists(self.path)) from None
-        except OSError as error:
-            advice = _ADVICE.get(error.errno, "choose another target")
-            reason = error.strerror or str(error)
-            raise StoreError(f"writing {self.path}: {reason}; {advice}") from error
 
 
 class BundleWriter:
@@ -214,6 +203,11 @@ class BundleWriter:
 
 def check_target(path: Path, force: bool) -> None:
     """Raise StoreError where a store could not be put at `path`; to be asked before any work."""
+    with _told(path):
+        _check_target(path, force)
+
+
+def _check_target(path: Path, force: bool) -> None:
     if path.is_dir():
         raise StoreError(f"writing {path}: it is a directory; give a file name such as m.edgemem")
     if os.path.lexists(path):
@@ -223,6 +217,19 @@ def check_target(path: Path, force: bool) -> None:
             raise StoreError(f"writing {path}: it is no regular file; choose another name")
     elif not path.parent.is_dir():
         raise StoreError(f"writing {path}: there is no directory {path.parent}; make it first")
+
+
+@contextmanager
+def _told(path: Path):
+    """Turn what the system refuses into a StoreError that says what to try."""
+    try:
+        yield
+    except FileExistsError:
+        raise StoreError(_exists(path)) from None
+    except OSError as error:
+        advice = _ADVICE.get(error.errno, "choose another target")
+        reason = error.strerror or str(error)
+        raise StoreError(f"writing {path}: {reason}; {advice}") from error
 
 
 def _exists(path: Path) -> str:

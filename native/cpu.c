@@ -10,19 +10,27 @@
 #include <stdlib.h>
 #include <string.h>
 
-extern const em_kernels em_kernels_scalar;
-#if defined(__x86_64__)
-extern const em_kernels em_kernels_avx2, em_kernels_avxvnni, em_kernels_avx512,
-    em_kernels_avx512vnni;
-#elif defined(__aarch64__)
-extern const em_kernels em_kernels_neon, em_kernels_dotprod;
-#endif
+extern const em_kernels em_kernels_avx512vnni, em_kernels_avx512, em_kernels_avxvnni,
+    em_kernels_avx2, em_kernels_dotprod, em_kernels_neon, em_kernels_scalar;
 
 static const em_kernels *const best_first[] = {
-#if defined(__x86_64__)
-    &em_kernels_avx512vnni, &em_kernels_avx512, &em_kernels_avxvnni, &em_kernels_avx2,
-#elif defined(__aarch64__)
-    &em_kernels_dotprod, &em_kernels_neon,
+#if EM_HAVE_avx512vnni
+    &em_kernels_avx512vnni,
+#endif
+#if EM_HAVE_avx512
+    &em_kernels_avx512,
+#endif
+#if EM_HAVE_avxvnni
+    &em_kernels_avxvnni,
+#endif
+#if EM_HAVE_avx2
+    &em_kernels_avx2,
+#endif
+#if EM_HAVE_dotprod
+    &em_kernels_dotprod,
+#endif
+#if EM_HAVE_neon
+    &em_kernels_neon,
 #endif
     &em_kernels_scalar,
 };

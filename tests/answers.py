@@ -17,7 +17,8 @@ import edgemem.engine
 THREADS = (1, 2, 5)
 CHUNKS = (1, 7, 128)
 """Tokens a prefill step takes."""
-PROMPT_TOKENS, NEW_TOKENS = 37, 12
+PROMPT_TOKENS, NEW_TOKENS = 23, 10
+CONTEXT = PROMPT_TOKENS + NEW_TOKENS
 
 
 def prompt(vocab_size: int, which: int = 0) -> list[int]:
@@ -28,7 +29,7 @@ def prompt(vocab_size: int, which: int = 0) -> list[int]:
 def opened(store, threads: int, chunk: int):
     """An engine of the store whose prefill takes `chunk` tokens a step."""
     with mock.patch.object(edgemem.engine, "CHUNK_TOKENS", chunk):
-        return edgemem.load(store, context=64, threads=threads)
+        return edgemem.load(store, context=CONTEXT, threads=threads)
 
 
 def greedy(session, ids, count: int = NEW_TOKENS) -> list[int]:

@@ -33,8 +33,12 @@ class Oracle:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was fed."""
-        self._past = transformers.DynamicCache(config=self.model.config)
+        """Forget what was fed.
+
+        The cache is made without the config, so that it keeps all keys and the mask alone cuts the
+        window: transformers' sliding cache keeps too many keys for a window of 1.
+        """
+        self._past = transformers.DynamicCache()
 
     @torch.inference_mode()
     def feed(self, ids) -> np.ndarray:

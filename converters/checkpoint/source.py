@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class Checkpoint:
     def __init__(self, path: Path):
         self.path = path
         self._files: list[TensorFile] = []
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise CheckpointError(
                 f"reading {path}: it is not a directory; give the directory that holds config.json"
             )

@@ -1,7 +1,8 @@
 """The commands of `edgemem`: results on stdout, everything else on stderr.
 
-Exit codes: 0 done, 1 an error that edgemem explains in its message, 2 wrong usage, 130 interrupted.
-What takes a model is imported when a command runs, so that `edgemem --help` answers at once.
+Exit codes: 0 done, 1 an error that its message explains, 2 wrong usage, 130 interrupted, 141 the
+reader of stdout left. What runs a model is imported when a command runs, so that `edgemem --help`
+answers at once.
 """
 
 from __future__ import annotations
@@ -20,12 +21,48 @@ from .perplexity import perplexity
 from .run import run
 from .verify import verify
 
-INTERRUPTED = 130
-BROKEN_PIPE = 141
-"""What a shell reports for a program that its reader left (128 + SIGPIPE)."""
+FAILED, INTERRUPTED, READER_LEFT = 1, 130, 141
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Commands(click.Group):
+    """A group whose commands end with a message and an exit code, whatever they raise on purpose."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)  # in the order in which they are needed, not of the alphabet
+
+    def invoke(self, context: click.Context) -> None:
+        try:
+            super().invoke(context)
+            sys.stdout.flush()
+        except EdgeMemError as error:
+            _fail(context, str(error))
+        except MemoryError as error:
+            _fail(context, f"out of memory: {error}; try a smaller --context or store")
+        except (KeyboardInterrupt, EOFError, click.Abort):
+            print("\nedgemem: interrupted", file=sys.stderr)
+            context.exit(INTERRUPTED)
+        except BrokenPipeError:
+            _drop_output()
+            context.exit(READER_LEFT)
+        except OSError as error:
+            # Stores and checkpoints turn theirs into EdgeMemError: this is a stream of our own.
+            _drop_output()
+            _fail(context, f"writing the output: {error.strerror or error}")
+
+
+def _fail(context: click.Context, message: str) -> None:
+    print(f"edgemem: {message}", file=sys.stderr)
+    context.exit(FAILED)
+
+
+def _drop_output() -> None:
+    """Let what is still buffered for stdout go nowhere, else Python fails again when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@click.group(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="edgemem", message="%(prog)s %(version)s")
 def cli() -> None:
     """Run language models that are bigger than memory, inside a memory budget that you set."""
@@ -37,37 +74,8 @@ for command in (convert, run, inspect, verify, perplexity, demo):
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit."""
-    # Text of a model may hold anything; a terminal that cannot show it gets a "?" instead.
+    # A model's text may hold anything; what a terminal cannot show becomes a "?".
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    sys.exit(_run(arguments))
-
-
-def _run(arguments: list[str] | None) -> int:
-    """Run a command; translate what it raises into messages and an exit code."""
-    try:
-        code = cli.main(arguments, prog_name="edgemem", standalone_mode=False)
-        sys.stdout.flush()
-        return code if isinstance(code, int) else 0
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except EdgeMemError as error:
-        return _fail(str(error))
-    except MemoryError as error:
-        return _fail(
-            f"out of memory{': ' if str(error) else ''}{error}; see --memory and --context"
-        )
-    except (KeyboardInterrupt, click.Abort):
-        print("\nedgemem: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # Python would complain again when it flushes stdout on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
-
-
-def _fail(message: str) -> int:
-    print(f"edgemem: {message}", file=sys.stderr)
-    return 1
+    cli.main(arguments, prog_name="edgemem")

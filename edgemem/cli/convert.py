@@ -17,7 +17,7 @@ within a small multiple of the largest tensor.
 """
 
 
-@click.command(help=_HELP)
+@click.command(help=_HELP, short_help="Make a store from a checkpoint.")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, metavar="OUT.edgemem",

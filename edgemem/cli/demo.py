@@ -11,8 +11,8 @@ from . import options
 from .run import generate
 
 DEMO_STORE = "demo.edgemem"
-DEMO_PROMPT = "The history of the city"
-DEMO_SAMPLING = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
+DEMO_PROMPT = "Natasha opened the door."
+DEMO_SAMPLING = {"temperature": 0.5, "top_p": 0.9}
 
 _HELP = """Generate text with the small model that comes with edgemem.
 
@@ -22,7 +22,7 @@ and an account of the run on stderr; --json prints one object instead, as 'edgem
 """
 
 
-@click.command(help=_HELP)
+@click.command(help=_HELP, short_help="Generate text with the model that comes along.")
 @click.option(
     "-p", "--prompt", metavar="TEXT", default=DEMO_PROMPT, show_default=True, help="The prompt."
 )
@@ -38,8 +38,8 @@ def demo(prompt, max_tokens, memory, context, threads, as_json, **sampling):
     resource = importlib.resources.files("edgemem") / DEMO_STORE
     if not resource.is_file():
         raise StoreError(
-            f"the demo's store {DEMO_STORE} is not in this installation; reinstall edgemem, or convert a "
-            "checkpoint with 'edgemem convert'"
+            f"the demo's store {DEMO_STORE} is not in this installation; reinstall edgemem, or "
+            "convert a checkpoint with 'edgemem convert'"
         )
     with importlib.resources.as_file(resource) as store:
         engine = options.load_engine(store, memory, context, threads)

@@ -12,7 +12,7 @@ Reads the directory only, no weights. --json prints one object with more detail.
 """
 
 
-@click.command(help=_HELP)
+@click.command(help=_HELP, short_help="Show what a store holds.")
 @options.STORE
 @options.JSON
 def inspect(store, as_json):
@@ -71,24 +71,20 @@ def summarize(facts: dict) -> list[tuple[str, str]]:
     spec, tokenizer = facts["spec"], facts["tokenizer"]
     sizes = " · ".join(f"{name} {show_size(size)}" for name, size in facts["dtype_bytes"].items())
     recipe = ", ".join(f"{name} {value}" for name, value in facts["recipe"].items())
-    rows = [
+    return [
         ("model", f"{spec['model_type']}, {facts['parameters'] / 1e6:,.1f} M parameters"),
         ("layers", f"{spec['n_layers']} of width {spec['hidden']}, {_ffn(spec)}"),
         ("attention", _attention(spec)),
         ("context", _context(facts)),
         ("tokenizer", _tokenizer(tokenizer, spec)),
         ("formats", sizes),
-        ("dense", f"{show_size(facts['dense_bytes'])}, needed by every token"),
-    ]
-    if facts["streamed_bytes"]:
-        rows.append(("streamed", f"{show_size(facts['streamed_bytes'])}, needed as routed"))
-    rows += [
+        ("dense", f"{show_size(facts['dense_bytes'])} that every token needs at hand"),
+        ("streamed", f"{show_size(facts['streamed_bytes'])} of experts and feed-forward networks"),
         ("bundles", " · ".join(_bundles(name, kind) for name, kind in facts["bundles"].items())),
         ("file", f"{show_size(facts['file_bytes'])} in pages of {facts['page_size']} bytes"),
         ("recipe", recipe),
+        ("source", str(facts["provenance"].get("checkpoint", "unknown"))),
     ]
-    source = facts["provenance"].get("source")
-    return [*rows, ("source", str(source))] if source else rows
 
 
 def _ffn(spec: dict) -> str:

@@ -96,8 +96,8 @@ def progress_bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def print_json(data: dict) -> None:
-    """One object on stdout; paths become strings."""
-    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+    """One object on one line of stdout; paths become strings."""
+    print(json.dumps(data, ensure_ascii=False, default=str), flush=True)
 
 
 def note(message: str) -> None:
@@ -106,7 +106,8 @@ def note(message: str) -> None:
 
 
 def read_text(path: Path | None) -> str:
-    """All of a UTF-8 file, or of stdin for None."""
+    """All of a UTF-8 file, or of stdin (None or "-")."""
+    path = None if str(path) == "-" else path
     name = "stdin" if path is None else str(path)
     try:
         data = sys.stdin.buffer.read() if path is None else path.read_bytes()

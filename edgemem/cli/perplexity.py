@@ -17,7 +17,7 @@ log likelihood of all predicted tokens.
 """
 
 
-@click.command(help=_HELP)
+@click.command(help=_HELP, short_help="Measure how well a model predicts a text.")
 @options.STORE
 @click.option(
     "-f", "--file", type=click.Path(path_type=Path), required=True, metavar="TEXT",
@@ -33,7 +33,7 @@ log likelihood of all predicted tokens.
 @options.engine_options
 @options.JSON
 def perplexity(store, file, window, limit, memory, context, threads, as_json):
-    text = options.read_text(None if str(file) == "-" else file)
+    text = options.read_text(file)
     engine = options.load_engine(store, memory, context or window, threads)
     from .. import perplexity as measure
 

@@ -20,7 +20,7 @@ peak_rss_bytes, threads, isa.
 """
 
 
-@click.command(help=_HELP)
+@click.command(help=_HELP, short_help="Generate text from a prompt.")
 @options.STORE
 @click.option("-p", "--prompt", metavar="TEXT", help="The prompt.")
 @click.option("-f", "--file", type=click.Path(path_type=Path), help="Read the prompt from a file.")
@@ -51,7 +51,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise click.UsageError("give the prompt with -p or with -f, not both")
     if prompt is not None:
         return prompt
-    if file is None and sys.stdin.isatty():
+    if file is None and sys.stdin is not None and sys.stdin.isatty():
         options.note("edgemem: type the prompt, then Ctrl-D (or give it with -p TEXT)")
     return options.read_text(file).removesuffix("\n")
 

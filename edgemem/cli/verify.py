@@ -16,7 +16,7 @@ payload_bytes and file_bytes.
 """
 
 
-@click.command(help=_HELP)
+@click.command(help=_HELP, short_help="Check every byte of a store.")
 @options.STORE
 @options.JSON
 def verify(store, as_json):

@@ -276,7 +276,8 @@ class Decoder(ABC):
         self._final_norm = Norm(core, final[0], "norm", self.spec.norm_eps, self.spec.hidden)
         self._head = self._table(Kind.HEAD)
         self._embedding = self._head if self.spec.tied else self._table(Kind.EMBED)
-        self._logits = None
+        self._logits = Array((1, self.spec.vocab_size))
+        self._multiply_head = self._head.multiplier(self._logits)
         self._frequencies = (0, None)
 
     @abstractmethod
@@ -294,8 +295,8 @@ class Decoder(ABC):
         with self.streamer.hold(ids) as addresses:
             return Table(self.core, layouts, addresses)
 
-    def step(self, ids: np.ndarray, kv: KvCache, all_logits: bool = False) -> np.ndarray:
-        """Append tokens to a cache and give float32 logits [n or 1, vocab], a view of scratch.
+    def step(self, ids: np.ndarray, kv: KvCache, n_logits: int = 1) -> np.ndarray:
+        """Append tokens to a cache; float32 [n_logits, vocab] after the last ones, a view of scratch.
 
         ids: int32 [n], 1 ≤ n ≤ max_tokens, each in the vocabulary; kv has room for n more.
         """
@@ -305,7 +306,7 @@ class Decoder(ABC):
         for layer in self._layers:
             layer.run(kv, n)
         kv.position += n
-        return self._read_out(n, n if all_logits else 1)
+        return self._read_out(n, n_logits)
 
     def _rotate(self, kv: KvCache, n: int) -> None:
         spec, s = self.spec, self.scratch
@@ -321,9 +322,11 @@ class Decoder(ABC):
 
     def _read_out(self, n: int, rows: int) -> np.ndarray:
         s, hidden = self.scratch, self.spec.hidden
-        if self._logits is None or len(self._logits.array) < rows:
+        if len(self._logits.array) < rows:
             self._logits = Array((rows, self.spec.vocab_size))
             self._multiply_head = self._head.multiplier(self._logits)
+        if rows == 0:
+            return self._logits.array[:0]
         with self.streamer.hold(self._final_id) as addresses:
             self._final_norm.bind(int(addresses[0]))
             self._final_norm.run(s.x.pointer + (n - rows) * hidden, rows, s.h.pointer)

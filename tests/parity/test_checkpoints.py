@@ -12,10 +12,14 @@ import oracle
 import pytest
 
 import edgemem
+from edgemem.kernels.reference import Forward, StoreWeights
+from edgemem.store import Store
 
 NAMES = ("stories260k", "tiny-moe", "tiny-relu")
 PROMPT = "Once upon a time"
-LOGITS_BOUND = 1e-3
+LOGITS_BOUNDS = {"stories260k": 4e-3, "tiny-moe": 1e-3, "tiny-relu": 1e-3}
+"""stories260k's keys are large and its heads have 8 numbers: keeping keys in f16, as the engine does
+and transformers in float32 does not, moves its logits by 2e-3 (the definition says the same)."""
 PERPLEXITY_BOUND = 1e-3
 TOKENS, WINDOW = 20_000, 256
 
@@ -88,9 +92,22 @@ def test_greedy_tokens_are_equal(name, count, shared, judges, engines):
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_agree(name, shared, wikitext, judges, engines):
     ids = text_ids(shared, wikitext, name)[:200]
-    error = oracle.relative_error(engines(name).logits(ids), judges(name).logits(ids))
+    found, expected = engines(name).logits(ids), judges(name).logits(ids)
+    error = oracle.relative_error(found, expected)
     print(f"{name}: logits differ by {error:.2e} of the largest over {len(ids)} tokens")
-    assert error <= LOGITS_BOUND
+    assert error <= LOGITS_BOUNDS[name]
+
+
+def test_f16_keys_are_all_that_differs(shared, wikitext, judges, stories_store):
+    """The definition is transformers to rounding with exact keys, and differs as ours with f16's."""
+    ids = text_ids(shared, wikitext, "stories260k")[:200]
+    expected = judges("stories260k").logits(ids)
+    with Store.open(stories_store) as store:
+        weights = StoreWeights(store)
+        exact = Forward(store.spec, weights).feed(ids)
+        rounded = Forward(store.spec, weights, kv_dtype=np.float16).feed(ids)
+    assert oracle.relative_error(exact, expected) <= 2e-5
+    assert 1e-3 < oracle.relative_error(rounded, expected) <= LOGITS_BOUNDS["stories260k"]
 
 
 @pytest.mark.parametrize("name", NAMES)

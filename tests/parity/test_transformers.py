@@ -22,6 +22,7 @@ from edgemem.store import Store
 CONFIGURATIONS = 24
 DEFINITION_BOUND = 2e-5
 ENGINE_BOUND = 1e-3
+CONTEXT = tiny.IDS_COUNT + 2
 CLEAR_GAP = 0.004
 """Routers must decide by this much (see `tiny.routing_gaps`) where ids are fed in pieces: dynamic
 rope makes the pieces matter, so what `tiny` settled for one feed need not hold for several."""
@@ -81,7 +82,7 @@ def case(request, tmp_path_factory, seed_base) -> Case:
 
 @pytest.fixture(scope="module")
 def engine(case):
-    return edgemem.load(case.store_path, context=64, threads=2)
+    return edgemem.load(case.store_path, context=CONTEXT, threads=2)
 
 
 def test_the_definition_agrees(case):

@@ -1,0 +1,68 @@
+"""What benchmarks share: repeated timing, spread, the ceiling of this host, and its fingerprint."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from edgemem._native import Slab, ffi, lib
+from edgemem.kernels import Core
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, minimum and maximum of repeated measurements, all in one unit."""
+
+    median: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.median:{spec}} ({self.low:{spec}}–{self.high:{spec}})"
+
+
+def spread(values: list[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def rates(works: dict[str, Callable[[], float]], runs: int) -> dict[str, Spread]:
+    """Amounts per second of several kinds of work, taken in turn: A B A B …, so that drift of the
+    machine falls on all alike. Each function does its work once and returns how much it was."""
+    for work in works.values():
+        work()
+    found = {name: [] for name in works}
+    for _ in range(runs):
+        for name, work in works.items():
+            started = time.perf_counter()
+            amount = work()
+            found[name].append(amount / (time.perf_counter() - started))
+    return {name: spread(values) for name, values in found.items()}
+
+
+class PlainRead:
+    """Reading memory and doing nothing with it: what bounds any product over the same bytes."""
+
+    def __init__(self, core: Core, size: int):
+        self._core, self._slab = core, Slab(size)
+        for start in range(0, size, 1 << 20):  # touch every page, or zero pages would be read
+            self._slab.view[start : start + 1] = b"\1"
+
+    def __call__(self) -> int:
+        address = ffi.cast("void *", self._slab.address)
+        lib.em_read_bytes(self._core.handle, address, self._slab.bytes)
+        return self._slab.bytes
+
+
+def fingerprint() -> str:
+    """The host in one line, as far as it tells: processor, cores, memory, system."""
+    name = platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = [line for line in file if line.startswith("model name")]
+        name = lines[0].split(":")[1].strip() if lines else name
+    except OSError:
+        pass
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
+    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
