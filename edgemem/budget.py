@@ -152,8 +152,12 @@ class Budget:
     """A limit on the bytes of the process and what has been promised so far. Thread-safe."""
 
     def __init__(self, memory: str | int = "auto"):
-        self.is_auto = isinstance(memory, str) and memory.strip().lower() == "auto"
-        self.limit = auto_bytes() if self.is_auto else min(parse_size(memory), machine_bytes())
+        if isinstance(memory, str) and memory.strip().lower() == "auto":
+            self.limit, self._source = auto_bytes(), "auto: what is free here, less a reserve"
+        else:
+            asked, whole = parse_size(memory), machine_bytes()
+            self.limit = min(asked, whole)
+            self._source = "as asked" if asked <= whole else "all that this machine has"
         self._items: list[Item] = []
         self._lock = threading.RLock()
 
@@ -184,9 +188,9 @@ class Budget:
 
     def _refusal(self, items: Sequence[Item], advice: Sequence[str]) -> str:
         total = sum(item.bytes for item in items)
-        source = "available memory less a reserve" if self.is_auto else "as asked"
-        rows = [*items, Item("sum", total), Item(f"budget ({source})", self.limit)]
-        width = max(len(row.label) for row in rows)
-        lines = [f"{row.label:<{width}}  {show_size(row.bytes):>10}" for row in rows]
+        rows = [*items, Item("sum", total), Item(f"budget ({self._source})", self.limit)]
+        sizes = [show_size(row.bytes) for row in rows]
+        left, right = max(len(row.label) for row in rows), max(map(len, sizes))
+        sum_lines = [f"{r.label:<{left}}  {s:>{right}}" for r, s in zip(rows, sizes, strict=True)]
         head = f"the model does not fit the memory budget: {show_size(total - self.limit)} too much"
-        return "\n  ".join([head, *lines, *advice])
+        return "\n  ".join([head, *sum_lines, *advice])

@@ -11,7 +11,7 @@ from time import perf_counter
 import numpy as np
 
 from . import inventory, models
-from .budget import MIB, Budget, Item, current_bytes, show_size, usable_cpus
+from .budget import MIB, Budget, Item, current_bytes, machine_bytes, show_size, usable_cpus
 from .dtypes import BY_NAME
 from .generation import Generation
 from .kernels import Core
@@ -208,7 +208,9 @@ class Engine:
                     f"the same model at {name} would fit: about {size} (convert --dtype {name})"
                 )
                 break
-        return [*lines, f"this would fit with --memory {-(-needed // MIB)}M"]
+        if needed > self.budget.limit and needed <= machine_bytes():
+            lines.append(f"this would fit with --memory {-(-needed // MIB)}M")
+        return lines
 
 
 def _scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:

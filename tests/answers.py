@@ -14,9 +14,8 @@ from unittest import mock
 import edgemem
 import edgemem.engine
 
-THREADS = (1, 2, 5)
-CHUNKS = (1, 7, 128)
-"""Tokens a prefill step takes."""
+WAYS = ((1, 128), (1, 1), (2, 7), (3, 128), (5, 1))
+"""(threads, tokens that a prefill step takes)"""
 PROMPT_TOKENS, NEW_TOKENS = 23, 10
 CONTEXT = PROMPT_TOKENS + NEW_TOKENS
 
@@ -52,13 +51,12 @@ def digest(engine) -> str:
 
 
 def main(stores: list[str]) -> None:
-    """Print one record for each store, thread count and chunk."""
+    """Print one record for each store and way."""
     records = []
     for store in stores:
-        for threads in THREADS:
-            for chunk in CHUNKS:
-                with opened(store, threads, chunk) as engine:
-                    records.append([store, engine.isa, threads, chunk, digest(engine)])
+        for threads, chunk in WAYS:
+            with opened(store, threads, chunk) as engine:
+                records.append([store, engine.isa, threads, chunk, digest(engine)])
     print(json.dumps(records))
 
 

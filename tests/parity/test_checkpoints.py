@@ -13,13 +13,14 @@ import pytest
 
 import edgemem
 from edgemem.kernels.reference import Forward, StoreWeights
+from edgemem.perplexity import perplexity
 from edgemem.store import Store
 
 NAMES = ("stories260k", "tiny-moe", "tiny-relu")
 PROMPT = "Once upon a time"
 LOGITS_BOUNDS = {"stories260k": 4e-3, "tiny-moe": 1e-3, "tiny-relu": 1e-3}
-"""stories260k's keys are large and its heads have 8 numbers: keeping keys in f16, as the engine does
-and transformers in float32 does not, moves its logits by 2e-3 (the definition says the same)."""
+"""stories260k's keys are large and its heads have 8 numbers: keeping keys in f16, as the engine
+does and transformers in float32 does not, moves its logits by 2e-3 (so says the definition)."""
 PERPLEXITY_BOUND = 1e-3
 TOKENS, WINDOW = 20_000, 256
 
@@ -59,21 +60,6 @@ def text_ids(shared, wikitext, name: str) -> list[int]:
     return ids[:TOKENS]
 
 
-def perplexity(engine, ids: list[int]) -> float:
-    """exp of the mean −log p of every token but the first of each window."""
-    total, count = 0.0, 0
-    for start in range(0, len(ids), WINDOW):
-        part = ids[start : start + WINDOW]
-        if len(part) < 2:
-            continue
-        logits = engine.logits(part)[:-1].astype(np.float64)
-        peak = logits.max(axis=1)
-        normal = peak + np.log(np.exp(logits - peak[:, None]).sum(axis=1))
-        total += float((normal - logits[np.arange(len(part) - 1), part[1:]]).sum())
-        count += len(part) - 1
-    return math.exp(total / count)
-
-
 @pytest.mark.parametrize("name, count", [(NAMES[0], 150), (NAMES[1], 100), (NAMES[2], 100)])
 def test_greedy_tokens_are_equal(name, count, shared, judges, engines):
     engine = engines(name)
@@ -99,7 +85,7 @@ def test_logits_agree(name, shared, wikitext, judges, engines):
 
 
 def test_f16_keys_are_all_that_differs(shared, wikitext, judges, stories_store):
-    """The definition is transformers to rounding with exact keys, and differs as ours with f16's."""
+    """With exact keys the definition is transformers, to rounding; with f16's it differs as ours."""
     ids = text_ids(shared, wikitext, "stories260k")[:200]
     expected = judges("stories260k").logits(ids)
     with Store.open(stories_store) as store:
@@ -115,10 +101,12 @@ def test_perplexity_agrees(name, shared, wikitext, judges, engines):
     ids = text_ids(shared, wikitext, name)
     losses = judges(name).negative_log_likelihoods(ids, WINDOW)
     theirs = math.exp(losses.mean())
-    ours = perplexity(engines(name), ids)
+    report = perplexity(engines(name), wikitext[: 12 * TOKENS], WINDOW, limit=TOKENS)
+    ours = report.perplexity
+    assert report.predicted_tokens == len(losses)
     line = f"{name}: transformers {theirs:.4f}, kept {ours:.4f} ({ours / theirs - 1:+.3%})"
     for dtype in ("q8_0", "q4_0"):
-        lossy = perplexity(engines(name, dtype), ids)
+        lossy = perplexity(engines(name, dtype), ids, WINDOW).perplexity
         line += f", {dtype} {lossy:.4f} ({lossy / theirs - 1:+.2%})"
         assert theirs * 0.9 < lossy < theirs * 1.5, line
     print(line)

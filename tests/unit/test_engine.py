@@ -1,0 +1,221 @@
+"""Engines on real stores: loading, refusals, logits, sessions and their memory."""
+
+import gc
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import edgemem
+from edgemem import BudgetError, ContextError, StoreError
+from edgemem.engine import context_limit
+from edgemem.kvcache import cache_bytes
+from edgemem.spec import RopeSpec
+
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def engine(stories_store):
+    with edgemem.load(stories_store, threads=2) as engine:
+        yield engine
+
+
+def test_what_an_engine_shows(engine):
+    assert engine.spec.model_type == "llama"
+    assert engine.context == engine.spec.max_positions == 512
+    assert engine.threads == 2 and engine.isa
+    assert engine.bos_id == 1 and engine.eos_ids == {2}
+
+
+def test_text_streamed_and_whole_are_the_same(engine):
+    whole = engine.generate(PROMPT, max_tokens=40)
+    stream = engine.generate(PROMPT, max_tokens=40, stream=True)
+    assert "".join(stream) == whole == stream.text
+    assert len(whole) > 40 and stream.finish_reason == "length"
+    with engine.session() as session:
+        parts = session.generate(PROMPT, max_tokens=15) + session.generate(max_tokens=25)
+    assert parts == whole
+
+
+def test_seeds_repeat(engine):
+    def sample(seed):
+        return engine.generate(PROMPT, max_tokens=30, temperature=1.0, top_p=0.95, seed=seed)
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_logits_of_every_position(engine):
+    ids = engine.tokenizer.encode(PROMPT) * 40  # several chunks
+    logits = engine.logits(ids)
+    assert logits.shape == (len(ids), engine.spec.vocab_size) and logits.dtype == np.float32
+    with engine.session() as session:
+        assert np.array_equal(session.feed(ids), logits[-1])
+    with engine.session() as session:
+        for i in (0, 1):
+            assert np.array_equal(session.feed(ids[i : i + 1]), logits[i])
+    assert engine.logits([]).shape == (0, engine.spec.vocab_size)
+
+
+def test_bad_ids_and_long_prompts_are_refused(engine):
+    for ids in ([512], [-1], [0, 10**9]):
+        with pytest.raises(ValueError, match="out of range"):
+            engine.logits(ids)
+    for call in (engine.logits, engine.generate):
+        with pytest.raises(ContextError, match="513 tokens .* context of 512"):
+            call([1] * 513)
+
+
+def test_the_context_can_be_filled_to_the_last_token(engine):
+    stream = engine.generate([1] * 510, max_tokens=1000, stream=True)
+    "".join(stream)
+    assert len(stream.token_ids) <= 2 and stream.finish_reason in ("context", "eos")
+    assert len(engine.logits([1] * 512)) == 512
+
+
+def test_sessions_in_threads_say_what_they_say_alone(engine):
+    def say(seed):
+        return engine.generate(f"{PROMPT} {seed}", max_tokens=25, temperature=1.0, seed=seed)
+
+    alone = {seed: say(seed) for seed in range(4)}
+    together = {}
+    threads = [
+        threading.Thread(target=lambda s=seed: together.update({s: say(s)})) for seed in alone
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+def test_the_trace_counts_tokens(engine):
+    engine.trace.clear()
+    engine.generate(PROMPT, max_tokens=9)
+    summary = engine.trace.summary()
+    assert summary["prefill"]["tokens"] == 5 and summary["decode"]["tokens"] == 8
+    assert summary["decode"]["tokens_per_second"] > 0
+
+
+def test_threads_and_isa_do_not_change_the_text(stories_store, engine):
+    whole = engine.generate(PROMPT, max_tokens=60)
+    with edgemem.load(stories_store, threads=1) as other:
+        assert other.generate(PROMPT, max_tokens=60) == whole
+
+
+def test_a_closed_engine_says_so(stories_store):
+    engine = edgemem.load(stories_store)
+    session = engine.session()
+    session.generate(PROMPT, max_tokens=2)
+    engine.close()
+    engine.close()
+    for call in (engine.session, lambda: engine.generate("x"), lambda: session.generate("more")):
+        with pytest.raises(ValueError, match="closed"):
+            call()
+
+
+def test_progress_ends_at_the_total(stories_store):
+    calls = []
+    edgemem.load(stories_store, progress=lambda done, total: calls.append((done, total))).close()
+    assert calls and calls[-1][0] == calls[-1][1]
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+
+
+# Context
+
+
+def test_context_is_what_was_asked_within_what_the_model_takes(stories_store):
+    with edgemem.load(stories_store, context=16) as engine:
+        assert engine.context == 16
+        with pytest.raises(ContextError, match=r"17 .* context of 16 .*up to 512"):
+            engine.generate([1] * 17)
+    with pytest.raises(ValueError, match="context 513 .* 512"):
+        edgemem.load(stories_store, context=513)
+
+
+def test_scaled_rope_stretches_the_limit(engine):
+    spec = engine.spec
+    yarn = RopeSpec(type="yarn", factor=4.0, original_positions=512)
+    assert context_limit(replace(spec, rope=yarn)) == 2048
+    shorter = RopeSpec(type="llama3", factor=8.0, original_positions=16)
+    assert context_limit(replace(spec, rope=shorter)) == spec.max_positions
+
+
+# Arguments and memory
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        ({"context": 0}, ValueError),
+        ({"context": 1.5}, TypeError),
+        ({"threads": 0}, ValueError),
+        ({"threads": "all"}, TypeError),
+        ({"threads": True}, TypeError),
+        ({"memory": "much"}, ValueError),
+        ({"memory": 0}, ValueError),
+        ({"memory": None}, TypeError),
+    ],
+)
+def test_arguments_are_checked(stories_store, arguments, error):
+    with pytest.raises(error, match=f"{next(iter(arguments))}"):
+        edgemem.load(stories_store, **arguments)
+
+
+def test_what_is_no_store_is_named(tmp_path):
+    (tmp_path / "text").write_text("no store")
+    for name in ("absent", "text", "."):
+        with pytest.raises(StoreError, match="opening"):
+            edgemem.load(tmp_path / name)
+
+
+def test_a_budget_below_the_floor_is_refused_before_weights_are_read(tiny_moe_store):
+    def read(done, total):
+        raise AssertionError("weights were read")
+
+    with pytest.raises(BudgetError) as refusal:
+        edgemem.load(tiny_moe_store, memory="64M", progress=read)
+    text = str(refusal.value)
+    for line in ("process before", "weights", "scratch", "KV cache", "sum", "budget (as asked)"):
+        assert f"\n  {line}" in text
+    assert "--memory" in text
+
+
+def refusal(store, memory):
+    with pytest.raises(BudgetError) as error:
+        edgemem.load(store, memory=memory)
+    return str(error.value)
+
+
+def test_the_advice_of_a_refusal_holds(tiny_moe_store, convert_store, shared):
+    enough = int(refusal(tiny_moe_store, "1M").split("--memory ")[1].split("M")[0])
+    advice = refusal(tiny_moe_store, f"{enough - 1}M")
+    assert "--dtype q8_0" in advice
+    context = int(advice.split("--context ")[1].split(")")[0])
+    edgemem.load(tiny_moe_store, memory=f"{enough}M", context=context).close()
+    smaller = convert_store(shared / "models" / "tiny-moe", dtype="q8_0")
+    edgemem.load(smaller, memory=f"{enough - 1}M").close()
+
+
+def test_one_session_is_in_the_budget_and_more_are_added(tiny_moe_store):
+    engine = edgemem.load(tiny_moe_store)
+    cache = cache_bytes(engine.spec, engine.context)
+    floor = engine.budget.promised
+    first = engine.session()
+    assert engine.budget.promised == floor
+    second = engine.session()
+    assert engine.budget.promised == floor + cache
+    engine.budget.limit = floor + cache
+    with pytest.raises(BudgetError, match="KV cache"):
+        engine.session()
+    first.close()
+    third = engine.session()
+    assert third.generate("The", max_tokens=2) == second.generate("The", max_tokens=2)
+    for session in (second, third):
+        session.close()
+    gc.collect()
+    assert engine.budget.promised == floor
+    for _ in range(5):
+        engine.generate("The", max_tokens=1)
+    assert engine.budget.promised == floor
