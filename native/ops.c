@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- the core ---------------------------------------------------------------------------------- */
+/* ---- the core -------------------------------------------------------------------------------- */
 
 int32_t em_core_open(int32_t n_threads, const char *isa, em_core **out) {
     int32_t status;
@@ -43,7 +43,13 @@ int32_t em_core_reserve(em_core *core, uint64_t bytes) {
     return EM_OK;
 }
 
-/* ---- store matrices ---------------------------------------------------------------------------- */
+int64_t em_core_take_stall_us(em_core *core) {
+    int64_t stall = core->stall_us;
+    core->stall_us = 0;
+    return stall;
+}
+
+/* ---- store matrices -------------------------------------------------------------------------- */
 
 int64_t em_scale_bytes(int32_t dtype, int32_t cols, int32_t lanes) {
     if (!em_dtype_is_block(dtype)) return 0;
@@ -53,22 +59,15 @@ int64_t em_scale_bytes(int32_t dtype, int32_t cols, int32_t lanes) {
 int64_t em_group_bytes(int32_t dtype, int32_t cols, int32_t lanes) {
     int64_t blocks = (cols + EM_BLOCK - 1) / EM_BLOCK, quants;
     switch (dtype) {
-    case EM_F32:
-        quants = 4LL * cols * lanes;
-        break;
-    case EM_Q8_0:
-        quants = blocks * 32 * lanes;
-        break;
-    case EM_Q4_0:
-        quants = blocks * 16 * lanes;
-        break;
-    default:
-        quants = 2LL * cols * lanes;
+    case EM_F32: quants = 4LL * cols * lanes; break;
+    case EM_Q8_0: quants = blocks * 32 * lanes; break;
+    case EM_Q4_0: quants = blocks * 16 * lanes; break;
+    default: quants = 2LL * cols * lanes;
     }
     return em_scale_bytes(dtype, cols, lanes) + em_round_up(quants, 4LL * lanes);
 }
 
-/* ---- products ---------------------------------------------------------------------------------- */
+/* ---- products -------------------------------------------------------------------------------- */
 
 int64_t em_chunk_groups(const em_core *core, int64_t groups) {
     int64_t threads = em_pool_threads(core->pool);
@@ -164,7 +163,7 @@ int32_t em_linears(em_core *core, const em_linear *linears, int32_t n_linears, c
     return EM_OK;
 }
 
-/* ---- norms, tables, small things --------------------------------------------------------------- */
+/* ---- norms, tables, small things ------------------------------------------------------------- */
 
 typedef struct {
     const em_kernels *kernels;
