@@ -1,7 +1,7 @@
 """What a model is, apart from its weights: the shapes and constants that a forward pass needs.
 
-A spec is made from a checkpoint's config when it is converted and travels in the store. It holds facts
-only; which code runs is decided by `model_type` (one file in `models/` each).
+A spec is made from a checkpoint's config when it is converted and travels in the store. It holds
+facts only; which code runs is decided by `model_type` (one file in `models/` each).
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ class RopeSpec:
 class ModelSpec:
     """The facts of one model.
 
-    `windows[i]` is layer i's sliding window in tokens, 0 for full attention. `routed[i]` says whether
-    layer i's FFN is a mixture of experts. `qk_norm` is "head" (a norm over each head) or "full" (over
-    all heads at once). `shared_intermediate` is the width of a shared expert, 0 for none.
+    `windows[i]` is layer i's sliding window in tokens, 0 for full attention. `routed[i]` says
+    whether layer i's FFN is a mixture of experts. `qk_norm` is "head" (a norm over each head) or
+    "full" (over all heads at once). `shared_intermediate` is the width of a shared expert, 0 for
+    none.
     """
 
     model_type: str

@@ -260,6 +260,29 @@ class Layer:
                 part.run(n)
 
 
+class Vocabulary:
+    """Rows of the vocabulary: gathered as embeddings, or multiplied by as the output head."""
+
+    def __init__(self, model: "Decoder", kind: Kind):
+        self._model = model
+        self._ids, layouts = model.bundles(kind)
+        self._table = Table(model.core, layouts, np.zeros(len(self._ids)))
+
+    def embed(self, ids: np.ndarray, out: Array) -> None:
+        """out [n, hidden] = the rows of `ids`, int32 [n], each in the vocabulary."""
+        ids = np.ascontiguousarray(ids, np.int32)
+        wanted = np.unique(ids // self._table.rows_per_bundle)
+        with self._model.streamer.hold(self._ids[wanted]) as addresses:
+            self._table.addresses[wanted] = addresses
+            self._table.gather(ids, out)
+
+    def read_out(self, x, n_tokens: int, out: Array) -> None:
+        """out [n_tokens, vocab] = the logits of x, a float pointer to [n_tokens, hidden]."""
+        with self._model.streamer.hold(self._ids) as addresses:
+            self._table.addresses[:] = addresses
+            self._table.multiply(x, n_tokens, out)
+
+
 class Decoder(ABC):
     """A pre-norm decoder; a model adds which feed-forward parts each of its layers has."""
 
@@ -274,10 +297,9 @@ class Decoder(ABC):
         ]
         self._final_id, final = self.bundles(Kind.DENSE, self.spec.n_layers)
         self._final_norm = Norm(core, final[0], "norm", self.spec.norm_eps, self.spec.hidden)
-        self._head = self._table(Kind.HEAD)
-        self._embedding = self._head if self.spec.tied else self._table(Kind.EMBED)
+        self._head = Vocabulary(self, Kind.HEAD)
+        self._embedding = self._head if self.spec.tied else Vocabulary(self, Kind.EMBED)
         self._logits = Array((1, self.spec.vocab_size))
-        self._multiply_head = self._head.multiplier(self._logits)
         self._frequencies = (0, None)
 
     @abstractmethod
@@ -290,18 +312,13 @@ class Decoder(ABC):
         ids = np.ascontiguousarray(ids, np.uint32)
         return ids, [self._store.layout_of(int(i)) for i in ids]
 
-    def _table(self, kind: Kind) -> Table:
-        ids, layouts = self.bundles(kind)
-        with self.streamer.hold(ids) as addresses:
-            return Table(self.core, layouts, addresses)
-
     def step(self, ids: np.ndarray, kv: KvCache, n_logits: int = 1) -> np.ndarray:
         """Append tokens to a cache; float32 [n_logits, vocab] after the last ones, a view of scratch.
 
         ids: int32 [n], 1 ≤ n ≤ max_tokens, each in the vocabulary; kv has room for n more.
         """
         n, s = len(ids), self.scratch
-        self._embedding.gather(np.ascontiguousarray(ids, np.int32), s.x)
+        self._embedding.embed(ids, s.x)
         self._rotate(kv, n)
         for layer in self._layers:
             layer.run(kv, n)
@@ -322,13 +339,12 @@ class Decoder(ABC):
 
     def _read_out(self, n: int, rows: int) -> np.ndarray:
         s, hidden = self.scratch, self.spec.hidden
-        if len(self._logits.array) < rows:
-            self._logits = Array((rows, self.spec.vocab_size))
-            self._multiply_head = self._head.multiplier(self._logits)
         if rows == 0:
             return self._logits.array[:0]
+        if len(self._logits.array) < rows:
+            self._logits = Array((rows, self.spec.vocab_size))
         with self.streamer.hold(self._final_id) as addresses:
             self._final_norm.bind(int(addresses[0]))
             self._final_norm.run(s.x.pointer + (n - rows) * hidden, rows, s.h.pointer)
-        self._multiply_head(s.h.pointer, rows)
+        self._head.read_out(s.h.pointer, rows, self._logits)
         return self._logits.array[:rows]
