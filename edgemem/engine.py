@@ -17,7 +17,7 @@ from .dtypes import BY_NAME
 from .generation import Generation
 from .kernels import Core
 from .kvcache import KvCache, cache_bytes
-from .models.layers import core_scratch_bytes
+from .models.workspace import scratch_bytes
 from .residency import Residency
 from .sequence import TokenSequence
 from .session import Session, check_ids
@@ -56,9 +56,11 @@ def load(
 
 
 def context_limit(spec: ModelSpec) -> int:
-    """The longest context of a model: its own, or what RoPE scaling stretches it to."""
-    scaled = spec.rope.type != "default" and spec.rope.original_positions * spec.rope.factor
-    return max(spec.max_positions, int(scaled or 0))
+    """The longest context to ask for: the model's own, or what RoPE scaling stretches it to."""
+    if spec.rope.type == "default":
+        return spec.max_positions
+    stretched = (spec.rope.original_positions or spec.max_positions) * spec.rope.factor
+    return max(spec.max_positions, int(stretched))
 
 
 class Engine:
@@ -109,7 +111,7 @@ class Engine:
                 Item("process before loading", current_bytes()),
                 Item("headroom for Python", HEADROOM_BYTES),
                 Item("weights", inventory.resident_bytes(self.store)),
-                Item("scratch", _scratch_bytes(spec, self.chunk_tokens, self.threads)),
+                Item("scratch", scratch_bytes(spec, self.chunk_tokens, self.threads)),
                 self._kv_item,
             ],
             self._advise,
@@ -222,14 +224,6 @@ class Engine:
         if total <= machine_bytes():
             lines.append(f"this would fit with --memory {-(-total // MIB)}M")
         return lines
-
-
-def _scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:
-    """About what activations, the core's scratch and two rows of logits take."""
-    heads = spec.n_heads + 2 * spec.n_kv_heads
-    floats = 2 * spec.hidden + (heads + spec.n_heads + 1) * spec.head_dim + spec.n_experts
-    core = core_scratch_bytes(spec, n_tokens, threads)
-    return core + 4 * (n_tokens * floats + 2 * spec.vocab_size)
 
 
 def _check_count(name: str, value: int | None) -> None:

@@ -1,4 +1,4 @@
-"""The native operations as Python sees them: a `Core`, and arrays that it reads and writes in place.
+"""The native operations as Python sees them: a `Core`, and arrays that it works on in place.
 
 `reference.py` is the meaning of each operation in plain numpy; `native/edgemem.h` is the contract.
 """
@@ -66,7 +66,9 @@ class Linears:
     out rows are `stride` floats apart, by default the matrix's rows.
     """
 
-    def __init__(self, core: Core, layout, parts, accumulate: bool = False, stride: int | None = None):
+    def __init__(
+        self, core: Core, layout, parts, accumulate: bool = False, stride: int | None = None
+    ):
         self._core = core
         self._items = ffi.new("em_linear[]", len(parts))
         self._offsets = []
