@@ -189,10 +189,12 @@ static int32_t take_ready(const int32_t *ready, const uint32_t *ids, int32_t *pe
 }
 
 static void run_batch(em_core *core, ffn_task *t, int32_t n) {
+    int64_t pairs = 0, weights = (int64_t)t->ffn->hidden * t->ffn->intermediate;
+    for (int32_t i = 0; i < n; i++) pairs += t->first[t->batch[i] + 1] - t->first[t->batch[i]];
     int64_t inner = (t->ffn->intermediate + EM_LANES - 1) / EM_LANES;
     t->chunk = em_chunk_groups(core, inner * n);
     t->chunks = (inner + t->chunk - 1) / t->chunk;
-    em_pool_run(core->pool, gate_up_item, t, t->chunks * n);
+    em_core_run(core, gate_up_item, t, t->chunks * n, 2 * pairs * weights);
     if (t->h.q)
         for (int32_t i = 0; i < n; i++) {
             int32_t b = t->batch[i];
@@ -207,7 +209,7 @@ static void run_batch(em_core *core, ffn_task *t, int32_t n) {
     int64_t outer = (t->ffn->hidden + EM_LANES - 1) / EM_LANES;
     t->chunk = em_chunk_groups(core, outer * n);
     t->chunks = (outer + t->chunk - 1) / t->chunk;
-    em_pool_run(core->pool, down_item, t, t->chunks * n);
+    em_core_run(core, down_item, t, t->chunks * n, pairs * weights);
 }
 
 static bool valid_ffn(const em_ffn *f) {
@@ -255,6 +257,6 @@ int32_t em_ffn_run(em_core *core, const em_ffn *f, int32_t n_bundles, const uint
         run_batch(core, &t, n);
     }
     group_by_token(&t, n_tokens, pairs);
-    em_pool_run(core->pool, sum_token, &t, n_tokens);
+    em_core_run(core, sum_token, &t, n_tokens, (int64_t)pairs * f->hidden);
     return EM_OK;
 }

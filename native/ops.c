@@ -49,6 +49,16 @@ int64_t em_core_take_stall_us(em_core *core) {
     return stall;
 }
 
+/* Some microseconds of one thread's work, about what it takes to share it with another. */
+#define WORTH_SHARING 100000
+
+void em_core_run(em_core *core, em_task *task, void *arg, int64_t n_items, int64_t work) {
+    if (work >= WORTH_SHARING)
+        em_pool_run(core->pool, task, arg, n_items);
+    else
+        for (int64_t item = 0; item < n_items; item++) task(arg, item, 0);
+}
+
 /* ---- store matrices -------------------------------------------------------------------------- */
 
 int64_t em_scale_bytes(int32_t dtype, int32_t cols, int32_t lanes) {
@@ -104,10 +114,7 @@ static void quantize_row(void *arg, int64_t item, int32_t thread) {
 
 void em_acts_quantize(em_core *core, const em_acts *acts, const int32_t *rows, int64_t n) {
     quantize_task task = {core->kernels, acts, rows};
-    if (n * acts->cols >= 16384)
-        em_pool_run(core->pool, quantize_row, &task, n);
-    else
-        for (int64_t i = 0; i < n; i++) quantize_row(&task, i, 0);
+    em_core_run(core, quantize_row, &task, n, n * acts->cols * 4);
 }
 
 uint64_t em_linear_scratch(int32_t n_tokens, int32_t cols) { return em_acts_bytes(n_tokens, cols); }
@@ -159,7 +166,7 @@ int32_t em_linears(em_core *core, const em_linear *linears, int32_t n_linears, c
                          &acts};
     for (int32_t i = 0; i < n_linears; i++)
         items += (groups_of(&linears[i]) + task.chunk - 1) / task.chunk;
-    em_pool_run(core->pool, linear_item, &task, items);
+    em_core_run(core, linear_item, &task, items, groups * EM_LANES * cols * n_tokens);
     return EM_OK;
 }
 
@@ -184,10 +191,7 @@ int32_t em_rms_norm(em_core *core, const float *x, const float *weight, float ep
                     int32_t n_cols, float *out) {
     if (n_rows < 0 || n_cols < 1) return EM_INVALID;
     norm_task task = {core->kernels, x, weight, eps, n_cols, out};
-    if ((int64_t)n_rows * n_cols >= 32768)
-        em_pool_run(core->pool, norm_row, &task, n_rows);
-    else
-        for (int32_t row = 0; row < n_rows; row++) norm_row(&task, row, 0);
+    em_core_run(core, norm_row, &task, n_rows, (int64_t)n_rows * n_cols * 2);
     return EM_OK;
 }
 
