@@ -44,13 +44,11 @@ def read(path: Path) -> Routing:
     return _read_csv(path) if path.name.endswith(".csv.xz") else _read_trace(path)
 
 
-def of_tokens(name: str, picks: np.ndarray) -> Routing:
-    """Routing of single-token steps: `picks` int [steps, layers, top_k] are experts from 0, of
-    which there are 128 or, if higher ones occur, as many as needed."""
+def of_tokens(name: str, picks: np.ndarray, n_experts: int) -> Routing:
+    """Routing of steps of one token: `picks` int [steps, layers, top_k] are experts from 0."""
     n_steps, n_layers, _ = picks.shape
-    n_experts = max(128, int(picks.max()) + 1)
-    numbers = picks + np.arange(n_layers)[:, None] * n_experts
-    rows = np.sort(numbers.reshape(n_steps * n_layers, -1), axis=1)
+    numbers = np.sort(picks + np.arange(n_layers)[:, None] * n_experts, axis=2)
+    rows = numbers.reshape(n_steps * n_layers, -1)
     return _build(
         name, n_layers, np.repeat(np.arange(n_layers), n_experts), None,
         np.tile(np.arange(n_layers), n_steps), np.repeat(np.arange(n_steps), n_layers),
