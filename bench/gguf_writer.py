@@ -1,6 +1,8 @@
 """GGUF files, written front to back (version 3: github.com/ggml-org/ggml, docs/gguf.md), and the
 names and fields by which llama.cpp knows the models that edgemem supports."""
 
+from __future__ import annotations
+
 import struct
 from pathlib import Path
 
@@ -105,7 +107,7 @@ class GgufWriter:
         self._file = path.open("wb")
         self._data_start = 0
 
-    def __enter__(self) -> "GgufWriter":
+    def __enter__(self) -> GgufWriter:
         return self
 
     def __exit__(self, *_) -> None:
@@ -116,7 +118,8 @@ class GgufWriter:
         assert self._data_start == 0 and shape[-1] % dtype.block == 0
         self._infos[name] = dtype, shape, self._size
         count = int(np.prod(shape)) // dtype.block
-        self._size = round_up(self._size + count * (dtype.scale_bytes + dtype.quant_bytes), ALIGNMENT)
+        size = count * (dtype.scale_bytes + dtype.quant_bytes)
+        self._size = round_up(self._size + size, ALIGNMENT)
 
     def begin(self, name: str) -> None:
         if self._data_start == 0:

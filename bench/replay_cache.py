@@ -1,8 +1,8 @@
 """A cache without bytes: serves recorded demand under any policy, and under Belady's.
 
-The rules are the residency's: the demand of one layer is pinned as a whole, then each miss takes a free
-slot of its layout class or that of the bundle with the lowest rank that is not pinned (the first of
-equals). Demand that exceeds a class's slots is served in parts.
+The rules are the residency's: the demand of one layer is pinned as a whole, then each miss takes a
+free slot of its layout class, or that of the bundle with the lowest rank that is not pinned (the
+first of equals). Demand that exceeds a class's slots is served in parts.
 """
 
 import numba
@@ -16,8 +16,11 @@ NEVER = 1 << 30
 
 
 class Belady(Policy):
-    """Evicts what is used last of all, which no policy can beat: L. A. Belady, A study of replacement
-    algorithms for a virtual-storage computer, IBM Systems Journal 5(2), 1966. Knows one trace only."""
+    """Evicts what is used last of all, which no policy can beat. Knows one trace only.
+
+    L. A. Belady, A study of replacement algorithms for a virtual-storage computer, IBM Systems
+    Journal 5(2), 1966.
+    """
 
     name = "belady"
 
@@ -87,9 +90,9 @@ def _serve_part(resident, free, class_of, ranks, ids):
 def _victim(resident, pinned, class_of, ranks, wanted_class):
     victim = -1
     for i in range(len(resident)):
-        if resident[i] and not pinned[i] and class_of[i] == wanted_class:
-            if victim < 0 or ranks[i] < ranks[victim]:
-                victim = i
+        can_go = resident[i] and not pinned[i] and class_of[i] == wanted_class
+        if can_go and (victim < 0 or ranks[i] < ranks[victim]):
+            victim = i
     return victim
 
 

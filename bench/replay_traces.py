@@ -14,7 +14,8 @@ class Routing:
     """Demand in the order in which it came: event e is one layer of one step.
 
     Event e demands bundles ids[starts[e]:starts[e+1]], each once; `uses` is how many of the step's
-    tokens took each. Bundles are numbered by layer; `class_of` is their layout class.
+    tokens took each. Bundles are numbered layer by layer; `class_of` is their layout class. The
+    policy, slots and hits are those of the run that was recorded, where it says.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Routing:
     uses: np.ndarray
     policy: str | None = None
     slots: tuple[int, ...] | None = None
+    hits: np.ndarray | None = None
 
     @property
     def n_steps(self) -> int:
@@ -37,6 +39,13 @@ class Routing:
     def slots_of(self, share: float) -> tuple[int, ...]:
         """A cache that holds this share of all bundles, class by class."""
         return tuple(int(share * count) for count in np.bincount(self.class_of))
+
+    def popularity(self, events: np.ndarray) -> np.ndarray:
+        """How often each bundle was used in these events (bool [events]), int64 [n]."""
+        demanded = np.repeat(events, np.diff(self.starts))
+        used = np.zeros(len(self.layer_of), np.int64)
+        np.add.at(used, self.ids[demanded], self.uses[demanded])
+        return used
 
 
 def read(path: Path) -> Routing:
@@ -79,22 +88,24 @@ def _read_csv(path: Path) -> Routing:
 
 def _read_trace(path: Path) -> Routing:
     header, lines = tracefile.read(path)
-    layers, steps, tokens, ids, uses = [], [], [], [], []
+    layers, steps, tokens, ids, uses, hits = [], [], [], [], [], []
     for step, line in enumerate(lines):
         layers += line["layers"]
         steps += [step] * len(line["layers"])
         tokens += [line["tokens"]] * len(line["layers"])
         ids += line["ids"]
         uses += line.get("uses") or [[1] * len(demanded) for demanded in line["ids"]]
+        hits += line.get("hits", [])
     return _build(
         path.stem, header.n_layers, header.layer_of, header.class_of,
-        layers, steps, tokens, ids, uses, header.policy, header.slots,
+        layers, steps, tokens, ids, uses, header.policy, header.slots, hits,
     )  # fmt: skip
 
 
 def _build(
-    name, n_layers, layer_of, class_of, layers, steps, tokens, ids, uses, policy=None, slots=None
-) -> Routing:
+    name, n_layers, layer_of, class_of, layers, steps, tokens, ids, uses,
+    policy=None, slots=None, hits=None,
+) -> Routing:  # fmt: skip
     flat = np.concatenate([np.asarray(demanded, np.int64) for demanded in ids])
     layer_of = np.asarray(layer_of, np.int64)
     return Routing(
@@ -110,4 +121,5 @@ def _build(
         uses=np.ones_like(flat) if uses is None else np.concatenate([*map(np.asarray, uses)]),
         policy=policy,
         slots=slots,
+        hits=np.array(hits, np.int64) if hits and len(hits) == len(layers) else None,
     )

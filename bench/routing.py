@@ -1,8 +1,8 @@
 """Whether a synthetic model routes like a real one: `python -m bench.routing STORE TRACE`.
 
-Feeds as many random tokens to the model as the recorded trace has, notes which experts each layer picks
-for each of them, and compares hit rates of LRU and Belady with those of the trace, at equal shares of
-all experts. (Greedy text of random weights falls into a loop; random tokens do not.)
+Feeds as many random tokens to the model as the recorded trace has, notes which experts each layer
+picks for each of them, and compares hit rates of LRU and Belady with those of the trace, at equal
+shares of all experts. (Greedy text of random weights falls into a loop; random tokens do not.)
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Checkpoints of real shapes with random weights that behave: `python -m bench.synth SHAPE TARGET`.
 
-The target's name says which form is written: `*.edgemem` a store, `*.gguf` a GGUF file, anything else
-a Hugging Face folder. All forms of one shape, seed and dtype hold the same values (a folder has bf16
-or f16 only). Nothing is held but a few tiles, so size is bounded by the disk alone.
+The target's name says which form is written: `*.edgemem` a store, `*.gguf` a GGUF file, anything
+else a Hugging Face folder. All forms of one shape, seed and dtype hold the same values (a folder
+has bf16 or f16 only). Nothing is held but a few tiles, so size is bounded by the disk alone.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from bench.shapes import SHAPES, config_of
 from bench.synth_checkpoint import write_folder, write_gguf
 from bench.synth_tokenizer import tokenizer_json
 from bench.weights import WEIGHTS, Weights, ahead
-from converters.configuration import describe
+from edgemem.converters.configuration import describe
 from edgemem.writer import StoreWriter
 
 

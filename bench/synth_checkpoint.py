@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.gguf_writer import GgufWriter, fields, tensor_name
+from bench.gguf_writer import GgufWriter, fields, rope_factors, tensor_name
 from bench.synth_tokenizer import tokenizer_json
 from bench.weights import Tile, Weights, ahead
-from converters import naming
-from converters.configuration import describe
+from edgemem.converters import naming
+from edgemem.converters.configuration import describe
 from edgemem.dtypes import BF16, BLOCK, F32, Q4_0, Q8_0, DType, scale_plane_bytes
 from edgemem.format import Kind, Part, Segment
 
@@ -162,30 +162,39 @@ def _drawn(weights: Weights, parts: list[Slice]) -> Iterator[np.ndarray]:
 # --- GGUF -----------------------------------------------------------------------------------------
 
 
-def write_gguf(
-    config: dict, target: Path, dtype: str, seed: int = 0, force: bool = False
-) -> int:
+def write_gguf(config: dict, target: Path, dtype: str, seed: int = 0, force: bool = False) -> int:
     """Write a GGUF file that llama.cpp runs; returns its size in bytes."""
     if target.exists() and not force:
-        raise FileExistsError(f"{target} exists; remove it first, or --force")
-    description = describe(config, {})
-    weights = Weights(description, seed, dtype)
-    spec = weights.spec
-    tensors: dict[str, list[Slice]] = {}
+        raise FileExistsError(f"writing {target}: it exists; remove it first, or --force")
+    weights = Weights(describe(config, {}), seed, dtype)
+    spec, tensors = weights.spec, {}
     for part in slices(weights):
-        tensors.setdefault(tensor_name(spec, part.kind, part.layer, part.segment.name), []).append(part)
+        name = tensor_name(spec, part.kind, part.layer, part.segment.name)
+        tensors.setdefault(name, []).append(part)
+    factors = rope_factors(spec)
     with GgufWriter(target, fields(spec)) as writer:
         for name, parts in tensors.items():
-            segment, rows = parts[0].segment, sum(part.segment.rows for part in parts)
-            shape = [segment.cols] if parts[0].is_vector else [rows, segment.cols]
-            if parts[0].kind == Kind.EXPERT:
-                shape = [len(parts), segment.rows, segment.cols]
-            writer.declare(name, _gguf_dtype(segment), shape)
+            writer.declare(name, _gguf_dtype(parts[0].segment), _gguf_shape(parts))
+        if factors is not None:
+            writer.declare("rope_freqs.weight", F32, [len(factors)])
         for name, parts in tensors.items():
             writer.begin(name)
             for rows in _gguf_rows(weights, parts):
                 writer.write(rows)
+        if factors is not None:
+            writer.begin("rope_freqs.weight")
+            writer.write(factors)
         return writer.finish()
+
+
+def _gguf_shape(parts: list[Slice]) -> list[int]:
+    """All experts of a layer are one tensor, and so are all rows of a table."""
+    first = parts[0].segment
+    if parts[0].is_vector or first.name == "shared_gate":
+        return [first.cols]
+    if parts[0].kind == Kind.EXPERT:
+        return [len(parts), first.rows, first.cols]
+    return [sum(part.segment.rows for part in parts), first.cols]
 
 
 def _gguf_dtype(segment: Segment) -> DType:

@@ -1,4 +1,4 @@
-"""The vocabulary of synthetic checkpoints: bytes, and padding up to the size of the model's table."""
+"""The vocabulary of synthetic checkpoints: bytes, and padding up to the size of their tables."""
 
 import json
 
@@ -9,7 +9,8 @@ def tokenizer_json() -> bytes:
     """A vocabulary of bytes: enough for a checkpoint that is fed token ids."""
     vocab = {token: i for i, token in enumerate(tokens())}
     special = {
-        "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True,
+        "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+        "special": True,
     }  # fmt: skip
     return json.dumps({
         "version": "1.0",

@@ -1,14 +1,15 @@
 """Random weights that behave like trained ones where it matters for speed, made from raw bits.
 
 Random weights route almost uniformly and let a constant direction take over the residual stream;
-no real model does. Three things prevent it: weights have a mean of exactly zero; output projections
-(o, down) are scaled so that each of them adds a few per cent to the stream; and all token embeddings
-share one common vector, so that each router has a static preference (popular experts), around which
-tokens vary. `bench/routing.py` holds the outcome to the routing of a real model.
+no real model does. Three things prevent it: weights have a mean of exactly zero; output
+projections (o, down) are scaled so that each of them adds a few per cent to the stream; and all
+token embeddings share one common vector, so that each router has a static preference (popular
+experts), around which tokens vary. `bench/routing.py` holds the outcome to the routing of a real
+model.
 
 Values are drawn in the number format and the order in which a store holds them, a tile of some rows
-at a time, each from its own seed, so any tile can be made on its own, and every form of a checkpoint
-(store, folder, GGUF) holds the same values.
+at a time, each from its own seed, so any tile can be made on its own, and every form of a
+checkpoint (store, folder, GGUF) holds the same values.
 """
 
 import os
@@ -21,14 +22,23 @@ from statistics import NormalDist
 
 import numpy as np
 
-from converters.configuration import Description
+from edgemem.converters.configuration import Description
 from edgemem.dtypes import (
-    BF16, BLOCK, F16, F32, LANES, Q4_0, Q8_0, DType, group_bytes, scale_plane_bytes,
-)  # fmt: skip
+    BF16,
+    BLOCK,
+    F16,
+    F32,
+    LANES,
+    Q4_0,
+    Q8_0,
+    DType,
+    group_bytes,
+    scale_plane_bytes,
+)
 from edgemem.format import NO_LAYER, Kind, Layout, Segment, bundle_order, bundle_parts, table_rows
 from edgemem.spec import ModelSpec
 
-COMMON = 1.45
+COMMON = 1.54
 """Length of the vector that all embeddings share, where their noise has length 1."""
 ADDED = 0.05
 """What one attention or FFN adds to the residual stream, as a share of it."""
@@ -196,7 +206,8 @@ class Weights:
             quants[...] = self._table_quants(bits, quants.shape, lanes)
         elif dtype == Q4_0:
             unit = _Q4_STD
-            quants[...] = _nibbles(_random_words(bits, quants.size))[: quants.size].reshape(quants.shape)
+            raw = _nibbles(_random_words(bits, quants.size))
+            quants[...] = raw[: quants.size].reshape(quants.shape)
         else:
             unit = _Q8_STD
             raw = _random_bytes(bits, quants.size)
@@ -251,7 +262,7 @@ def _random_bytes(bits: np.random.SFC64, size: int) -> np.ndarray:
 
 
 def _nibbles(words: np.ndarray) -> np.ndarray:
-    """Nibbles of 0 become 8: what is left is 1 … 15, whose mean is exactly 8. In place; as bytes."""
+    """Nibbles of 0 become 8, in place: what is left is 1 … 15 with a mean of exactly 8."""
     zero = words >> np.uint64(1)
     zero |= words
     zero |= zero >> np.uint64(2)

@@ -5,14 +5,16 @@ The first line describes the model and the cache:
     {"edgemem_trace": 1, "model": "qwen3_moe", "policy": "next-use", "n_layers": 48,
      "layer_of": [0, 0, …], "class_of": [0, 0, …], "slots": [614]}
 
-`layer_of` and `class_of` give layer and layout class of each streamed bundle, numbered as policies
-number them; `slots` is the cache's size for each class. Every other line is a step:
+`layer_of` and `class_of` give the layer and the layout class of each streamed bundle, numbered as
+policies number them; `slots` is the size of the cache for each class. Every other line is a step:
 
-    {"phase": "decode", "tokens": 1, "layers": [0, 1, …], "ids": [[3, 17], [140, 201], …], "hits": [1, 2, …]}
+    {"phase": "decode", "tokens": 1, "layers": [0, 1, …], "ids": [[3, 17], [140, 201], …],
+     "hits": [1, 2, …], …}
 
-with one item for each streamed layer in the order in which the step came to them: the bundles that it
-demanded, ascending, and as many lists of counters as the run kept (COUNTERS). `uses`, where a step has
-several tokens, says how many of them took each bundle. A run that is killed loses at most its last line.
+with one item for each streamed layer, in the order in which the step came to them: the bundles that
+it demanded, ascending, and the counters that the run kept (COUNTERS). `uses`, where a step has
+several tokens, says how many of them took each bundle. A run that is killed loses at most its last
+line.
 """
 
 from __future__ import annotations
@@ -87,7 +89,9 @@ def read(path: str | os.PathLike) -> tuple[TraceHeader, Iterator[dict]]:
     lines = _lines(path)
     first = next(lines, None)
     if not isinstance(first, dict) or first.pop("edgemem_trace", None) != VERSION:
-        raise StoreError(f"reading {path}: it is no trace of version {VERSION}; record one with --trace")
+        raise StoreError(
+            f"reading {path}: it is no trace of version {VERSION}; record one with --trace FILE"
+        )
     try:
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in first.items()}
         header = TraceHeader(**values)

@@ -8,10 +8,10 @@ import numpy as np
 class Policy(ABC):
     """Ranks the streamed bundles of a model: where room is needed, the lowest rank goes first.
 
-    Bundles are numbered from 0 by layer. `layer_of` (ascending, int [n]) gives each bundle's layer
-    among the model's `n_layers`; layers without streamed bundles are counted but hold none. For every
-    layer of every step the streamer calls `observe`, then reads `ranks`, then lets the residency evict.
-    Bundles of equal rank go in order of their number, so that a replay finds what a live run found.
+    Bundles are numbered from 0, layer by layer; `layer_of` (ascending, int [n]) gives the layer of
+    each among the model's `n_layers`, some of which may hold none. For every layer of every step
+    the streamer calls `observe`, reads `ranks`, and lets the residency evict. Bundles of equal rank
+    go in the order of their numbers, so that a replay finds what a live run found.
     """
 
     name: str

@@ -6,7 +6,7 @@ from .policy import LARGEST_COUNT, Policy, renumber
 
 
 class Lru(Policy):
-    """Ranks by the time of the last use. Scores nothing where the cache is below one token cycle."""
+    """Ranks by the time of the last use. Never hits where the cache is below one token cycle."""
 
     name = "lru"
 
