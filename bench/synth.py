@@ -6,6 +6,7 @@ has bf16 or f16 only). Nothing is held but a few tiles, so size is bounded by th
 """
 
 import argparse
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -15,6 +16,7 @@ from bench.synth_checkpoint import write_folder, write_gguf
 from bench.synth_tokenizer import tokenizer_json
 from bench.weights import WEIGHTS, Weights, ahead
 from edgemem.converters.configuration import describe
+from edgemem.errors import EdgeMemError
 from edgemem.writer import StoreWriter
 
 
@@ -59,8 +61,11 @@ def main() -> None:
     args = parser.parse_args()
     dtype = args.dtype or ("q4_0" if args.target.suffix in (".edgemem", ".gguf") else "bf16")
     started = time.perf_counter()
-    config = config_of(args.shape, args.layers)
-    size = write(config, args.target, dtype, args.seed, args.force)
+    try:
+        config = config_of(args.shape, args.layers)
+        size = write(config, args.target, dtype, args.seed, args.force)
+    except (ValueError, OSError, EdgeMemError) as error:
+        sys.exit(f"error: {error}")
     seconds = time.perf_counter() - started
     print(f"{args.target}: {size / 1e9:.2f} GB in {seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s")
 
