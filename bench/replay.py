@@ -1,10 +1,10 @@
 """Hit rates of every policy on recorded routing: `python -m bench.replay TRACE... [--share S]`.
 
 TRACE is a file that `--trace` wrote, or a published one (`*.route.csv.xz`). A cache of each share
-of all bundles starts empty, and hits count after the first third of the steps. "closed" is how far the
-default comes from LRU towards Belady, which knows the future. For a trace of our own, the run that
-wrote it is replayed as well: its policy, its slots, and every step (not "static", whose profile the
-trace does not hold).
+of all bundles starts empty, and hits count after the first third of the steps. "closed" is how far
+the default comes from LRU towards Belady, which knows the future. For a trace of our own, the run
+that wrote it is replayed as well: its policy, its slots, and every step (not "static", whose
+profile the trace does not hold).
 """
 
 import argparse
