@@ -110,9 +110,9 @@ class GatedFfn:
             "activation": ACTIVATION_CODES[work.spec.activation],
         })  # fmt: skip
 
-    def run(self, addresses: np.ndarray, first, tokens, weights, n: int) -> None:
+    def run(self, bundles, first, tokens, weights, n: int) -> None:
         """Bundle b computes pairs first[b]… of (token, weight); see em_ffn_run."""
-        s = self._work.scratch
+        s, addresses = self._work.scratch, bundles.addresses
         status = lib.em_ffn_run(
             self._work.core.handle, self._ffn, len(addresses), pointer(addresses, "uint64_t *"),
             ffi.NULL, first, tokens, weights, s.h.pointer, n, s.x.pointer,
