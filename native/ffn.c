@@ -80,7 +80,8 @@ typedef struct {
     const em_kernels *kernels;
     const em_ffn *ffn;
     const uint64_t *addresses;
-    const int32_t *first;               /* bundle -> its first pair */
+    const int32_t *first;               /* bundle -> its first pair, counted from `before` */
+    int32_t before;                     /* pairs of bundles that belong to other calls */
     const int32_t *tokens;              /* pair -> token */
     const float *weights;               /* pair -> weight */
     const int32_t *batch;               /* the bundles of this round */
@@ -96,6 +97,8 @@ static const float *vector_at(const uint8_t *bundle, int64_t offset) {
     return offset < 0 ? NULL : (const float *)(bundle + offset);
 }
 
+static int32_t pair_of(const ffn_task *t, int32_t b) { return t->first[b] - t->before; }
+
 static const uint8_t *bundle_at(const ffn_task *t, int32_t b) {
     return (const uint8_t *)(uintptr_t)t->addresses[b];
 }
@@ -104,7 +107,7 @@ static void gate_up_item(void *arg, int64_t item, int32_t thread) {
     (void)thread;
     const ffn_task *t = arg;
     const em_ffn *f = t->ffn;
-    int32_t b = t->batch[item / t->chunks], first = t->first[b], n = t->first[b + 1] - first;
+    int32_t b = t->batch[item / t->chunks], first = pair_of(t, b), n = pair_of(t, b + 1) - first;
     int64_t group = item % t->chunks * t->chunk, width = f->intermediate;
     int64_t groups = em_min(t->chunk, (width + EM_LANES - 1) / EM_LANES - group);
     const uint8_t *bundle = bundle_at(t, b);
@@ -127,7 +130,7 @@ static void down_item(void *arg, int64_t item, int32_t thread) {
     (void)thread;
     const ffn_task *t = arg;
     const em_ffn *f = t->ffn;
-    int32_t b = t->batch[item / t->chunks], first = t->first[b], n = t->first[b + 1] - first;
+    int32_t b = t->batch[item / t->chunks], first = pair_of(t, b), n = pair_of(t, b + 1) - first;
     int64_t group = item % t->chunks * t->chunk;
     int64_t groups = em_min(t->chunk, (f->hidden + EM_LANES - 1) / EM_LANES - group);
     const uint8_t *bundle = bundle_at(t, b);
@@ -199,8 +202,8 @@ static void run_batch(em_core *core, ffn_task *t, int32_t n) {
         for (int32_t i = 0; i < n; i++) {
             int32_t b = t->batch[i];
             em_acts part = t->h;
-            int64_t skip = (int64_t)t->first[b] * part.blocks;
-            part.x += (int64_t)t->first[b] * part.cols;
+            int64_t skip = (int64_t)pair_of(t, b) * part.blocks;
+            part.x += (int64_t)pair_of(t, b) * part.cols;
             part.q += skip * EM_BLOCK;
             part.scale += skip;
             part.sum += skip;
@@ -224,8 +227,15 @@ int32_t em_ffn_run(em_core *core, const em_ffn *f, int32_t n_bundles, const uint
                    float *out) {
     if (!valid_ffn(f) || n_bundles < 0 || n_tokens < 0) return EM_INVALID;
     if (n_bundles == 0 || n_tokens == 0) return EM_OK;
-    int32_t pairs = first[n_bundles];
-    ffn_task t = {core->kernels, f, addresses, first, tokens, weights, .out = out};
+    const int32_t before = first[0], pairs = first[n_bundles] - before;
+    ffn_task t = {.kernels = core->kernels,
+                  .ffn = f,
+                  .addresses = addresses,
+                  .first = first,
+                  .before = before,
+                  .tokens = tokens + before,
+                  .weights = weights + before,
+                  .out = out};
     em_arena arena = em_core_arena(core);
     t.x = (em_acts){.x = x, .cols = f->hidden, .blocks = (f->hidden + EM_BLOCK - 1) / EM_BLOCK};
     t.gate = em_arena_take(&arena, (uint64_t)pairs * (uint64_t)f->intermediate * 4);
