@@ -11,25 +11,27 @@ from time import perf_counter
 
 import numpy as np
 
-from . import inventory, models
+from . import inventory, models, planner, policies
 from .budget import MIB, Budget, Item, current_bytes, machine_bytes, show_size, usable_cpus
 from .dtypes import BY_NAME
 from .generation import Generation
 from .kernels import Core
 from .kvcache import KvCache, cache_bytes
 from .models.workspace import scratch_bytes
-from .residency import Residency
+from .residency import Residency, Slots
 from .sequence import TokenSequence
 from .session import Session, check_ids
 from .spec import ModelSpec
 from .store import Store
 from .streamer import Streamer
 from .tokenizer import Tokenizer
-from .trace import Trace
+from .trace import COUNTERS, Trace
 
 DEFAULT_CONTEXT = 4096
 CHUNK_TOKENS = 128
 """Tokens per forward pass in prefill."""
+STREAMING_CHUNK_TOKENS = 512
+"""The same where bundles stream: each is read once for a chunk, so that large chunks read less."""
 
 HEADROOM_BYTES = 4 * MIB
 """What the interpreter, its heap and the threads' stacks grow by while a model runs."""
@@ -39,7 +41,8 @@ Progress = Callable[[int, int], None]
 
 def load(
     path: str | os.PathLike, memory: str | int = "auto", context: int | None = None,
-    threads: int | None = None, progress: Progress | None = None,
+    threads: int | None = None, progress: Progress | None = None, *,
+    policy: str = policies.DEFAULT, io_engine: str | None = None, faults: dict | None = None,
 ) -> Engine:  # fmt: skip
     """Open a store and make its model ready to run.
 
@@ -52,7 +55,7 @@ def load(
     Raises StoreError for what is wrong with the store, and BudgetError, with the sum, before any
     weight is read; ValueError or TypeError for arguments.
     """
-    return Engine(path, memory, context, threads, progress)
+    return Engine(path, memory, context, threads, progress, policy, io_engine, faults)
 
 
 def context_limit(spec: ModelSpec) -> int:
@@ -72,10 +75,14 @@ class Engine:
 
     def __init__(
         self, path: str | os.PathLike, memory: str | int, context: int | None,
-        threads: int | None, progress: Progress | None,
+        threads: int | None, progress: Progress | None, policy: str = policies.DEFAULT,
+        io_engine: str | None = None, faults: dict | None = None,
     ):  # fmt: skip
         _check_count("context", context)
         _check_count("threads", threads)
+        if policy not in policies.POLICIES:
+            raise ValueError(f"policy {policy!r} is none of {', '.join(policies.POLICIES)}")
+        self._policy, self._io_engine, self._faults = policy, io_engine, faults
         self.budget = Budget(memory)
         self.threads = usable_cpus() if threads is None else int(threads)
         self.store = Store.open(path)
@@ -98,29 +105,51 @@ class Engine:
         self.tokenizer = Tokenizer(self.store.tokenizer_json, self.store.tokenizer_config)
         self.bos_id = self.tokenizer.bos_id if spec.bos_id is None else spec.bos_id
         self.eos_ids = _eos_ids(self.store)
-        self.chunk_tokens = min(CHUNK_TOKENS, self.context)
         self.trace = Trace()
         # Reentrant: a sequence may be freed by the garbage collector in the middle of anything.
         self._lock = threading.RLock()
-        self._model = None
+        self._model = self._streamer = None
         self._kv_item = Item(f"KV cache ({self.context} tokens)", cache_bytes(spec, self.context))
         self._spare_kv = True
         self._all_logits_promised = False
-        self.budget.take(
-            [
-                Item("process before loading", current_bytes()),
-                Item("headroom for Python", HEADROOM_BYTES),
-                Item("weights", inventory.resident_bytes(self.store)),
-                Item("scratch", scratch_bytes(spec, self.chunk_tokens, self.threads)),
-                self._kv_item,
-            ],
-            self._advise,
-        )
+        base = [
+            Item("process before loading", current_bytes()),
+            Item("headroom for Python", HEADROOM_BYTES),
+            self._kv_item,
+        ]
+        for chunk in (CHUNK_TOKENS, STREAMING_CHUNK_TOKENS, CHUNK_TOKENS):
+            self.chunk_tokens = min(chunk, self.context)
+            scratch = Item("scratch", scratch_bytes(spec, self.chunk_tokens, self.threads))
+            room = self.budget.limit - sum(item.bytes for item in [*base, scratch])
+            self._plan = planner.plan(*inventory.plannable(self.store), room)
+            streams = self._plan is not None and len(self._plan.streamed) > 0
+            if self._plan and streams == (chunk == STREAMING_CHUNK_TOKENS):
+                break
+        self.budget.take([*base, scratch, *self._weight_items()], self._advise)
+
+    def _weight_items(self) -> list[Item]:
+        """What the plan takes; without one, the least that a plan would take."""
+        if self._plan is None:
+            least = planner.floor_bytes(*inventory.plannable(self.store))
+            return [Item("weights that every token needs, and one step's bundles", least)]
+        items = [Item("weights", self._plan.resident_bytes)]
+        if self._plan.slots:
+            count, of = sum(self._plan.slots.values()), len(self._plan.streamed)
+            items.append(Item(f"slab ({count} slots for {of} bundles)", self._plan.slab_bytes))
+        return items
 
     def _load(self, progress: Progress | None) -> None:
         self._core = Core(self.threads)
         self.isa = self._core.isa
-        self._streamer = Streamer(Residency(self.store, progress))
+        slots = [Slots(layout, count) for layout, count in self._plan.slots.items()]
+        streamed = self._plan.streamed
+        residency = Residency(self.store, streamed, slots, progress, self._io_engine, self._faults)
+        policy = None
+        if len(streamed):
+            layers = self.store.entries["layer"][streamed]
+            policy = policies.build(self._policy, layers, self.spec.n_layers)
+        self._streamer = Streamer(residency, policy)
+        self._counted = dict.fromkeys(COUNTERS, 0)
         self._model = models.build(self.store, self._streamer, self._core, self.chunk_tokens)
 
     def session(self) -> Session:
@@ -150,6 +179,8 @@ class Engine:
     def close(self) -> None:
         """Free the weights and the store. Closing twice is fine; sessions cannot run afterwards."""
         with self._lock:
+            if self._streamer is not None:
+                self._streamer.close()
             self._model = self._streamer = self._core = None
         self.store.close()
         gc.collect()  # parts of a model refer to each other, and weights are too large to linger
@@ -175,7 +206,14 @@ class Engine:
             if out is not None:
                 np.copyto(np.atleast_2d(out), logits)
             seconds, demand = perf_counter() - started, self._streamer.take_demand()
-            self.trace.record(phase, len(ids), seconds, demand)
+            self.trace.record(phase, len(ids), seconds, demand, **self._take_counters())
+
+    def _take_counters(self) -> dict[str, int]:
+        """What streaming did since this was last asked."""
+        now = self._streamer.statistics() or dict.fromkeys(COUNTERS, 0)
+        now["stall_us"] = self._counted["stall_us"] + self._core.take_stall_us()
+        then, self._counted = self._counted, now
+        return {name: now[name] - then[name] for name in COUNTERS}
 
     def new_kv(self) -> KvCache:
         """A KV cache for a sequence. One is always in the budget; more are added to it."""

@@ -78,7 +78,9 @@ class Residency:
     @property
     def engine(self) -> str:
         """The I/O engine that reads streamed bundles, or "none"."""
-        return ffi.string(lib.em_residency_engine(self._native)).decode() if self._native else "none"
+        return (
+            ffi.string(lib.em_residency_engine(self._native)).decode() if self._native else "none"
+        )
 
     def acquire(self, indices: np.ndarray, ranks: np.ndarray) -> np.ndarray:
         """Pin streamed bundles (uint32, contiguous), start reading what is absent; addresses uint64.
@@ -178,7 +180,9 @@ class Residency:
             entries["payload_bytes"].tolist(), entries["crc32c"].tolist(), class_of, strict=True,
         )  # fmt: skip
         for bundle, row in zip(bundles, rows, strict=True):
-            bundle.offset, bundle.bytes, bundle.payload_bytes, bundle.crc32c, bundle.slot_class = row
+            bundle.offset, bundle.bytes, bundle.payload_bytes, bundle.crc32c, bundle.slot_class = (
+                row
+            )
         native_classes = ffi.new("em_slot_class[]", len(classes))
         for slot_class, (start, size, count) in zip(native_classes, classes, strict=True):
             slot_class.start = ffi.cast("void *", start)

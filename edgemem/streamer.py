@@ -129,7 +129,9 @@ def _certain_after(residency: Residency) -> dict[int, np.ndarray]:
     kinds, n = residency.kinds, len(residency.kinds)
     found = {}
     for index in np.flatnonzero(kinds == Kind.FFN).tolist():
-        following = [(index + i) % n for i in range(1, min(AHEAD, int(residency.room[index]) - 1, n - 1) + 1)]
+        following = [
+            (index + i) % n for i in range(1, min(AHEAD, int(residency.room[index]) - 1, n - 1) + 1)
+        ]
         certain = [i for i in following if kinds[i] == Kind.FFN]
         if certain:
             found[index] = np.array(certain, np.uint32)
