@@ -125,9 +125,9 @@ def _of_type(metadata: Metadata, tensors: dict[str, GgufTensor], config: dict) -
         raise metadata.unsupported(".attention.clamp_kqv", "0")
     if model_type in ("mistral", "mixtral"):
         found["sliding_window"] = metadata.count(".attention.sliding_window", 0) or None
-    if model_type == "llama":
-        found["attention_bias"] = "blk.0.attn_q.bias" in tensors
-        found["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
+    biased = "blk.0.attn_q.bias" in tensors
+    found |= {"attention_bias": biased, "qkv_bias": biased}
+    found["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
     return found
 
 
@@ -201,11 +201,10 @@ def _llama3(metadata: Metadata, tensor: GgufTensor, head_dim: int) -> dict | Non
         return None
     theta = metadata.number(".rope.freq_base", 10000.0)
     frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    factor = float(f"{factors.max():.6g}")
     for constants in (_LLAMA3, _fitted(frequencies, factors)):
-        scaling = {"rope_type": "llama3", "factor": factor} | constants
-        if constants and _gives(scaling, frequencies, factors):
-            return scaling
+        scaling = constants and _proved(constants, frequencies, factors)
+        if scaling:
+            return {"rope_type": "llama3"} | scaling
     raise UnsupportedError(
         f"reading {metadata.path}: {ROPE_FACTORS} does not follow Llama 3's rule for any constants; "
         "no other rule is supported"
@@ -232,10 +231,19 @@ def _fitted(frequencies: np.ndarray, factors: np.ndarray) -> dict:
     }
 
 
-def _gives(scaling: dict, frequencies: np.ndarray, factors: np.ndarray) -> bool:
-    """Whether constants give these factors; the rule is that of `edgemem/models/rope.py`."""
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+def _proved(constants: dict, frequencies: np.ndarray, factors: np.ndarray) -> dict | None:
+    """The constants with their factor, if all factors follow from them; else None.
+
+    The rule is that of `edgemem/models/rope.py`: of each frequency a share is kept, the rest slowed.
+    """
+    low, high = constants["low_freq_factor"], constants["high_freq_factor"]
+    turns = constants["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    expected = 1 / (keep + (1 - keep) / scaling["factor"])
-    return bool(np.allclose(factors, expected, rtol=_FACTOR_TOLERANCE, atol=0))
+    slowest = keep.argmin()
+    rest = 1 / factors[slowest] - keep[slowest]
+    factor = float(f"{(1 - keep[slowest]) / rest:.5g}") if rest > 0 else 0.0
+    if not 0 < factor < 1e9:
+        return None
+    expected = 1 / (keep + (1 - keep) / factor)
+    proved = np.allclose(factors, expected, rtol=_FACTOR_TOLERANCE, atol=0)
+    return constants | {"factor": factor} if proved else None
