@@ -192,8 +192,8 @@ class _Planner:
                     f"reading {tensor.file.path}: tensor {tensor.name} has the shape "
                     f"{list(tensor.shape)}, config.json asks for {list(source.shape)}"
                 )
-            _ = tensor.dtype
             self.used.add(source.tensor)
+            assert tensor.dtype  # asked now, since it raises for what a store cannot hold
             return tensor, source.first_row
         self.missing.append(candidates[0].tensor)
         if len(self.missing) > _MANY_MISSING:

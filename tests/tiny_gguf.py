@@ -15,10 +15,13 @@ from edgemem.spec import ModelSpec, RopeSpec
 ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "qwen2_moe": "qwen2moe",
                  "qwen3_moe": "qwen3moe"}  # fmt: skip
 _DENSE = {
-    "attn_norm": "attn_norm.weight", "ffn_norm": "ffn_norm.weight", "router": "ffn_gate_inp.weight",
-    "q_norm": "attn_q_norm.weight", "k_norm": "attn_k_norm.weight", "o": "attn_output.weight",
-    "o_bias": "attn_output.bias", "shared_gate": "ffn_gate_inp_shexp.weight",
-} | {x: f"attn_{x}.weight" for x in "qkv"} | {f"{x}_bias": f"attn_{x}.bias" for x in "qkv"}  # fmt: skip
+    "attn_norm": "attn_norm.weight", "ffn_norm": "ffn_norm.weight",
+    "router": "ffn_gate_inp.weight", "shared_gate": "ffn_gate_inp_shexp.weight",
+    "q_norm": "attn_q_norm.weight", "k_norm": "attn_k_norm.weight",
+    "q": "attn_q.weight", "k": "attn_k.weight", "v": "attn_v.weight", "o": "attn_output.weight",
+    "q_bias": "attn_q.bias", "k_bias": "attn_k.bias", "v_bias": "attn_v.bias",
+    "o_bias": "attn_output.bias",
+}  # fmt: skip
 
 
 def facts(model_type: str, seed: int, blocks: bool = False) -> dict:
@@ -114,6 +117,7 @@ def rope_factors(spec: ModelSpec) -> np.ndarray:
 def write(path: Path, model: "tiny.Tiny", kind=Type.F32, split: int = 0) -> Path:
     """Write a GGUF of the model's matrices in one type (or in `kind(name)`); return its path.
 
+    Vectors, routers and rows that are no whole number of blocks are F32, as llama.cpp has them.
     `split` is the most tensors a file may hold; the path of the first part is returned.
     """
     spec = model.spec
@@ -123,7 +127,7 @@ def write(path: Path, model: "tiny.Tiny", kind=Type.F32, split: int = 0) -> Path
     _write_vocabulary(writer, spec)
     for name, values in tensors(spec, model.weights).items():
         chosen = kind(name) if callable(kind) else kind
-        if values.ndim == 1 or "ffn_gate_inp" in name:
+        if values.ndim == 1 or "ffn_gate_inp" in name or values.shape[-1] % 32:
             chosen = Type.F32
         data = gguf.quants.quantize(np.ascontiguousarray(values, np.float32), chosen)
         writer.add_tensor(name, data, raw_dtype=chosen)

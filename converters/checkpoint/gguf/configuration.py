@@ -206,8 +206,8 @@ def _llama3(metadata: Metadata, tensor: GgufTensor, head_dim: int) -> dict | Non
         if scaling:
             return {"rope_type": "llama3"} | scaling
     raise UnsupportedError(
-        f"reading {metadata.path}: {ROPE_FACTORS} does not follow Llama 3's rule for any constants; "
-        "no other rule is supported"
+        f"reading {metadata.path}: {ROPE_FACTORS} does not follow Llama 3's rule, whatever its "
+        "constants; no other rule is supported"
     )
 
 
@@ -234,7 +234,7 @@ def _fitted(frequencies: np.ndarray, factors: np.ndarray) -> dict:
 def _proved(constants: dict, frequencies: np.ndarray, factors: np.ndarray) -> dict | None:
     """The constants with their factor, if all factors follow from them; else None.
 
-    The rule is that of `edgemem/models/rope.py`: of each frequency a share is kept, the rest slowed.
+    The rule is that of `edgemem/models/rope.py`: a share of a frequency is kept, the rest slowed.
     """
     low, high = constants["low_freq_factor"], constants["high_freq_factor"]
     turns = constants["original_max_position_embeddings"] * frequencies / (2 * math.pi)

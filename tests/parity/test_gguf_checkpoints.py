@@ -40,7 +40,8 @@ def test_a_gguf_is_its_checkpoint(model_type, seed, tmp_path, seed_base):
     path = tiny_gguf.write(tmp_path / "m.gguf", model, split=7 * (seed % 2))
     converters.convert(model.folder, tmp_path / "hf.edgemem")
     converters.convert(path, tmp_path / "gguf.edgemem")
-    with Store.open(tmp_path / "hf.edgemem") as ours, Store.open(tmp_path / "gguf.edgemem") as found:
+    stores = Store.open(tmp_path / "hf.edgemem"), Store.open(tmp_path / "gguf.edgemem")
+    with stores[0] as ours, stores[1] as found:
         assert spec_of(found) == spec_of(ours)
         assert found.layouts == ours.layouts
         assert np.array_equal(found.entries, ours.entries)
@@ -78,7 +79,8 @@ def test_values_are_those_of_the_package(model_type, kind, tmp_path, seed_base):
         assert same(weights.table(), expected["token_embd.weight"])
         assert same(weights.head(), expected.get("output.weight", expected["token_embd.weight"]))
         for bundle in model.weights.bundles:
-            found = getattr(weights, bundle[0])(*bundle[1:] if bundle[0] == "expert" else bundle[1:2])
+            where = bundle[1:] if bundle[0] == "expert" else bundle[1:2]
+            found = getattr(weights, bundle[0])(*where)
             for part, values in found.items():
                 name = tiny_gguf.name_of(bundle[0], bundle[1], part)
                 wanted = expected[name]
@@ -107,7 +109,8 @@ def test_requantising_is_that_of_the_checkpoint(dtype, tmp_path, seed_base):
     path = tiny_gguf.write(tmp_path / "m.gguf", model)
     converters.convert(model.folder, tmp_path / "hf.edgemem", dtype=dtype)
     converters.convert(path, tmp_path / "gguf.edgemem", dtype=dtype)
-    with Store.open(tmp_path / "hf.edgemem") as ours, Store.open(tmp_path / "gguf.edgemem") as found:
+    stores = Store.open(tmp_path / "hf.edgemem"), Store.open(tmp_path / "gguf.edgemem")
+    with stores[0] as ours, stores[1] as found:
         assert np.array_equal(found.entries, ours.entries)
 
 
