@@ -1,4 +1,4 @@
-"""Checkpoints of real shapes with random weights, for speed: `python -m bench.synth SHAPE FOLDER`."""
+"""Checkpoints of real shapes with random weights: `python -m bench.synth SHAPE FOLDER`."""
 
 import json
 import sys
@@ -12,7 +12,8 @@ SHAPES = {
         "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "hidden_act": "silu",
         "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "max_position_embeddings": 32768,
-        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "bos_token_id": 0, "eos_token_id": 1,
     },
 }  # fmt: skip
 
@@ -69,7 +70,8 @@ def _tokenizer() -> dict:
     """A vocabulary of bytes: enough for a checkpoint that is fed token ids."""
     vocab = {"<s>": 0, "</s>": 1, **{f"<0x{byte:02X}>": byte + 2 for byte in range(256)}}
     special = {
-        "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True,
+        "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+        "special": True,
     }  # fmt: skip
     return {
         "version": "1.0",

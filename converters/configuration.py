@@ -96,6 +96,8 @@ def _model_type(config: dict) -> str:
     wanted = {f"{t.replace('_', '')}forcausallm": t for t in DEFAULTS}
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"config.json: architectures = {names!r:.80} is not a list of names")
+    if not isinstance(model_type, str | None):
+        raise CheckpointError(f"config.json: model_type = {model_type!r:.80} is not a name")
     types = {wanted.get(name.lower()) for name in names}
     if model_type is None and len(types) == 1:
         model_type = next(iter(types))
@@ -142,7 +144,7 @@ class _Keys:
 
 def _finite(key: str, value) -> float:
     """A finite float of a JSON value that is a number (and no bool)."""
-    if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > 1e300:
+    if type(value) not in (int, float) or not abs(value) < 1e300:
         raise CheckpointError(f"config.json: {key} = {value!r:.80} is not a finite number")
     return float(value)
 

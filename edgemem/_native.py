@@ -52,8 +52,8 @@ def pointer(array: np.ndarray, ctype: str):
 class Slab:
     """Page-aligned zeroed memory outside the Python heap, on huge pages where the system has them.
 
-    `address` is its first byte; `view` a writable memoryview of `bytes` bytes. Freed with the object
-    once no view is left. Raises MemoryError.
+    `address` is its first byte; `view` a writable memoryview of `bytes` bytes. Freed with the
+    object once no view is left. Raises MemoryError.
     """
 
     def __init__(self, size: int):

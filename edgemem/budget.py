@@ -1,11 +1,11 @@
-"""The memory budget of the whole process: what it is, what is spent, and a refusal that shows its sum."""
+"""The memory budget of the whole process: its size, what is promised, and refusals with sums."""
 
 from __future__ import annotations
 
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -22,9 +22,15 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(%)|([kmgt]?)(?:i?b)?)", re.IGNORECASE
 _UNLIMITED = 1 << 60
 """Control groups write numbers near 2^63 for "no limit"."""
 
+_MEMORY_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+"""Limit and use, by version of control groups, and what memory.stat calls idle page cache."""
+
 
 def parse_size(text: str | int) -> int:
-    """Bytes of a size: an int, "4GiB", "4G", "512 MB" (all powers of 1024), "50%" (of this machine).
+    """Bytes of a size: an int, "4GiB", "4G", "512 MB" (powers of 1024), "50%" (of this machine).
 
     Raises TypeError or ValueError.
     """
@@ -55,16 +61,17 @@ def show_size(size: float) -> str:
 
 def machine_bytes(root: Path = Path("/")) -> int:
     """All the memory this process could ever have: physical memory or its control group's limit."""
-    return min([psutil.virtual_memory().total, *(limit for limit, _ in _cgroups(root))])
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _memory_groups(root))])
 
 
 def auto_bytes(root: Path = Path("/")) -> int:
     """A budget that leaves the rest of the machine alone.
 
-    What is free for this process (available memory, and room in every control group around it), plus
-    what it has already, less a reserve of a tenth, between 128 MiB and 1 GiB, but never over half.
+    What is free for this process (available memory, and room in every control group around it),
+    plus what it has already, less a reserve of a tenth, between 128 MiB and 1 GiB, but never over
+    half.
     """
-    free = min([psutil.virtual_memory().available, *(l - used for l, used in _cgroups(root))])
+    free = min([psutil.virtual_memory().available, *(l - used for l, used in _memory_groups(root))])
     whole = max(0, free) + current_bytes()
     reserve = min(max(whole // 10, 128 * MIB), GIB, whole // 2)
     return whole - reserve
@@ -94,50 +101,64 @@ def _peak_by_rusage() -> int:
     return peak if psutil.MACOS else peak * 1024
 
 
-def usable_cpus() -> int:
-    """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
+def usable_cpus(root: Path = Path("/")) -> int:
+    """Processor cores that this process may use: its affinity, or its control groups' quota."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    for group, version in _groups(root, "cpu"):
+        try:
+            if version == 2:
+                quota, period = map(int, (group / "cpu.max").read_text().split())
+            else:
+                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                quota, period = (int((group / name).read_text()) for name in names)
+        except (OSError, ValueError):  # the file is absent, or says "max"
+            continue
+        if quota > 0 and period > 0:
+            cores = min(cores, -(-quota // period))
+    return max(1, cores)
 
 
-def _cgroups(root: Path) -> list[tuple[int, int]]:
-    """(limit, used) in bytes of each memory control group around this process that has a limit."""
+def _groups(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
+    """Folders of the control groups around this process, innermost first, with their version."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return []
-    found = []
+        return
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            base, files = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            base, version = root / "sys/fs/cgroup", 2
+        elif controller in controllers.split(","):
+            base, version = root / "sys/fs/cgroup" / controllers, 1
+            base = base if base.is_dir() else root / "sys/fs/cgroup" / controller
         else:
             continue
         folder = base / path.lstrip("/")
         # In a container the path may be that of the host; the base is always the container's own.
         for group in [folder, *folder.parents]:
             if group == base or base in group.parents:
-                found += _read_group(group, *files)
+                yield group, version
+
+
+def _memory_groups(root: Path) -> list[tuple[int, int]]:
+    """(limit, used) in bytes of each control group around this process that limits memory.
+
+    Page cache that nobody uses is not "used": it goes when memory is wanted.
+    """
+    found = []
+    for group, version in _groups(root, "memory"):
+        limit, used, cache = _MEMORY_FILES[version]
+        try:
+            limit_bytes = int((group / limit).read_text())
+            used_bytes = int((group / used).read_text())
+            statistics = (group / "memory.stat").read_text()
+        except (OSError, ValueError):  # the file is absent, or says "max"
+            continue
+        if limit_bytes < _UNLIMITED:
+            match = re.search(rf"^{cache} (\d+)", statistics, re.MULTILINE)
+            found.append((limit_bytes, max(0, used_bytes - (int(match[1]) if match else 0))))
     return found
-
-
-def _read_group(group: Path, limit_name: str, used_name: str, cache_name: str):
-    """[(limit, used)] of one control group, [] without a limit. Clean page cache is not "used"."""
-    try:
-        limit = int((group / limit_name).read_text())
-        used = int((group / used_name).read_text())
-        match = re.search(
-            rf"^{cache_name} (\d+)", (group / "memory.stat").read_text(), re.MULTILINE
-        )
-    except (OSError, ValueError):  # the file is absent, or says "max"
-        return []
-    if limit >= _UNLIMITED:
-        return []
-    return [(limit, max(0, used - (int(match[1]) if match else 0)))]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Number formats of weights, and how a matrix of them lies in a store.
 
 A matrix of `rows × cols` is stored in groups of `lanes` rows. A group of a float format holds its
-elements column by column: (row 0..lanes-1 of column 0), (… of column 1), and so on. A group of a block
-format holds a plane of f16 scales, block by block (lanes scales each), and then a plane of quants in
-chunks of 4 bytes a row, so that one vector register holds one chunk of every row of the group.
+elements column by column: (row 0..lanes-1 of column 0), (… of column 1), and so on. A group of a
+block format holds a plane of f16 scales, block by block (lanes scales each), and then a plane of
+quants in chunks of 4 bytes a row, so that one vector register holds one chunk of every row.
 `lanes` is 16 for what kernels multiply and 1 for tables whose rows are gathered one by one.
 FORMAT.md draws the bytes.
 """
@@ -17,7 +17,7 @@ BLOCK = 32
 
 @dataclass(frozen=True)
 class DType:
-    """One number format. `block` is 1 for floats; `quant_bytes` is per block (per element for floats)."""
+    """One number format. A float is a block of one element: `quant_bytes` are its bytes."""
 
     name: str
     code: int
@@ -41,6 +41,7 @@ BY_CODE = {d.code: d for d in BY_NAME.values()}
 
 
 def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not below `value`."""
     return -(-value // multiple) * multiple
 
 

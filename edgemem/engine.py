@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from .dtypes import BY_NAME
 from .generation import Generation
 from .kernels import Core
 from .kvcache import KvCache, cache_bytes
-from .models.layers import core_scratch_bytes
+from .models.workspace import scratch_bytes
 from .residency import Residency
 from .sequence import TokenSequence
 from .session import Session, check_ids
@@ -30,6 +31,9 @@ DEFAULT_CONTEXT = 4096
 CHUNK_TOKENS = 128
 """Tokens per forward pass in prefill."""
 
+HEADROOM_BYTES = 4 * MIB
+"""What the interpreter, its heap and the threads' stacks grow by while a model runs."""
+
 Progress = Callable[[int, int], None]
 
 
@@ -39,27 +43,31 @@ def load(
 ) -> Engine:  # fmt: skip
     """Open a store and make its model ready to run.
 
-    `memory` is the budget of the whole process: bytes, "4GiB", "50%" or "auto" (what is free here, less
-    a reserve). `context` is the most tokens a session can hold, by default 4096 or what the model was
-    made for, if that is less; more than `context_limit(spec)` is refused. `threads` defaults to
-    the cores that this process may use. `progress(done_bytes, total_bytes)` is called while weights are read.
+    `memory` is the budget of the whole process: bytes, "4GiB", "50%" or "auto" (what is free here,
+    less a reserve). `context` is the most tokens a session can hold, by default 4096 or what the
+    model was made for, if that is less; more than `context_limit(spec)` is refused. `threads`
+    defaults to the cores that this process may use. `progress(done_bytes, total_bytes)` is called
+    while weights are read.
 
-    Raises StoreError for what is wrong with the store, and BudgetError, with the sum, before any weight
-    is read; ValueError or TypeError for arguments.
+    Raises StoreError for what is wrong with the store, and BudgetError, with the sum, before any
+    weight is read; ValueError or TypeError for arguments.
     """
     return Engine(path, memory, context, threads, progress)
 
 
 def context_limit(spec: ModelSpec) -> int:
-    """The longest context the model can be asked for: its own, or what RoPE scaling stretches it to."""
-    scaled = spec.rope.type != "default" and spec.rope.original_positions * spec.rope.factor
-    return max(spec.max_positions, int(scaled or 0))
+    """The longest context to ask for: the model's own, or what RoPE scaling stretches it to."""
+    if spec.rope.type == "default":
+        return spec.max_positions
+    stretched = (spec.rope.original_positions or spec.max_positions) * spec.rope.factor
+    return max(spec.max_positions, int(stretched))
 
 
 class Engine:
     """A loaded model. Thread-safe: steps of its sessions take turns.
 
-    `spec` (ModelSpec), `tokenizer`, `trace`, `store`, `budget`, `context`, `threads` and `isa` are for reading.
+    `spec` (ModelSpec), `tokenizer`, `trace`, `store`, `budget`, `context`, `threads` and `isa` are
+    for reading.
     """
 
     def __init__(
@@ -85,7 +93,7 @@ class Engine:
         self.context = min(DEFAULT_CONTEXT, spec.max_positions) if context is None else int(context)
         if self.context > self.context_limit:
             raise ValueError(
-                f"context {self.context} is more than the {self.context_limit} tokens this model takes"
+                f"context {self.context} is more than this model's {self.context_limit} tokens"
             )
         self.tokenizer = Tokenizer(self.store.tokenizer_json, self.store.tokenizer_config)
         self.bos_id = self.tokenizer.bos_id if spec.bos_id is None else spec.bos_id
@@ -101,8 +109,9 @@ class Engine:
         self.budget.take(
             [
                 Item("process before loading", current_bytes()),
+                Item("headroom for Python", HEADROOM_BYTES),
                 Item("weights", inventory.resident_bytes(self.store)),
-                Item("scratch", _scratch_bytes(spec, self.chunk_tokens, self.threads)),
+                Item("scratch", scratch_bytes(spec, self.chunk_tokens, self.threads)),
                 self._kv_item,
             ],
             self._advise,
@@ -111,11 +120,11 @@ class Engine:
     def _load(self, progress: Progress | None) -> None:
         self._core = Core(self.threads)
         self.isa = self._core.isa
-        streamer = Streamer(Residency(self.store, progress))
-        self._model = models.build(self.store, streamer, self._core, self.chunk_tokens)
+        self._streamer = Streamer(Residency(self.store, progress))
+        self._model = models.build(self.store, self._streamer, self._core, self.chunk_tokens)
 
     def session(self) -> Session:
-        """A new, empty sequence. Raises BudgetError if one more KV cache does not fit the budget."""
+        """A new, empty sequence. Raises BudgetError if its KV cache does not fit the budget."""
         self._check_open()
         return Session(self)
 
@@ -141,8 +150,9 @@ class Engine:
     def close(self) -> None:
         """Free the weights and the store. Closing twice is fine; sessions cannot run afterwards."""
         with self._lock:
-            self._model = self._core = None
+            self._model = self._streamer = self._core = None
         self.store.close()
+        gc.collect()  # parts of a model refer to each other, and weights are too large to linger
 
     def __enter__(self) -> Engine:
         self._check_open()
@@ -152,9 +162,10 @@ class Engine:
         self.close()
 
     def step(self, ids: np.ndarray, kv: KvCache, phase: str, out: np.ndarray | None) -> None:
-        """One forward pass, for sequences: `ids` int32 [n], n ≤ chunk_tokens, after what `kv` holds.
+        """One forward pass of a sequence: `ids` int32 [n ≤ chunk_tokens], after what `kv` holds.
 
-        `out` takes logits: float32 [vocab] those after the last id, [n, vocab] all of them, None none.
+        `out` takes logits: float32 [vocab] those after the last id, [n, vocab] all of them, None
+        none.
         """
         with self._lock:
             self._check_open()
@@ -163,10 +174,11 @@ class Engine:
             logits = self._model.step(ids, kv, n_logits)
             if out is not None:
                 np.copyto(np.atleast_2d(out), logits)
-            self.trace.record(phase, len(ids), perf_counter() - started)
+            seconds, demand = perf_counter() - started, self._streamer.take_demand()
+            self.trace.record(phase, len(ids), seconds, demand)
 
     def new_kv(self) -> KvCache:
-        """A KV cache for a sequence; the first is in the budget from the start, others are added."""
+        """A KV cache for a sequence. One is always in the budget; more are added to it."""
         with self._lock:
             if not self._spare_kv:
                 self.budget.take([self._kv_item])
@@ -193,7 +205,7 @@ class Engine:
             raise ValueError("the engine is closed")
 
     def _advise(self, items: Sequence[Item], spare: int) -> list[str]:
-        """What would fit where `items` do not: a shorter context, a smaller format of the weights."""
+        """What would fit where `items` do not: a shorter context, a smaller format, more memory."""
         needed = sum(item.bytes for item in items)
         weights, per_token = inventory.resident_bytes(self.store), cache_bytes(self.spec, 1)
         lines = []
@@ -208,17 +220,10 @@ class Engine:
                     f"the same model at {name} would fit: about {size} (convert --dtype {name})"
                 )
                 break
-        if needed > self.budget.limit and needed <= machine_bytes():
-            lines.append(f"this would fit with --memory {-(-needed // MIB)}M")
+        total = self.budget.promised + needed
+        if total <= machine_bytes():
+            lines.append(f"this would fit with --memory {-(-total // MIB)}M")
         return lines
-
-
-def _scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:
-    """About what activations, the core's scratch and two rows of logits take."""
-    heads = spec.n_heads + 2 * spec.n_kv_heads
-    floats = 2 * spec.hidden + (heads + spec.n_heads + 1) * spec.head_dim + spec.n_experts
-    core = core_scratch_bytes(spec, n_tokens, threads)
-    return core + 4 * (n_tokens * floats + 2 * spec.vocab_size)
 
 
 def _check_count(name: str, value: int | None) -> None:
@@ -231,7 +236,8 @@ def _check_count(name: str, value: int | None) -> None:
 
 
 def _eos_ids(store: Store) -> frozenset[int]:
-    """Ids that end a text: those of the generation defaults if it names any, as transformers does."""
+    """Ids that end a text: those of the generation defaults, or else of the model's config."""
     named = store.generation.get("eos_token_id")
-    named = [named] if isinstance(named, int) else named
-    return frozenset(named if isinstance(named, list) and named else store.spec.eos_ids)
+    named = named if isinstance(named, list) else [named]
+    ids = frozenset(id for id in named if type(id) is int)
+    return ids or frozenset(store.spec.eos_ids)

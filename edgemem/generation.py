@@ -32,9 +32,9 @@ class Generation:
     """An iterator over pieces of text, each given as soon as it is certain; then, what happened.
 
     Work starts with the first piece. `finish_reason` is None until the end. `token_ids` holds every
-    generated token, also an EOS and the tokens of a stop string; `text` holds neither. The seconds in
-    `prefill` and `decode` leave out what the caller does between two pieces. The first token comes from
-    the prefill's logits, so `decode.tokens` is mostly one less than the generated ones.
+    generated token, also an EOS and the tokens of a stop string; `text` holds neither. The seconds
+    in `prefill` and `decode` leave out what the caller does between two pieces. The first token
+    comes from the prefill's logits, so `decode.tokens` is mostly one less than the generated ones.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ class Generation:
             self._sequence = None  # its cache may be freed before the results are
 
     def _check_turn(self, added: int = 0) -> None:
-        """A session goes on from its end only: an older generation cannot resume after a newer one."""
+        """A session goes on from its end: an older generation cannot resume after a newer one."""
         if len(self._sequence.tokens) != self._start + added:
             raise RuntimeError("the session has moved on since this generation; start a new one")
 
     def _next_piece(self) -> str:
-        """Generate one token; return the text that is now certain. Sets `finish_reason` at an end."""
+        """Generate a token; return the text now certain. Sets `finish_reason` at the end."""
         sequence = self._sequence
         if len(self.token_ids) >= self._max_tokens:
             return self._finish("length")
@@ -127,8 +127,8 @@ class Generation:
 class StopFilter:
     """Passes text on until a stop string, of which it never passes on any part.
 
-    How the text is cut into pieces does not matter: the stop string that is complete first counts, and
-    the longest of those that are complete at the same character.
+    How the text is cut into pieces does not matter: the stop string that is complete first counts,
+    and the longest of those that are complete at the same character.
     """
 
     def __init__(self, stops: Sequence[str]):

@@ -1,4 +1,4 @@
-"""What a store holds, counted from its directory alone: parameters and bytes, by kind and by format."""
+"""What a store holds, counted from its directory: parameters, and bytes by kind and format."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .format import Kind, Segment
 from .store import Store
 
 STREAMED = (Kind.FFN, Kind.EXPERT)
-"""Kinds that a step may do without; all others are dense: every token needs them (or rows of them)."""
+"""Kinds of which a step may need only some; all others are dense: every token needs them."""
 
 
 def parameter_count(store: Store) -> int:

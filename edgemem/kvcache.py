@@ -1,4 +1,4 @@
-"""The keys and values of one session: f16, per layer [n_kv_heads, context, head_dim padded to 16]."""
+"""One session's keys and values: f16, per layer [n_kv_heads, context, head_dim padded to 16]."""
 
 from ._native import Slab, ffi
 from .dtypes import LANES, round_up
@@ -14,8 +14,8 @@ def cache_bytes(spec: ModelSpec, context: int) -> int:
 class KvCache:
     """Room for `context` tokens; `position` is how many are in. Memory is touched as it fills.
 
-    `rope_length` is the length that dynamic RoPE takes its frequencies from; whoever feeds tokens in
-    chunks sets it to the length after the last chunk, so that chunks do not change the answer.
+    `rope_length` is the length that dynamic RoPE takes its frequencies from; whoever feeds tokens
+    in chunks sets it to the length after the last, so that chunks do not change the answer.
     """
 
     def __init__(self, spec: ModelSpec, context: int):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .errors import UnsupportedError
 from .sequence import TokenSequence
 from .session import check_ids
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 DEFAULT_WINDOW = 256
+
+_LARGEST_NLL = 700.0
+"""e to the power of this is near the end of float64."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,9 @@ def perplexity(
 ) -> PerplexityReport:  # fmt: skip
     """Measure the perplexity of `text` (or token ids), of its first `limit` tokens if given.
 
-    `progress(done_tokens, total_tokens)` is called after each window. Raises ValueError for a window below 2
-    or above the engine's context, and for a text of fewer than two tokens, before any work.
+    `progress(done_tokens, total_tokens)` is called after each window. Raises ValueError for a
+    window below 2 or above the engine's context, and for a text of fewer than two tokens, before
+    any work.
     """
     if not 2 <= window <= engine.context:
         raise ValueError(
@@ -73,7 +78,7 @@ def perplexity(
 
 
 def _window_losses(engine: Engine, ids: np.ndarray) -> list[np.ndarray]:
-    """The losses of all ids but the first, in some arrays; one chunk of logits is alive at a time."""
+    """The losses of all ids but the first, chunk by chunk, with one chunk of logits at a time."""
     losses, targets = [], ids[1:]
     for rows in TokenSequence(engine).each_logits(ids):
         count = min(len(rows), len(targets))
@@ -83,7 +88,7 @@ def _window_losses(engine: Engine, ids: np.ndarray) -> list[np.ndarray]:
 
 
 def _losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Negative log likelihood of each target, float64 [n]; logits float32 [n, vocab], overwritten."""
+    """Negative log likelihood of each target, float64 [n]. Overwrites `logits` [n, vocab]."""
     chosen = logits[np.arange(len(targets)), targets].astype(np.float64)
     highest = logits.max(axis=1)
     logits -= highest[:, None]
@@ -93,7 +98,12 @@ def _losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 def _report(losses: np.ndarray, tokens: int, window: int, seconds: float) -> PerplexityReport:
     mean = float(losses.mean())
-    value = math.exp(mean) if mean < 700 else math.inf
+    if not mean < _LARGEST_NLL:
+        raise UnsupportedError(
+            "measuring perplexity: the model's logits are not finite; its numbers overflow in this "
+            "format, try another --dtype when converting"
+        )
+    value = math.exp(mean)
     spread = float(losses.std(ddof=1)) if len(losses) > 1 else 0.0
     return PerplexityReport(
         perplexity=value, mean_nll=mean, standard_error=value * spread / math.sqrt(len(losses)),

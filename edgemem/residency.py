@@ -10,14 +10,14 @@ from .store import Store
 
 
 class Residency:
-    """Every bundle of a store in one slab. `addresses` is uint64 [n_bundles], page-aligned.
+    """Every bundle of a store in one slab: `addresses` uint64 and `sizes` int64 [n_bundles].
 
     Opening reads the whole payload once and checks each bundle's checksum. Raises MemoryError,
     CorruptError, FlashError.
     """
 
     def __init__(self, store: Store, progress=None):
-        sizes = store.entries["page_count"].astype(np.int64) * store.page_size
+        self.sizes = sizes = store.entries["page_count"].astype(np.int64) * store.page_size
         starts = np.concatenate(([0], np.cumsum(sizes)))
         self._slab = Slab(int(starts[-1]))
         self.addresses = self._slab.address + starts[:-1].astype(np.uint64)

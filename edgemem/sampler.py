@@ -1,24 +1,29 @@
 """From logits to the next token.
 
 The filters, their order and their meaning are those of transformers' logits processors: repetition
-penalty, temperature, top-k, top-p, min-p. Where logits tie, greedy takes the lowest id, top-p keeps the
-lowest ids, and top-k keeps every token that ties with the k-th. Equal seeds give equal tokens.
+penalty, temperature, top-k, top-p, min-p. Where logits tie, greedy takes the lowest id, top-p keeps
+the lowest ids, and top-k keeps every token that ties with the k-th. Equal seeds give equal tokens.
 """
 
 from __future__ import annotations
 
-import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
 import numpy as np
 
+from .errors import UnsupportedError
+
 _HEAD = 1024
 """Top-p looks at this many of the likeliest tokens first; they nearly always hold enough mass."""
 
 _BLOCK = 512
 """Weights that are summed at once when one is drawn."""
+
+_LARGEST = 1e30
+"""No setting makes sense above this, and float32 ends soon after."""
 
 _COLDEST = np.float32(1e-30)
 """Lower temperatures count as this: dividing by them would overflow float32."""
@@ -28,8 +33,9 @@ _COLDEST = np.float32(1e-30)
 class Sampling:
     """How tokens are chosen; the defaults always take the likeliest.
 
-    `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 switch their filters
-    off. `seed` None draws a fresh one each time. Raises TypeError or ValueError naming the field.
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 switch
+    their filters off. `seed` None draws a fresh one each time. Raises TypeError or ValueError
+    naming the field.
     """
 
     temperature: float = 0.0
@@ -53,7 +59,7 @@ def _check(name: str, value, kind: type, holds, wanted: str) -> None:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, kind):
         noun = "an integer" if kind is Integral else "a number"
         raise TypeError(f"{name} must be {noun}, not {value!r}")
-    if not (math.isfinite(value) and holds(value)):
+    if not holds(value) or (kind is Real and value > _LARGEST):
         raise ValueError(f"{name} must be {wanted}, not {value}")
 
 
@@ -62,14 +68,22 @@ class Sampler:
 
     def __init__(self, sampling: Sampling):
         self.sampling = sampling
-        self._random = np.random.default_rng(sampling.seed) if sampling.temperature > 0 else None
+        seed = None if sampling.seed is None else int(sampling.seed)
+        # The stdlib's generator: its stream for a seed is promised never to change.
+        self._random = random.Random(seed) if sampling.temperature > 0 else None
 
     def choose(self, logits: np.ndarray, history: Sequence[int] = ()) -> int:
         """The next token. `logits` float32 [vocab] is left alone; `history` is all ids so far."""
         if self.sampling.repetition_penalty != 1.0 and len(history):
             logits = _penalized(logits, history, self.sampling.repetition_penalty)
+        likeliest = int(logits.argmax())
+        if not np.isfinite(logits[likeliest]):
+            raise UnsupportedError(
+                "sampling: the model's logits are not finite; its numbers overflow in this format, "
+                "try another --dtype when converting"
+            )
         if self._random is None:
-            return int(logits.argmax())
+            return likeliest
         ids, weights = candidates(logits, self.sampling)
         drawn = _place_of(weights, self._random.random())
         return drawn if ids is None else int(ids[drawn])
@@ -102,7 +116,8 @@ def _narrow(ids, weights, keep):
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
     """Places of the smallest set of likeliest candidates whose share reaches `top_p`; at least one.
 
-    A candidate stays if those before it, likeliest first and lower id first, hold less than `top_p`.
+    A candidate stays if those before it, likeliest first and lower id first, hold less than
+    `top_p`.
     """
     wanted = top_p * weights.sum(dtype=np.float64)
     falling = np.empty(0, np.float32)
@@ -137,7 +152,7 @@ def _place_of(weights: np.ndarray, share: float) -> int:
 
 
 def _penalized(logits: np.ndarray, history: Sequence[int], penalty: float) -> np.ndarray:
-    """A copy in which tokens of `history` are less likely: positive logits divided, others multiplied."""
+    """A copy in which the tokens of `history` have positive logits divided, others multiplied."""
     seen = np.asarray(history, dtype=np.int64)
     logits = logits.copy()
     scores = logits[seen]

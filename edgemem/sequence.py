@@ -1,8 +1,9 @@
 """A growing sequence of tokens and the model's state for it, kept in step with each other.
 
-The token list is the truth. The KV cache may lag behind it (the token sampled last has not run yet) or
-lead it (an interrupt fell between a step and its bookkeeping); every run starts by bringing it level.
-So whatever is interrupted, at whatever point, the sequence is as it was before or as it was to be.
+The token list is the truth. The KV cache may lag behind it (the token sampled last has not run yet)
+or lead it (an interrupt fell between a step and its bookkeeping); every run starts by bringing it
+level. So whatever is interrupted, at whatever point, the sequence is as it was before or as it was
+to be.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class TokenSequence:
         self.tokens.append(token)
 
     def extend(self, ids: np.ndarray) -> None:
-        """Run `ids`, int32 [n], and add them: all of them, or none if that fails or is interrupted."""
+        """Run `ids`, int32 [n], and add them: all, or none if that fails or is interrupted."""
         lagging = self._level()
         if lagging:
             ids = np.concatenate([np.array(lagging, np.int32), ids])

@@ -23,7 +23,8 @@ class Session:
     """One sequence of tokens with its own KV cache and position; made by `engine.session()`.
 
     Sessions of one engine may be used from different threads, one thread each at a time. After an
-    interrupt (Ctrl-C) or an error a session is as it was before the call, plus the tokens generated.
+    interrupt (Ctrl-C) or an error a session is as it was before the call, plus the tokens
+    generated.
     """
 
     def __init__(self, engine: Engine):
@@ -43,7 +44,8 @@ class Session:
     def feed(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Append token ids; return the logits after the last, float32 [vocab].
 
-        Raises ValueError for no ids or ids out of range and ContextError for too many, before any work.
+        Raises ValueError for no ids or ids out of range and ContextError for too many, before any
+        work.
         """
         sequence = self._open()
         ids = check_ids(ids, self._engine.spec.vocab_size)
@@ -55,17 +57,17 @@ class Session:
 
     def generate(
         self, prompt: str | Sequence[int] | None = None, *, max_tokens: int = DEFAULT_TOKENS,
-        stop: str | Iterable[str] = (), stream: bool = False, **sampling,
+        stop: str | Iterable[str] | None = None, stream: bool = False, **sampling,
     ) -> str | Generation:  # fmt: skip
         """Append `prompt` (text, token ids, or None to go on as it is), then generate.
 
-        Ends at an EOS token, before the first of the strings in `stop`, after `max_tokens` tokens or when
-        the context is full. `sampling` are the fields of `Sampling`: temperature, top_k, top_p, min_p,
-        repetition_penalty, seed; by default greedy. Returns the generated text; with `stream` a
-        `Generation`, which yields it in pieces and knows counts, times and why it ended.
+        Ends at an EOS token, before the first of the strings in `stop`, after `max_tokens` tokens
+        or when the context is full. `sampling` are the fields of `Sampling`: temperature, top_k,
+        top_p, min_p, repetition_penalty, seed; by default greedy. Returns the generated text; with
+        `stream` a `Generation`, which yields it in pieces and knows counts, times and why it ended.
 
-        Text starts with BOS (if the model has one) only at position 0. Every argument is checked before
-        any work: ValueError, TypeError, or ContextError if the prompt does not fit.
+        Text starts with BOS (if the model has one) only at position 0. Every argument is checked
+        before any work: ValueError, TypeError, or ContextError if the prompt does not fit.
         """
         sequence = self._open()
         sampler = Sampler(Sampling(**sampling))
@@ -108,15 +110,15 @@ class Session:
             return ids
         if engine.bos_id is None:
             raise ValueError(
-                "the prompt is empty and this model has no BOS token to start from; give it some text"
+                "the prompt is empty and this model has no BOS token to start from; give it text"
             )
-        return np.array([engine.bos_id], np.int32)
+        return check_ids([engine.bos_id], engine.spec.vocab_size)
 
-    def _stops(self, stop: str | Iterable[str]) -> tuple[list[str], dict[int, str]]:
+    def _stops(self, stop: str | Iterable[str] | None) -> tuple[list[str], dict[int, str]]:
         """Stop strings, and the reason for each id that ends a generation."""
-        if not isinstance(stop, (str, Iterable)):
+        if not isinstance(stop, (str, Iterable, type(None))):
             raise TypeError(f"stop must be a str or several, not {stop!r}")
-        stops = [stop] if isinstance(stop, str) else list(stop)
+        stops = [stop] if isinstance(stop, str) else list(stop or ())
         ids = dict.fromkeys(self._engine.eos_ids, "eos")
         for text in stops:
             if not isinstance(text, str):
@@ -131,7 +133,7 @@ class Session:
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
-    """Token ids as int32 [n]. Raises TypeError or ValueError unless they are ids of the vocabulary."""
+    """Token ids as int32 [n]; TypeError or ValueError unless all are ids of the vocabulary."""
     if isinstance(ids, (str, bytes)):
         raise TypeError("token ids must be integers; encode text with engine.tokenizer.encode")
     array = np.asarray(ids)

@@ -1,7 +1,7 @@
 """What a model is, apart from its weights: the shapes and constants that a forward pass needs.
 
-A spec is made from a checkpoint's config when it is converted and travels in the store. It holds facts
-only; which code runs is decided by `model_type` (one file in `models/` each).
+A spec is made from a checkpoint's config when it is converted and travels in the store. It holds
+facts only; which code runs is decided by `model_type` (one file in `models/` each).
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ class RopeSpec:
 class ModelSpec:
     """The facts of one model.
 
-    `windows[i]` is layer i's sliding window in tokens, 0 for full attention. `routed[i]` says whether
-    layer i's FFN is a mixture of experts. `qk_norm` is "head" (a norm over each head) or "full" (over
-    all heads at once). `shared_intermediate` is the width of a shared expert, 0 for none.
+    `windows[i]` is layer i's sliding window in tokens, 0 for full attention. `routed[i]` says
+    whether layer i's FFN is a mixture of experts. `qk_norm` is "head" (a norm over each head) or
+    "full" (over all heads at once). `shared_intermediate` is the width of a shared expert, 0 for
+    none.
     """
 
     model_type: str
@@ -94,7 +95,9 @@ class ModelSpec:
         _check(all(0 <= w <= 1 << 40 for w in self.windows), "windows", self.windows)
         _check(len(self.routed) == self.n_layers, "routed", len(self.routed))
         if any(self.routed):
-            _check(self.n_experts >= 1 and self.expert_intermediate >= 1, "n_experts", self.n_experts)
+            _check(
+                self.n_experts >= 1 and self.expert_intermediate >= 1, "n_experts", self.n_experts
+            )
             _check(1 <= self.top_k <= self.n_experts, "top_k", self.top_k)
         if not all(self.routed):
             _check(self.intermediate >= 1, "intermediate", self.intermediate)
@@ -104,7 +107,7 @@ class ModelSpec:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict) -> "ModelSpec":
+    def from_dict(cls, data: dict) -> ModelSpec:
         """Check every field's type and range. Raises CorruptError naming the field, or
         UnsupportedError for one that only a newer version knows."""
         values = _typed(cls, data, "spec")
@@ -132,7 +135,9 @@ def _typed(cls, data, where: str) -> dict:
     known = {f.name: f for f in fields(cls)}
     newer = sorted(set(data) - set(known))
     if newer:
-        raise UnsupportedError(f"reading {where}: {newer[0]!r:.60} is of a newer version of edgemem")
+        raise UnsupportedError(
+            f"reading {where}: {newer[0]!r:.60} is of a newer version of edgemem"
+        )
     # A field that came later has a default, which is what the stores before it meant.
     missing = [name for name, f in known.items() if name not in data and f.default is MISSING]
     if missing:

@@ -202,7 +202,8 @@ def _runs(entries: np.ndarray) -> dict[tuple[int, int], tuple[int, int]]:
     firsts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
     stops = np.r_[firsts[1:], len(entries)]
     kinds, layers = entries["kind"][firsts].tolist(), entries["layer"][firsts].tolist()
-    return dict(zip(zip(kinds, layers), zip(firsts.tolist(), stops.tolist())))  # noqa: B905
+    runs = zip(firsts.tolist(), stops.tolist(), strict=True)
+    return dict(zip(zip(kinds, layers, strict=True), runs, strict=True))
 
 
 def _open(path: Path):

@@ -10,10 +10,17 @@ class Streamer:
 
     def __init__(self, residency: Residency):
         self._residency = residency
+        self._demand: list[np.ndarray] = []
 
     def hold(self, ids: np.ndarray) -> "_Hold":
         """A context manager that gives the addresses (uint64 [n]) of bundles `ids` (uint32 [n])."""
+        self._demand.append(ids)
         return _Hold(self._residency, ids)
+
+    def take_demand(self) -> int:
+        """Bytes of the bundles held since this was last asked, counted once for each hold."""
+        ids, self._demand = self._demand, []
+        return int(self._residency.sizes[np.concatenate(ids)].sum()) if ids else 0
 
 
 class _Hold:

@@ -1,8 +1,9 @@
-"""Text to token ids and back, by the `tokenizers` library and the tokenizer.json that a store carries.
+"""Text to token ids and back, by the `tokenizers` library and the store's tokenizer.json.
 
-Decoding while tokens arrive is the delicate half: a token may end in the middle of a UTF-8 character,
-and a decoder may look at its neighbours (a leading space is stripped, a run of byte tokens is decoded
-as one). `Detokenizer` hides all of that; its pieces always add up to what `decode` says of the whole.
+Decoding while tokens arrive is the delicate half: a token may end in the middle of a UTF-8
+character, and a decoder may look at its neighbours (a leading space is stripped, a run of byte
+tokens is decoded as one). `Detokenizer` hides all of that; its pieces always add up to what
+`decode` says of the whole.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ _CONTEXT_TOKENS = 32
 class Tokenizer:
     """A checkpoint's own tokenizer.
 
-    `data` is the bytes of its tokenizer.json, `config` its tokenizer_config.json as a dict; of the latter
-    only `bos_token` and an explicit `add_bos_token` are read, with their meaning in transformers.
+    `data` is the bytes of its tokenizer.json, `config` its tokenizer_config.json as a dict; of the
+    latter only `bos_token` and an explicit `add_bos_token` are read, with their meaning in
+    transformers.
     """
 
     def __init__(self, data: bytes, config: dict | None = None):
@@ -67,7 +69,7 @@ class Tokenizer:
         return self._inner.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """The ids of `text`; with `special`, what the model expects before and after it (mostly BOS)."""
+        """The ids of `text`; with `special`, also what the model expects around it (mostly BOS)."""
         if not isinstance(text, str):
             raise TypeError(f"text is a {type(text).__name__}, not a str")
         try:
@@ -89,7 +91,7 @@ class Tokenizer:
         return id if id in self._special else None
 
     def has_text(self, id: int) -> bool:
-        """Whether `decode` makes anything of an id: not of special tokens, nor of ids without token."""
+        """Whether `decode` makes anything of an id: not of special tokens, nor of unused ids."""
         return id not in self._special and self._inner.id_to_token(id) is not None
 
     def is_byte(self, id: int) -> bool:
@@ -104,10 +106,11 @@ class Tokenizer:
 class Detokenizer:
     """Decodes a sequence token by token.
 
-    The pieces that `push` and `flush` return add up to `decode` of all ids, and none of them ends inside
-    a character. Only a window of the last few ids is kept: enough that decoding it with one more id says
-    what that id adds. The window starts at a token that begins a character and has a text of its own,
-    so nothing that a decoder does to the first token of a text (strip a space) reaches past it.
+    The pieces that `push` and `flush` return add up to `decode` of all ids, and none of them ends
+    inside a character. Only a window of the last few ids is kept: enough that decoding it with one
+    more id says what that id adds. The window starts at a token that begins a character and has a
+    text of its own, so nothing that a decoder does to the first token of a text (strip a space)
+    reaches past it.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -119,7 +122,7 @@ class Detokenizer:
         """Characters of the window's text that were returned."""
 
     def push(self, id: int) -> str:
-        """Take one id; return the text that is now certain, often that of this id, maybe nothing."""
+        """Take one id; return the text that is now certain: mostly that of this id, maybe none."""
         if not self._tokenizer.has_text(id):
             return ""
         self._window.append(id)
@@ -140,7 +143,8 @@ class Detokenizer:
     def skip(self, ids: Sequence[int], whole: bool = True) -> None:
         """Take ids whose text the caller has already (a prompt); what follows continues that text.
 
-        With `whole` false the ids may end inside a character, which is then given once it is complete.
+        With `whole` false the ids may end inside a character, which is then given once it is
+        complete.
         """
         ids = [int(id) for id in ids if self._tokenizer.has_text(id)]
         start = max(0, len(ids) - _CONTEXT_TOKENS)

@@ -97,7 +97,8 @@ class StoreWriter:
     ) -> int:
         """Write what follows the bundles and give the store its name; return its size in bytes.
 
-        Raises CorruptError where the bundles written are not those of `spec`.
+        Raises CorruptError where the bundles written are not those of `spec`, or a section is
+        beyond the limits of the format: nothing is published that a reader would refuse.
         """
         assert not self._open_bundle and self._file is not None
         dicts = (generation or {}, tokenizer_config or {}, provenance or {}, recipe or {})
@@ -109,21 +110,26 @@ class StoreWriter:
             for data in (fmt.encode_meta(meta), tokenizer_json, entries.tobytes())
         ]
         size = self._end + self.page_size
-        footer = Footer(size, len(entries), *sections)
+        footer = fmt.encode_footer(Footer(size, len(entries), *sections), self.page_size, crc32c)
+        fmt.decode_footer(footer, self.page_size, size, crc32c)
         self._sync()
-        self._write(fmt.encode_footer(footer, self.page_size, crc32c))
+        self._write(footer)
         self._sync()
         self._publish()
         return size
 
     def abort(self) -> None:
-        """Remove what was written; nothing happens after `finish`."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        if self._temp is not None:
-            self._temp.unlink(missing_ok=True)
-            self._temp = None
+        """Remove what was written; nothing happens after `finish`.
+
+        What the system refuses here is passed over: the error that led here says more.
+        """
+        file, temp, self._file, self._temp = self._file, self._temp, None, None
+        if file is not None:
+            with suppress(OSError):
+                file.close()
+        if temp is not None:
+            with suppress(OSError):
+                temp.unlink(missing_ok=True)
 
     def _create(self) -> None:
         """Make a hidden file beside the target; what a dead process of our id left is passed by."""

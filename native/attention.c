@@ -72,10 +72,11 @@ int32_t em_attention_store(em_core *core, const em_attention *a, float *q, const
                            const float *v, const float *cos_table, const float *sin_table,
                            int64_t position, int32_t n) {
     if (!valid(a, position, n)) return EM_INVALID;
-    attention_task task = {core->kernels, a, q, k, v, cos_table, sin_table, position, NULL,
-                           take_thread_rows(core, a)};
+    attention_task task = {core->kernels, a,         q,        k,    v,
+                           cos_table,     sin_table, position, NULL, take_thread_rows(core, a)};
     if (!task.thread_rows) return EM_NO_MEMORY;
-    em_pool_run(core->pool, store_token, &task, n);
+    int64_t floats = (int64_t)n * (a->n_heads + 2 * a->n_kv_heads) * a->head_dim;
+    em_core_run(core, store_token, &task, n, floats * 4);
     return EM_OK;
 }
 
@@ -98,9 +99,11 @@ static void attend_item(void *arg, int64_t item, int32_t thread) {
 int32_t em_attention_run(em_core *core, const em_attention *a, const float *q, int64_t position,
                          int32_t n, float *out) {
     if (!valid(a, position, n)) return EM_INVALID;
-    attention_task task = {core->kernels, a, (float *)q, NULL, NULL, NULL, NULL, position, out,
-                           take_thread_rows(core, a)};
+    attention_task task = {core->kernels, a,    (float *)q, NULL, NULL,
+                           NULL,          NULL, position,   out,  take_thread_rows(core, a)};
     if (!task.thread_rows) return EM_NO_MEMORY;
-    em_pool_run(core->pool, attend_item, &task, (int64_t)n * a->n_heads);
+    int64_t keys = a->window > 0 ? em_min(a->window, position + n) : position + n;
+    int64_t items = (int64_t)n * a->n_heads;
+    em_core_run(core, attend_item, &task, items, items * keys * a->head_dim * 2);
     return EM_OK;
 }

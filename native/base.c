@@ -48,7 +48,8 @@ static uint32_t portable(uint32_t crc, const uint8_t *p, size_t n) {
 }
 
 #if defined(__x86_64__)
-/* Appending `zeros` zero bytes to a message is linear in its CRC; this is that map for LANE_BYTES. */
+/* Appending `zeros` zero bytes to a message is linear in its CRC; this is that map for LANE_BYTES.
+ */
 #define LANE_BYTES 4096
 
 static uint32_t shift_table[4][256];

@@ -19,6 +19,10 @@ EM_INLINE em_arena em_core_arena(const em_core *core) {
 EM_INLINE bool em_dtype_known(int32_t dtype) { return dtype >= EM_F32 && dtype <= EM_Q4_0; }
 EM_INLINE bool em_dtype_is_block(int32_t dtype) { return dtype >= EM_Q8_0; }
 
+/* Runs items in parallel, or right here where `work` (multiplications or so) is too little to
+ * share. */
+void em_core_run(em_core *core, em_task *task, void *arg, int64_t n_items, int64_t work);
+
 /* How many groups of rows one item takes, so that each thread finds several items to take. */
 int64_t em_chunk_groups(const em_core *core, int64_t groups);
 

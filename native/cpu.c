@@ -1,7 +1,8 @@
 /* Which instruction sets are built in, and which of them really run here.
  *
  * A set counts as running when its self-test ends without an illegal instruction and gives the
- * portable code's bytes. What CPUID or the kernel say is not asked: hypervisors and emulators lie. */
+ * portable code's bytes. What CPUID or the kernel say is not asked: hypervisors and emulators lie.
+ */
 #include "core.h"
 
 #include <pthread.h>
@@ -39,7 +40,8 @@ static const em_kernels *const best_first[] = {
 static bool runs[N_TABLES];
 static pthread_once_t probed = PTHREAD_ONCE_INIT;
 
-/* ---- the self-test ----------------------------------------------------------------------------- */
+/* ---- the self-test -----------------------------------------------------------------------------
+ */
 
 enum { COLS = 64, ROWS = 16, TOKENS = 3, MATRIX_BYTES = ROWS * COLS * 4 };
 
@@ -116,7 +118,7 @@ static void probe(void) {
     sigaction(SIGILL, &before, NULL);
 }
 
-/* ---- choosing ---------------------------------------------------------------------------------- */
+/* ---- choosing -------------------------------------------------------------------------------- */
 
 const char *em_isa_name(int32_t i) { return i >= 0 && i < N_TABLES ? best_first[i]->name : NULL; }
 

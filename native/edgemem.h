@@ -1,8 +1,8 @@
 /* The native core's whole interface: what Python (through cffi) and the native tests call.
  *
  * Rules that hold everywhere: a function returns EM_OK or says in its status why nothing was done;
- * nothing prints, aborts or exits; after em_core_reserve nothing is allocated; pointers are borrowed
- * for the length of the call; all arrays are dense and row-major unless a stride is named.
+ * nothing prints, aborts or exits; after em_core_reserve nothing is allocated; pointers are
+ * borrowed for the length of the call; all arrays are dense and row-major unless a stride is named.
  *
  * Every result is the same bytes for every instruction set, thread count and split of tokens over
  * calls: each output element is one chain of operations in an order that only its own inputs fix.
@@ -17,10 +17,11 @@
 
 enum {
     EM_OK = 0,
-    EM_INVALID = 1,     /* an argument is out of range: a bug of the caller */
-    EM_UNSUPPORTED = 2, /* the named instruction set is unknown, not built in, or does not run here */
-    EM_NO_MEMORY = 3,   /* an allocation failed, or the reserved scratch is too small */
-    EM_NO_THREADS = 4,  /* the system refused to start a thread */
+    EM_INVALID = 1, /* an argument is out of range: a bug of the caller */
+    EM_UNSUPPORTED =
+        2,            /* the named instruction set is unknown, not built in, or does not run here */
+    EM_NO_MEMORY = 3, /* an allocation failed, or the reserved scratch is too small */
+    EM_NO_THREADS = 4, /* the system refused to start a thread */
 };
 
 /* Number formats; the codes are those of the store. */
@@ -67,7 +68,8 @@ typedef struct {
 } em_linear;
 
 uint64_t em_linear_scratch(int32_t n_tokens, int32_t cols);
-/* All the linears read the same x [n_tokens, cols]; it is quantised once if any of them needs it. */
+/* All the linears read the same x [n_tokens, cols]; it is quantised once if any of them needs it.
+ */
 int32_t em_linears(em_core *core, const em_linear *linears, int32_t n_linears, const float *x,
                    int32_t n_tokens);
 
@@ -81,18 +83,18 @@ typedef struct {
 uint64_t em_ffn_scratch(int32_t n_tokens, int32_t n_pairs, int32_t hidden, int32_t intermediate);
 /* out[t] += sum over t's pairs, in bundle order, of weight * ffn(bundle, x[t]).
  * A pair says that a bundle computes a token: pairs [first[b], first[b+1]) belong to bundle b, and
- * pair p takes token tokens[p] with weight weights[p]. ready[b], where given, is waited for until it
- * is nonzero (set it with release order after the bundle's bytes are in place): bundles are computed
- * in the order in which they become ready, and summed in their own order all the same. A negative
- * ready[b] ends the call with EM_INVALID before `out` is touched. */
+ * pair p takes token tokens[p] with weight weights[p]. ready[b], where given, is waited for until
+ * it is nonzero (set it with release order after the bundle's bytes are in place): bundles are
+ * computed in the order in which they become ready, and summed in their own order all the same. A
+ * negative ready[b] ends the call with EM_INVALID before `out` is touched. */
 int32_t em_ffn_run(em_core *core, const em_ffn *ffn, int32_t n_bundles, const uint64_t *addresses,
                    const int32_t *ready, const int32_t *first, const int32_t *tokens,
                    const float *weights, const float *x, int32_t n_tokens, float *out);
 
 /* Softmax over each token's n_experts logits, the top_k largest (ties: the lower id), weights
- * optionally scaled to sum 1. Gives pairs for em_ffn_run: `experts` [<= n_experts] ascending, `first`
- * [n_experts + 1], `tokens` and `weights` [n_tokens * top_k]; returns how many experts, or -1 for
- * arguments out of range or scratch too small. */
+ * optionally scaled to sum 1. Gives pairs for em_ffn_run: `experts` [<= n_experts] ascending,
+ * `first` [n_experts + 1], `tokens` and `weights` [n_tokens * top_k]; returns how many experts, or
+ * -1 for arguments out of range or scratch too small. */
 uint64_t em_route_scratch(int32_t n_tokens, int32_t n_experts, int32_t top_k);
 int32_t em_route(em_core *core, const float *logits, int32_t n_tokens, int32_t n_experts,
                  int32_t top_k, int32_t normalize, uint32_t *experts, int32_t *first,
@@ -110,7 +112,8 @@ int32_t em_embed(em_core *core, const uint64_t *addresses, int32_t rows_per_bund
 int32_t em_rope_table(const double *inv_freq, int32_t head_dim, int64_t position, int32_t n,
                       double scale, float *cos_out, float *sin_out);
 
-/* One layer's attention. K and V caches are f16 [n_kv_heads, context, head_dim rounded up to 16]. */
+/* One layer's attention. K and V caches are f16 [n_kv_heads, context, head_dim rounded up to 16].
+ */
 typedef struct {
     int32_t n_heads, n_kv_heads, head_dim;
     int32_t window; /* keys a query sees, itself included; 0 for all */
@@ -119,7 +122,8 @@ typedef struct {
     uint16_t *v_cache;
 } em_attention;
 
-/* Rotates q [n, n_heads, head_dim] in place, and k [n, n_kv_heads, head_dim] into the cache with v. */
+/* Rotates q [n, n_heads, head_dim] in place, and k [n, n_kv_heads, head_dim] into the cache with v.
+ */
 int32_t em_attention_store(em_core *core, const em_attention *a, float *q, const float *k,
                            const float *v, const float *cos_table, const float *sin_table,
                            int64_t position, int32_t n);

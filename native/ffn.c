@@ -1,10 +1,11 @@
-/* Routing, and gated FFNs over bundles: expert-major, in the order in which bundles become ready. */
+/* Routing, and gated FFNs over bundles: expert-major, in the order in which bundles become ready.
+ */
 #include "core.h"
 
 #include <sched.h>
 #include <string.h>
 
-/* ---- routing ----------------------------------------------------------------------------------- */
+/* ---- routing --------------------------------------------------------------------------------- */
 
 uint64_t em_route_scratch(int32_t n_tokens, int32_t n_experts, int32_t top_k) {
     uint64_t pairs = (uint64_t)n_tokens * (uint64_t)top_k;
@@ -65,7 +66,7 @@ int32_t em_route(em_core *core, const float *logits, int32_t n_tokens, int32_t n
     return n_chosen;
 }
 
-/* ---- gated FFN --------------------------------------------------------------------------------- */
+/* ---- gated FFN ------------------------------------------------------------------------------- */
 
 uint64_t em_ffn_scratch(int32_t n_tokens, int32_t n_pairs, int32_t hidden, int32_t intermediate) {
     uint64_t pairs = (uint64_t)n_pairs;
@@ -79,14 +80,14 @@ typedef struct {
     const em_kernels *kernels;
     const em_ffn *ffn;
     const uint64_t *addresses;
-    const int32_t *first;   /* bundle -> its first pair */
-    const int32_t *tokens;  /* pair -> token */
-    const float *weights;   /* pair -> weight */
-    const int32_t *batch;   /* the bundles of this round */
-    int64_t chunk;          /* groups an item takes */
-    int64_t chunks;         /* items a bundle gives */
-    em_acts x, h;           /* inputs of gate and up, by token; of down, by pair */
-    float *gate, *up, *y;   /* by pair */
+    const int32_t *first;               /* bundle -> its first pair */
+    const int32_t *tokens;              /* pair -> token */
+    const float *weights;               /* pair -> weight */
+    const int32_t *batch;               /* the bundles of this round */
+    int64_t chunk;                      /* groups an item takes */
+    int64_t chunks;                     /* items a bundle gives */
+    em_acts x, h;                       /* inputs of gate and up, by token; of down, by pair */
+    float *gate, *up, *y;               /* by pair */
     int32_t *token_first, *token_pairs; /* token -> its pairs, in bundle order */
     float *out;
 } ffn_task;
@@ -114,10 +115,12 @@ static void gate_up_item(void *arg, int64_t item, int32_t thread) {
     em_out to_up = {up, vector_at(bundle, f->up_bias), width, f->intermediate, 0};
     t->kernels->product[f->gate_dtype](bundle + f->gate, (int32_t)group, (int32_t)groups, &x, n,
                                        &to_gate);
-    t->kernels->product[f->up_dtype](bundle + f->up, (int32_t)group, (int32_t)groups, &x, n, &to_up);
+    t->kernels->product[f->up_dtype](bundle + f->up, (int32_t)group, (int32_t)groups, &x, n,
+                                     &to_up);
     int64_t row = group * EM_LANES, rows = em_min(groups * EM_LANES, width - row);
     for (int64_t i = 0; i < n; i++)
-        t->kernels->gate(gate + i * width + row, up + i * width + row, (int32_t)rows, f->activation);
+        t->kernels->gate(gate + i * width + row, up + i * width + row, (int32_t)rows,
+                         f->activation);
 }
 
 static void down_item(void *arg, int64_t item, int32_t thread) {
@@ -186,10 +189,12 @@ static int32_t take_ready(const int32_t *ready, int32_t *pending, int32_t *n_pen
 }
 
 static void run_batch(em_core *core, ffn_task *t, int32_t n) {
+    int64_t pairs = 0, weights = (int64_t)t->ffn->hidden * t->ffn->intermediate;
+    for (int32_t i = 0; i < n; i++) pairs += t->first[t->batch[i] + 1] - t->first[t->batch[i]];
     int64_t inner = (t->ffn->intermediate + EM_LANES - 1) / EM_LANES;
     t->chunk = em_chunk_groups(core, inner * n);
     t->chunks = (inner + t->chunk - 1) / t->chunk;
-    em_pool_run(core->pool, gate_up_item, t, t->chunks * n);
+    em_core_run(core, gate_up_item, t, t->chunks * n, 2 * pairs * weights);
     if (t->h.q)
         for (int32_t i = 0; i < n; i++) {
             int32_t b = t->batch[i];
@@ -204,7 +209,7 @@ static void run_batch(em_core *core, ffn_task *t, int32_t n) {
     int64_t outer = (t->ffn->hidden + EM_LANES - 1) / EM_LANES;
     t->chunk = em_chunk_groups(core, outer * n);
     t->chunks = (outer + t->chunk - 1) / t->chunk;
-    em_pool_run(core->pool, down_item, t, t->chunks * n);
+    em_core_run(core, down_item, t, t->chunks * n, pairs * weights);
 }
 
 static bool valid_ffn(const em_ffn *f) {
@@ -225,13 +230,15 @@ int32_t em_ffn_run(em_core *core, const em_ffn *f, int32_t n_bundles, const uint
     t.gate = em_arena_take(&arena, (uint64_t)pairs * (uint64_t)f->intermediate * 4);
     t.up = em_arena_take(&arena, (uint64_t)pairs * (uint64_t)f->intermediate * 4);
     t.y = em_arena_take(&arena, (uint64_t)pairs * (uint64_t)f->hidden * 4);
-    t.h = (em_acts){.x = t.gate, .cols = f->intermediate,
+    t.h = (em_acts){.x = t.gate,
+                    .cols = f->intermediate,
                     .blocks = (f->intermediate + EM_BLOCK - 1) / EM_BLOCK};
     t.token_pairs = em_arena_take(&arena, (uint64_t)pairs * 4);
     t.token_first = em_arena_take(&arena, ((uint64_t)n_tokens + 1) * 4);
     int32_t *pending = em_arena_take(&arena, (uint64_t)pairs * 4);
     bool wide = em_dtype_is_block(f->gate_dtype) || em_dtype_is_block(f->up_dtype);
-    bool fits = t.gate && t.up && t.y && t.token_pairs && t.token_first && pending && n_bundles <= pairs;
+    bool fits =
+        t.gate && t.up && t.y && t.token_pairs && t.token_first && pending && n_bundles <= pairs;
     if (fits && wide) fits = em_acts_take(&arena, &t.x, n_tokens);
     if (fits && em_dtype_is_block(f->down_dtype)) fits = em_acts_take(&arena, &t.h, pairs);
     if (!fits) return EM_NO_MEMORY;
@@ -247,6 +254,6 @@ int32_t em_ffn_run(em_core *core, const em_ffn *f, int32_t n_bundles, const uint
         run_batch(core, &t, n);
     }
     group_by_token(&t, n_tokens, pairs);
-    em_pool_run(core->pool, sum_token, &t, n_tokens);
+    em_core_run(core, sum_token, &t, n_tokens, (int64_t)pairs * f->hidden);
     return EM_OK;
 }

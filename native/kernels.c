@@ -1,8 +1,8 @@
 /* All kernels, once; compiled for one instruction set by -DEM_ISA=name and its compiler flags.
  *
  * Sums run in one order: a product's row is one chain over its columns (over its blocks, for block
- * formats: exact in integers within a block, then one fused multiply-add per block); other sums run in
- * 16 lanes that a fixed tree adds up. So tiles, threads and batches never change a result. */
+ * formats: exact in integers within a block, then one fused multiply-add per block); other sums run
+ * in 16 lanes that a fixed tree adds up. So tiles, threads and batches never change a result. */
 #include "kernels.h"
 
 #if defined(EM_ISA_avx512) || defined(EM_ISA_avx512vnni)
@@ -39,7 +39,7 @@ EM_INLINE void store_part(float *p, int64_t n, vf a) {
     for (int i = 0; i < n; i++) p[i] = lane[i];
 }
 
-/* ---- products ---------------------------------------------------------------------------------- */
+/* ---- products -------------------------------------------------------------------------------- */
 
 EM_INLINE void finish(vf sum, const em_out *o, int64_t token, int64_t row) {
     float *p = o->out + token * o->stride + row;
@@ -152,8 +152,8 @@ BLOCK_PRODUCT(product_q4, EM_Q4_0, 256, dot_block_q4)
 static void quantize(const float *x, int32_t cols, int8_t *q, float *scale, int32_t *sum) {
     for (int32_t k = 0; k < cols; k += EM_BLOCK) {
         vf a = load_part(x + k, cols - k, 0);
-        vf b = cols - k > EM_LANES ? load_part(x + k + EM_LANES, cols - k - EM_LANES, 0)
-                                   : vf_set1(0);
+        vf b =
+            cols - k > EM_LANES ? load_part(x + k + EM_LANES, cols - k - EM_LANES, 0) : vf_set1(0);
         float amax = vf_max_lane(vf_max(vf_abs(a), vf_abs(b)));
         vf inverse = vf_set1(amax > 0 ? 127.0f / amax : 0), limit = vf_set1(127);
         vf low = vf_set1(-127);
@@ -167,10 +167,11 @@ static void quantize(const float *x, int32_t cols, int8_t *q, float *scale, int3
     }
 }
 
-/* ---- element-wise ------------------------------------------------------------------------------ */
+/* ---- element-wise ------------------------------------------------------------------------------
+ */
 
-/* e^x within 2 ulp; the argument is clamped to where the result is a normal float. Range reduction and
- * polynomial as in Cephes' expf (S. Moshier). */
+/* e^x within 2 ulp; the argument is clamped to where the result is a normal float. Range reduction
+ * and polynomial as in Cephes' expf (S. Moshier). */
 EM_INLINE vf vf_exp(vf x) {
     x = vf_min(vf_max(x, vf_set1(-87.0f)), vf_set1(88.0f));
     vf n = vf_round(vf_mul(x, vf_set1(1.44269504088896341f)));
@@ -214,8 +215,7 @@ EM_INLINE vf vf_erf(vf x) {
 EM_INLINE vf activate(vf x, int32_t activation) {
     vf half = vf_set1(0.5f), one = vf_set1(1), positive;
     switch (activation) {
-    case EM_SILU:
-        return vf_mul(x, vf_sigmoid(x));
+    case EM_SILU: return vf_mul(x, vf_sigmoid(x));
     case EM_GELU:
         return vf_mul(vf_mul(half, x), vf_add(one, vf_erf(vf_mul(x, vf_set1(0.70710678f)))));
     case EM_GELU_TANH: {
@@ -223,8 +223,7 @@ EM_INLINE vf activate(vf x, int32_t activation) {
         vf inner = vf_mul(vf_set1(0.79788456f), vf_fma(vf_set1(0.044715f), cube, x));
         return vf_mul(vf_mul(half, x), vf_add(one, vf_tanh(inner)));
     }
-    case EM_GELU_QUICK:
-        return vf_mul(x, vf_sigmoid(vf_mul(vf_set1(1.702f), x)));
+    case EM_GELU_QUICK: return vf_mul(x, vf_sigmoid(vf_mul(vf_set1(1.702f), x)));
     default:
         positive = vf_max(x, vf_set1(0));
         return activation == EM_RELU2 ? vf_mul(positive, positive) : positive;
@@ -277,7 +276,7 @@ static void axpy(float *out, float weight, const float *x, int32_t n) {
     }
 }
 
-/* ---- attention --------------------------------------------------------------------------------- */
+/* ---- attention ------------------------------------------------------------------------------- */
 
 static void rotate(const float *x, const float *cos_t, const float *sin_t, int32_t n, float *out) {
     int32_t half = n / 2;
@@ -336,7 +335,7 @@ static void attend(const float *q, const uint16_t *k, const uint16_t *v, int64_t
         vf_store(out + d, vf_div(vf_load(out + d), vf_set1(total)));
 }
 
-/* ---- tables and memory ------------------------------------------------------------------------- */
+/* ---- tables and memory ----------------------------------------------------------------------- */
 
 EM_INLINE float load_f16(const uint8_t *p) {
     uint16_t lane[EM_LANES] = {(uint16_t)(p[0] | p[1] << 8)};
@@ -363,12 +362,8 @@ static void unpack_row(const uint8_t *data, int32_t dtype, int32_t lanes, int32_
     for (int32_t k = 0; k < cols; k++) {
         int64_t at = (int64_t)k * lanes + lane;
         switch (dtype) {
-        case EM_F32:
-            out[k] = ((const float *)group)[at];
-            break;
-        case EM_F16:
-            out[k] = load_f16(group + 2 * at);
-            break;
+        case EM_F32: out[k] = ((const float *)group)[at]; break;
+        case EM_F16: out[k] = load_f16(group + 2 * at); break;
         case EM_BF16: {
             uint16_t bits[EM_LANES] = {((const uint16_t *)group)[at]};
             float value[EM_LANES];
@@ -376,8 +371,7 @@ static void unpack_row(const uint8_t *data, int32_t dtype, int32_t lanes, int32_
             out[k] = value[0];
             break;
         }
-        default:
-            out[k] = block_element(group, dtype, lanes, cols, lane, k);
+        default: out[k] = block_element(group, dtype, lanes, cols, lane, k);
         }
     }
 }

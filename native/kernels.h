@@ -7,7 +7,8 @@
 #include "base.h"
 #include "edgemem.h"
 
-/* Activations of the tokens that one product reads: floats, and for block formats their int8 form. */
+/* Activations of the tokens that one product reads: floats, and for block formats their int8 form.
+ */
 typedef struct {
     const float *x;      /* [n_tokens, cols] */
     const int8_t *q;     /* [n_tokens, blocks * 32], zero beyond cols */

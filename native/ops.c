@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- the core ---------------------------------------------------------------------------------- */
+/* ---- the core -------------------------------------------------------------------------------- */
 
 int32_t em_core_open(int32_t n_threads, const char *isa, em_core **out) {
     int32_t status;
@@ -43,7 +43,17 @@ int32_t em_core_reserve(em_core *core, uint64_t bytes) {
     return EM_OK;
 }
 
-/* ---- store matrices ---------------------------------------------------------------------------- */
+/* Some microseconds of one thread's work, about what it takes to share it with another. */
+#define WORTH_SHARING 100000
+
+void em_core_run(em_core *core, em_task *task, void *arg, int64_t n_items, int64_t work) {
+    if (work >= WORTH_SHARING)
+        em_pool_run(core->pool, task, arg, n_items);
+    else
+        for (int64_t item = 0; item < n_items; item++) task(arg, item, 0);
+}
+
+/* ---- store matrices -------------------------------------------------------------------------- */
 
 int64_t em_scale_bytes(int32_t dtype, int32_t cols, int32_t lanes) {
     if (!em_dtype_is_block(dtype)) return 0;
@@ -53,22 +63,15 @@ int64_t em_scale_bytes(int32_t dtype, int32_t cols, int32_t lanes) {
 int64_t em_group_bytes(int32_t dtype, int32_t cols, int32_t lanes) {
     int64_t blocks = (cols + EM_BLOCK - 1) / EM_BLOCK, quants;
     switch (dtype) {
-    case EM_F32:
-        quants = 4LL * cols * lanes;
-        break;
-    case EM_Q8_0:
-        quants = blocks * 32 * lanes;
-        break;
-    case EM_Q4_0:
-        quants = blocks * 16 * lanes;
-        break;
-    default:
-        quants = 2LL * cols * lanes;
+    case EM_F32: quants = 4LL * cols * lanes; break;
+    case EM_Q8_0: quants = blocks * 32 * lanes; break;
+    case EM_Q4_0: quants = blocks * 16 * lanes; break;
+    default: quants = 2LL * cols * lanes;
     }
     return em_scale_bytes(dtype, cols, lanes) + em_round_up(quants, 4LL * lanes);
 }
 
-/* ---- products ---------------------------------------------------------------------------------- */
+/* ---- products -------------------------------------------------------------------------------- */
 
 int64_t em_chunk_groups(const em_core *core, int64_t groups) {
     int64_t threads = em_pool_threads(core->pool);
@@ -105,10 +108,7 @@ static void quantize_row(void *arg, int64_t item, int32_t thread) {
 
 void em_acts_quantize(em_core *core, const em_acts *acts, const int32_t *rows, int64_t n) {
     quantize_task task = {core->kernels, acts, rows};
-    if (n * acts->cols >= 16384)
-        em_pool_run(core->pool, quantize_row, &task, n);
-    else
-        for (int64_t i = 0; i < n; i++) quantize_row(&task, i, 0);
+    em_core_run(core, quantize_row, &task, n, n * acts->cols * 4);
 }
 
 uint64_t em_linear_scratch(int32_t n_tokens, int32_t cols) { return em_acts_bytes(n_tokens, cols); }
@@ -160,11 +160,11 @@ int32_t em_linears(em_core *core, const em_linear *linears, int32_t n_linears, c
                          &acts};
     for (int32_t i = 0; i < n_linears; i++)
         items += (groups_of(&linears[i]) + task.chunk - 1) / task.chunk;
-    em_pool_run(core->pool, linear_item, &task, items);
+    em_core_run(core, linear_item, &task, items, groups * EM_LANES * cols * n_tokens);
     return EM_OK;
 }
 
-/* ---- norms, tables, small things --------------------------------------------------------------- */
+/* ---- norms, tables, small things ------------------------------------------------------------- */
 
 typedef struct {
     const em_kernels *kernels;
@@ -185,10 +185,7 @@ int32_t em_rms_norm(em_core *core, const float *x, const float *weight, float ep
                     int32_t n_cols, float *out) {
     if (n_rows < 0 || n_cols < 1) return EM_INVALID;
     norm_task task = {core->kernels, x, weight, eps, n_cols, out};
-    if ((int64_t)n_rows * n_cols >= 32768)
-        em_pool_run(core->pool, norm_row, &task, n_rows);
-    else
-        for (int32_t row = 0; row < n_rows; row++) norm_row(&task, row, 0);
+    em_core_run(core, norm_row, &task, n_rows, (int64_t)n_rows * n_cols * 2);
     return EM_OK;
 }
 

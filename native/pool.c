@@ -10,17 +10,18 @@
 /* About 50 us: longer than the gap between two regions of a step, shorter than a nap is worth. */
 #define SPINS 8000
 
+/* Items are claimed by counting `claim` down: the region's number above, its unclaimed items below.
+ * A worker that wakes late finds another number or no item, so nobody waits for workers, only for
+ * items. */
 struct em_pool {
     pthread_t *threads;
     int32_t n_threads; /* the caller included */
     int32_t n_started;
 
-    em_task *task;
-    void *arg;
-    int64_t n_items;
-    _Alignas(64) _Atomic int64_t next;
-    _Alignas(64) _Atomic uint32_t epoch; /* grows by one for each region; odd or even alike */
-    _Alignas(64) _Atomic int32_t working;
+    _Alignas(64) _Atomic uint64_t claim;
+    _Atomic(em_task *) task;
+    void *_Atomic arg;
+    _Alignas(64) _Atomic int64_t n_done;
     _Alignas(64) _Atomic int32_t sleeping;
     _Atomic bool closing;
     pthread_mutex_t mutex;
@@ -40,24 +41,37 @@ EM_INLINE void pause_cpu(void) {
 #endif
 }
 
+EM_INLINE uint32_t region_of(uint64_t claim) { return (uint32_t)(claim >> 32); }
+
+/* Runs items of the region that `claim` names until none is left or another region has begun. */
 static void take_items(em_pool *pool, int32_t thread) {
-    for (;;) {
-        int64_t item = atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed);
-        if (item >= pool->n_items) return;
-        pool->task(pool->arg, item, thread);
+    uint64_t claim = atomic_load(&pool->claim);
+    const uint32_t region = region_of(claim);
+    /* If an exchange below succeeds, these are that region's: while it has unclaimed items, its
+     * caller has not come back to write the next. */
+    em_task *task = atomic_load(&pool->task);
+    void *arg = atomic_load(&pool->arg);
+    int64_t done = 0;
+    while (region_of(claim) == region && (uint32_t)claim > 0) {
+        if (!atomic_compare_exchange_weak(&pool->claim, &claim, claim - 1)) continue;
+        task(arg, (int64_t)(uint32_t)claim - 1, thread);
+        done++;
+        claim = atomic_load(&pool->claim);
     }
+    if (done > 0) atomic_fetch_add(&pool->n_done, done);
 }
 
-static void wait_for_epoch(em_pool *pool, uint32_t seen) {
+static void wait_for_region(em_pool *pool, uint32_t seen) {
     for (int spin = 0; spin < SPINS; spin++) {
-        if (atomic_load_explicit(&pool->epoch, memory_order_acquire) != seen) return;
+        if (region_of(atomic_load_explicit(&pool->claim, memory_order_acquire)) != seen) return;
         pause_cpu();
     }
     /* Sequentially consistent on both sides: either the caller sees us in `sleeping`, or we see its
-     * new epoch before we wait. */
+     * new region before we wait. */
     pthread_mutex_lock(&pool->mutex);
     atomic_fetch_add(&pool->sleeping, 1);
-    while (atomic_load(&pool->epoch) == seen) pthread_cond_wait(&pool->wake, &pool->mutex);
+    while (region_of(atomic_load(&pool->claim)) == seen)
+        pthread_cond_wait(&pool->wake, &pool->mutex);
     atomic_fetch_sub(&pool->sleeping, 1);
     pthread_mutex_unlock(&pool->mutex);
 }
@@ -66,16 +80,17 @@ static void *work(void *start_arg) {
     worker_start start = *(worker_start *)start_arg;
     free(start_arg);
     em_pool *pool = start.pool;
-    for (uint32_t seen = 0;; seen++) {
-        wait_for_epoch(pool, seen);
+    for (uint32_t seen = 0;;) {
+        wait_for_region(pool, seen);
         if (atomic_load(&pool->closing)) return NULL;
+        seen = region_of(atomic_load(&pool->claim));
         take_items(pool, start.index);
-        atomic_fetch_sub_explicit(&pool->working, 1, memory_order_release);
     }
 }
 
-static void next_epoch(em_pool *pool) {
-    atomic_fetch_add(&pool->epoch, 1);
+static void begin_region(em_pool *pool, int64_t n_items) {
+    uint64_t region = region_of(atomic_load(&pool->claim)) + 1;
+    atomic_store(&pool->claim, region << 32 | (uint64_t)n_items);
     if (atomic_load(&pool->sleeping) > 0) {
         pthread_mutex_lock(&pool->mutex);
         pthread_cond_broadcast(&pool->wake);
@@ -88,14 +103,13 @@ void em_pool_run(em_pool *pool, em_task *task, void *arg, int64_t n_items) {
         for (int64_t item = 0; item < n_items; item++) task(arg, item, 0);
         return;
     }
-    pool->task = task;
-    pool->arg = arg;
-    pool->n_items = n_items;
-    atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
-    atomic_store_explicit(&pool->working, pool->n_threads - 1, memory_order_relaxed);
-    next_epoch(pool);
+    atomic_store(&pool->task, task);
+    atomic_store(&pool->arg, arg);
+    atomic_store(&pool->n_done, 0);
+    begin_region(pool, n_items);
     take_items(pool, 0);
-    for (int spin = 0; atomic_load_explicit(&pool->working, memory_order_acquire) > 0; spin++) {
+    for (int spin = 0; atomic_load_explicit(&pool->n_done, memory_order_acquire) < n_items;
+         spin++) {
         if (spin < SPINS)
             pause_cpu();
         else
@@ -139,7 +153,7 @@ int32_t em_pool_open(int32_t n_threads, em_pool **out) {
 void em_pool_close(em_pool *pool) {
     if (!pool) return;
     atomic_store(&pool->closing, true);
-    next_epoch(pool);
+    begin_region(pool, 0);
     for (int32_t i = 1; i <= pool->n_started; i++) pthread_join(pool->threads[i], NULL);
     pthread_mutex_destroy(&pool->mutex);
     pthread_cond_destroy(&pool->wake);

@@ -12,7 +12,7 @@ typedef void em_task(void *arg, int64_t item, int32_t thread);
 int32_t em_pool_open(int32_t n_threads, em_pool **pool);
 void em_pool_close(em_pool *pool);
 int32_t em_pool_threads(const em_pool *pool);
-/* Returns when every item is done. */
+/* Returns when every item is done. n_items < 2^32; which order they run in is not said. */
 void em_pool_run(em_pool *pool, em_task *task, void *arg, int64_t n_items);
 
 #endif

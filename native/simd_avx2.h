@@ -5,14 +5,24 @@
 
 #define EM_TOKENS 2
 
-typedef struct { __m256 a, b; } vf;
-typedef struct { __m256i a, b; } vi;
+typedef struct {
+    __m256 a, b;
+} vf;
+typedef struct {
+    __m256i a, b;
+} vi;
 
 #define BOTH(op, x, y) ((vf){op((x).a, (y).a), op((x).b, (y).b)})
 
-EM_INLINE vf vf_set1(float x) { __m256 r = _mm256_set1_ps(x); return (vf){r, r}; }
+EM_INLINE vf vf_set1(float x) {
+    __m256 r = _mm256_set1_ps(x);
+    return (vf){r, r};
+}
 EM_INLINE vf vf_load(const float *p) { return (vf){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-EM_INLINE void vf_store(float *p, vf x) { _mm256_storeu_ps(p, x.a); _mm256_storeu_ps(p + 8, x.b); }
+EM_INLINE void vf_store(float *p, vf x) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+}
 EM_INLINE vf vf_add(vf x, vf y) { return BOTH(_mm256_add_ps, x, y); }
 EM_INLINE vf vf_sub(vf x, vf y) { return BOTH(_mm256_sub_ps, x, y); }
 EM_INLINE vf vf_mul(vf x, vf y) { return BOTH(_mm256_mul_ps, x, y); }
@@ -31,7 +41,10 @@ EM_INLINE vf vf_round(vf x) {
     return (vf){_mm256_round_ps(x.a, NEAREST), _mm256_round_ps(x.b, NEAREST)};
 }
 
-EM_INLINE vi vi_set1(int32_t x) { __m256i r = _mm256_set1_epi32(x); return (vi){r, r}; }
+EM_INLINE vi vi_set1(int32_t x) {
+    __m256i r = _mm256_set1_epi32(x);
+    return (vi){r, r};
+}
 EM_INLINE vi vi_add(vi x, vi y) {
     return (vi){_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
 }
@@ -39,7 +52,8 @@ EM_INLINE vf vf_from_vi(vi x) { return (vf){_mm256_cvtepi32_ps(x.a), _mm256_cvte
 EM_INLINE vi vi_from_vf(vf x) { return (vi){_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 EM_INLINE void vi_store_i8(int8_t *p, vi x) {
     __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
-    __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    __m128i bytes =
+        _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128((__m128i *)p, bytes);
 }
 EM_INLINE int32_t vi_sum(vi x) {

@@ -1,24 +1,51 @@
-/* The words of kernels.c for NEON on aarch64, with the dot product extension where the table says so.
- * A vector is four registers of four lanes. */
+/* The words of kernels.c for NEON on aarch64, with the dot product extension where the table says
+ * so. A vector is four registers of four lanes. */
 #include <arm_neon.h>
 #include <string.h>
 
 #define EM_TOKENS 2
 #define EM_Q8_BIAS 0
 
-typedef struct { float32x4_t v[4]; } vf;
-typedef struct { int32x4_t v[4]; } vi;
+typedef struct {
+    float32x4_t v[4];
+} vf;
+typedef struct {
+    int32x4_t v[4];
+} vi;
 
 #define EACH for (int i = 0; i < 4; i++)
 
-EM_INLINE vf vf_set1(float x) { vf r; EACH r.v[i] = vdupq_n_f32(x); return r; }
-EM_INLINE vf vf_load(const float *p) { vf r; EACH r.v[i] = vld1q_f32(p + 4 * i); return r; }
+EM_INLINE vf vf_set1(float x) {
+    vf r;
+    EACH r.v[i] = vdupq_n_f32(x);
+    return r;
+}
+EM_INLINE vf vf_load(const float *p) {
+    vf r;
+    EACH r.v[i] = vld1q_f32(p + 4 * i);
+    return r;
+}
 EM_INLINE void vf_store(float *p, vf a) { EACH vst1q_f32(p + 4 * i, a.v[i]); }
-EM_INLINE vf vf_add(vf a, vf b) { EACH a.v[i] = vaddq_f32(a.v[i], b.v[i]); return a; }
-EM_INLINE vf vf_sub(vf a, vf b) { EACH a.v[i] = vsubq_f32(a.v[i], b.v[i]); return a; }
-EM_INLINE vf vf_mul(vf a, vf b) { EACH a.v[i] = vmulq_f32(a.v[i], b.v[i]); return a; }
-EM_INLINE vf vf_div(vf a, vf b) { EACH a.v[i] = vdivq_f32(a.v[i], b.v[i]); return a; }
-EM_INLINE vf vf_fma(vf a, vf b, vf c) { EACH a.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]); return a; }
+EM_INLINE vf vf_add(vf a, vf b) {
+    EACH a.v[i] = vaddq_f32(a.v[i], b.v[i]);
+    return a;
+}
+EM_INLINE vf vf_sub(vf a, vf b) {
+    EACH a.v[i] = vsubq_f32(a.v[i], b.v[i]);
+    return a;
+}
+EM_INLINE vf vf_mul(vf a, vf b) {
+    EACH a.v[i] = vmulq_f32(a.v[i], b.v[i]);
+    return a;
+}
+EM_INLINE vf vf_div(vf a, vf b) {
+    EACH a.v[i] = vdivq_f32(a.v[i], b.v[i]);
+    return a;
+}
+EM_INLINE vf vf_fma(vf a, vf b, vf c) {
+    EACH a.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
+    return a;
+}
 EM_INLINE vf vf_max(vf a, vf b) {
     EACH a.v[i] = vbslq_f32(vcgtq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]);
     return a;
@@ -27,13 +54,34 @@ EM_INLINE vf vf_min(vf a, vf b) {
     EACH a.v[i] = vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]);
     return a;
 }
-EM_INLINE vf vf_abs(vf a) { EACH a.v[i] = vabsq_f32(a.v[i]); return a; }
-EM_INLINE vf vf_round(vf a) { EACH a.v[i] = vrndnq_f32(a.v[i]); return a; }
+EM_INLINE vf vf_abs(vf a) {
+    EACH a.v[i] = vabsq_f32(a.v[i]);
+    return a;
+}
+EM_INLINE vf vf_round(vf a) {
+    EACH a.v[i] = vrndnq_f32(a.v[i]);
+    return a;
+}
 
-EM_INLINE vi vi_set1(int32_t x) { vi r; EACH r.v[i] = vdupq_n_s32(x); return r; }
-EM_INLINE vi vi_add(vi a, vi b) { EACH a.v[i] = vaddq_s32(a.v[i], b.v[i]); return a; }
-EM_INLINE vf vf_from_vi(vi a) { vf r; EACH r.v[i] = vcvtq_f32_s32(a.v[i]); return r; }
-EM_INLINE vi vi_from_vf(vf a) { vi r; EACH r.v[i] = vcvtnq_s32_f32(a.v[i]); return r; }
+EM_INLINE vi vi_set1(int32_t x) {
+    vi r;
+    EACH r.v[i] = vdupq_n_s32(x);
+    return r;
+}
+EM_INLINE vi vi_add(vi a, vi b) {
+    EACH a.v[i] = vaddq_s32(a.v[i], b.v[i]);
+    return a;
+}
+EM_INLINE vf vf_from_vi(vi a) {
+    vf r;
+    EACH r.v[i] = vcvtq_f32_s32(a.v[i]);
+    return r;
+}
+EM_INLINE vi vi_from_vf(vf a) {
+    vi r;
+    EACH r.v[i] = vcvtnq_s32_f32(a.v[i]);
+    return r;
+}
 EM_INLINE void vi_store_i8(int8_t *p, vi a) {
     int16x8_t low = vcombine_s16(vmovn_s32(a.v[0]), vmovn_s32(a.v[1]));
     int16x8_t high = vcombine_s16(vmovn_s32(a.v[2]), vmovn_s32(a.v[3]));

@@ -5,43 +5,105 @@
 #include <math.h>
 #include <string.h>
 
-#define EM_TOKENS 1   /* tokens that a product keeps in registers at once */
-#define EM_Q8_BIAS 0  /* what vi_dot_q8 leaves in: sum of w*a for w in 0..255 would be 128 */
+#define EM_TOKENS 1  /* tokens that a product keeps in registers at once */
+#define EM_Q8_BIAS 0 /* what vi_dot_q8 leaves in: sum of w*a for w in 0..255 would be 128 */
 
-typedef struct { float v[16]; } vf;
-typedef struct { int32_t v[16]; } vi;
+typedef struct {
+    float v[16];
+} vf;
+typedef struct {
+    int32_t v[16];
+} vi;
 
 #define EACH for (int i = 0; i < 16; i++)
 
-EM_INLINE vf vf_set1(float x) { vf r; EACH r.v[i] = x; return r; }
-EM_INLINE vf vf_load(const float *p) { vf r; memcpy(&r, p, sizeof r); return r; }
+EM_INLINE vf vf_set1(float x) {
+    vf r;
+    EACH r.v[i] = x;
+    return r;
+}
+EM_INLINE vf vf_load(const float *p) {
+    vf r;
+    memcpy(&r, p, sizeof r);
+    return r;
+}
 EM_INLINE void vf_store(float *p, vf a) { memcpy(p, &a, sizeof a); }
-EM_INLINE vf vf_add(vf a, vf b) { EACH a.v[i] += b.v[i]; return a; }
-EM_INLINE vf vf_sub(vf a, vf b) { EACH a.v[i] -= b.v[i]; return a; }
-EM_INLINE vf vf_mul(vf a, vf b) { EACH a.v[i] *= b.v[i]; return a; }
-EM_INLINE vf vf_div(vf a, vf b) { EACH a.v[i] /= b.v[i]; return a; }
-EM_INLINE vf vf_fma(vf a, vf b, vf c) { EACH a.v[i] = fmaf(a.v[i], b.v[i], c.v[i]); return a; }
+EM_INLINE vf vf_add(vf a, vf b) {
+    EACH a.v[i] += b.v[i];
+    return a;
+}
+EM_INLINE vf vf_sub(vf a, vf b) {
+    EACH a.v[i] -= b.v[i];
+    return a;
+}
+EM_INLINE vf vf_mul(vf a, vf b) {
+    EACH a.v[i] *= b.v[i];
+    return a;
+}
+EM_INLINE vf vf_div(vf a, vf b) {
+    EACH a.v[i] /= b.v[i];
+    return a;
+}
+EM_INLINE vf vf_fma(vf a, vf b, vf c) {
+    EACH a.v[i] = fmaf(a.v[i], b.v[i], c.v[i]);
+    return a;
+}
 /* If a lane of a is NaN, these give b's. */
-EM_INLINE vf vf_max(vf a, vf b) { EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
-EM_INLINE vf vf_min(vf a, vf b) { EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
-EM_INLINE vf vf_abs(vf a) { EACH a.v[i] = fabsf(a.v[i]); return a; }
-EM_INLINE vf vf_round(vf a) { EACH a.v[i] = rintf(a.v[i]); return a; }
+EM_INLINE vf vf_max(vf a, vf b) {
+    EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+    return a;
+}
+EM_INLINE vf vf_min(vf a, vf b) {
+    EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+    return a;
+}
+EM_INLINE vf vf_abs(vf a) {
+    EACH a.v[i] = fabsf(a.v[i]);
+    return a;
+}
+EM_INLINE vf vf_round(vf a) {
+    EACH a.v[i] = rintf(a.v[i]);
+    return a;
+}
 
-EM_INLINE vi vi_set1(int32_t x) { vi r; EACH r.v[i] = x; return r; }
-EM_INLINE vi vi_add(vi a, vi b) { EACH a.v[i] += b.v[i]; return a; }
-EM_INLINE vf vf_from_vi(vi a) { vf r; EACH r.v[i] = (float)a.v[i]; return r; }
+EM_INLINE vi vi_set1(int32_t x) {
+    vi r;
+    EACH r.v[i] = x;
+    return r;
+}
+EM_INLINE vi vi_add(vi a, vi b) {
+    EACH a.v[i] += b.v[i];
+    return a;
+}
+EM_INLINE vf vf_from_vi(vi a) {
+    vf r;
+    EACH r.v[i] = (float)a.v[i];
+    return r;
+}
 /* Lanes hold whole numbers within int32. */
-EM_INLINE vi vi_from_vf(vf a) { vi r; EACH r.v[i] = (int32_t)a.v[i]; return r; }
+EM_INLINE vi vi_from_vf(vf a) {
+    vi r;
+    EACH r.v[i] = (int32_t)a.v[i];
+    return r;
+}
 EM_INLINE void vi_store_i8(int8_t *p, vi a) { EACH p[i] = (int8_t)a.v[i]; }
-EM_INLINE int32_t vi_sum(vi a) { int32_t s = 0; EACH s += a.v[i]; return s; }
+EM_INLINE int32_t vi_sum(vi a) {
+    int32_t s = 0;
+    EACH s += a.v[i];
+    return s;
+}
 /* 2^n for whole n in -126..127 */
 EM_INLINE vf vf_pow2(vf n) {
-    EACH { uint32_t bits = (uint32_t)((int32_t)n.v[i] + 127) << 23; memcpy(&n.v[i], &bits, 4); }
+    EACH {
+        uint32_t bits = (uint32_t)((int32_t)n.v[i] + 127) << 23;
+        memcpy(&n.v[i], &bits, 4);
+    }
     return n;
 }
 
 static inline float em_float_of_f16(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023, bits;
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023,
+             bits;
     if (exponent == 0) {
         float value = (float)fraction * 0x1p-24f;
         memcpy(&bits, &value, 4);
@@ -71,11 +133,18 @@ static inline uint16_t em_f16_of_float(float f) {
     return (uint16_t)(sign | (uint16_t)((rounded - (112u << 23)) >> 13));
 }
 
-EM_INLINE vf vf_load_f16(const uint16_t *p) { vf r; EACH r.v[i] = em_float_of_f16(p[i]); return r; }
+EM_INLINE vf vf_load_f16(const uint16_t *p) {
+    vf r;
+    EACH r.v[i] = em_float_of_f16(p[i]);
+    return r;
+}
 EM_INLINE void vf_store_f16(uint16_t *p, vf a) { EACH p[i] = em_f16_of_float(a.v[i]); }
 EM_INLINE vf vf_load_bf16(const uint16_t *p) {
     vf r;
-    EACH { uint32_t bits = (uint32_t)p[i] << 16; memcpy(&r.v[i], &bits, 4); }
+    EACH {
+        uint32_t bits = (uint32_t)p[i] << 16;
+        memcpy(&r.v[i], &bits, 4);
+    }
     return r;
 }
 
@@ -97,8 +166,8 @@ EM_INLINE vi vi_dot_q8(vi acc, const uint8_t *w, const int8_t *a) {
 }
 /* acc[i] += sum over j < 4 of (w[4i+j] & 15) * low[j] + (w[4i+j] >> 4) * high[j] */
 EM_INLINE vi vi_dot_q4(vi acc, const uint8_t *w, const int8_t *low, const int8_t *high) {
-    EACH for (int j = 0; j < 4; j++)
-        acc.v[i] += (w[4 * i + j] & 15) * low[j] + (w[4 * i + j] >> 4) * high[j];
+    EACH for (int j = 0; j < 4; j++) acc.v[i] +=
+        (w[4 * i + j] & 15) * low[j] + (w[4 * i + j] >> 4) * high[j];
     return acc;
 }
 #undef EACH

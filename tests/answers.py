@@ -14,7 +14,7 @@ from unittest import mock
 import edgemem
 import edgemem.engine
 
-WAYS = ((1, 128), (1, 1), (2, 7), (3, 128), (5, 1))
+WAYS = ((1, 128), (1, 1), (2, 7), (3, 128))
 """(threads, tokens that a prefill step takes)"""
 PROMPT_TOKENS, NEW_TOKENS = 23, 10
 CONTEXT = PROMPT_TOKENS + NEW_TOKENS

@@ -27,8 +27,21 @@ def pytest_report_header(config):
     return [f"edgemem shared data: {state}", f"edgemem seed: {SEED} (EDGEMEM_SEED)"]
 
 
+_measured: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def measured():
+    """measured(line): the line is printed after the tests, whether they passed or not."""
+    return _measured.append
+
+
 def pytest_terminal_summary(terminalreporter):
-    """Name every skip: what was not tested is part of the result."""
+    """Print what was measured, and name every skip: what was not tested is part of the result."""
+    if _measured:
+        terminalreporter.section("measured")
+        for line in _measured:
+            terminalreporter.write_line(line)
     skipped = terminalreporter.stats.get("skipped", [])
     if skipped:
         terminalreporter.section("NOT TESTED", yellow=True)

@@ -1,4 +1,4 @@
-"""An engine without a model: its logits are a function of the tokens so far, and it counts its steps.
+"""An engine without a model: its logits are a function of the tokens so far; it counts steps.
 
 Sessions, generations and sequences see of an engine only what this class has.
 """
@@ -91,7 +91,7 @@ def byte_level(merges=(), special=("<|end|>",)) -> Tokenizer:
 
 
 def byte_fallback(words=("▁", "a", "b", "é", "▁a", "▁▁", "<", "0x"), bos=True) -> Tokenizer:
-    """A Llama-2-like tokenizer: some pieces, 256 byte tokens, and a decoder that strips one space."""
+    """A Llama-2-like tokenizer: some pieces, 256 byte tokens; its decoder strips one space."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
     for piece in [f"<0x{byte:02X}>" for byte in range(256)] + list(words):
         vocab[piece] = len(vocab)

@@ -36,9 +36,13 @@ class Oracle:
         """Forget what was fed.
 
         The cache is made without the config, so that it keeps all keys and the mask alone cuts the
-        window: transformers' sliding cache keeps too many keys for a window of 1.
+        window: transformers' sliding cache keeps too many keys for a window of 1. Dynamic rope is
+        put back to how it is in a model just loaded; by itself it remembers its longest sequence.
         """
         self._past = transformers.DynamicCache()
+        rope = self.model.model.rotary_emb
+        rope.max_seq_len_cached = rope.original_max_seq_len
+        rope.inv_freq = rope.original_inv_freq.clone()
 
     @torch.inference_mode()
     def feed(self, ids) -> np.ndarray:

@@ -3,8 +3,8 @@
     painted.write(path)                       # four bundles of a one-layer model; a few dozen KiB
     painted.rewrite(path, meta=change)        # a hostile store: changed, with checksums that fit
 
-Payload bytes are painted: they count up in a cycle whose length is prime, so that no two places that a
-fault could swap look alike.
+Payload bytes are painted: they count up in a cycle whose length is prime, so that no two places
+that a fault could swap look alike.
 """
 
 from collections.abc import Callable
@@ -49,11 +49,11 @@ def bundles(spec: ModelSpec = SPEC, dtype=dtypes.Q8_0) -> list[tuple[Kind, int, 
 
 def _table(spec: ModelSpec, kind: Kind, lanes: int, dtype) -> list:
     step, cols = fmt.table_rows(kind, dtype, spec.hidden), spec.hidden
-    firsts = range(0, spec.vocab_size, step)
+    counts = [min(step, spec.vocab_size - first) for first in range(0, spec.vocab_size, step)]
     return [
-        (kind, NO_LAYER, i, Layout.build([("rows", dtype, lanes, min(step, spec.vocab_size - f), cols)]))
-        for i, f in enumerate(firsts)
-    ]  # fmt: skip
+        (kind, NO_LAYER, i, Layout.build([("rows", dtype, lanes, rows, cols)]))
+        for i, rows in enumerate(counts)
+    ]
 
 
 def payload(bundle_id: int, layout: Layout) -> bytes:

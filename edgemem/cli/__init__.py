@@ -25,7 +25,7 @@ FAILED, INTERRUPTED, READER_LEFT = 1, 130, 141
 
 
 class Commands(click.Group):
-    """A group whose commands end with a message and an exit code, whatever they raise on purpose."""
+    """Commands that end with a message and an exit code, whatever they raise on purpose."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)  # in the order in which they are needed, not of the alphabet
@@ -74,8 +74,9 @@ for command in (convert, run, inspect, verify, perplexity, demo):
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit."""
-    # A model's text may hold anything; what a terminal cannot show becomes a "?".
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        # A model's text may hold anything; what a terminal cannot show becomes a "?".
+        getattr(sys, name).reconfigure(errors="replace")
     cli.main(arguments, prog_name="edgemem")

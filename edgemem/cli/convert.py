@@ -9,11 +9,11 @@ import click
 
 from . import options
 
-_HELP = """Convert a Hugging Face checkpoint (a folder with config.json, tokenizer.json and safetensors)
-into a store, a single file that holds all a run needs.
+_HELP = """Convert a Hugging Face checkpoint (a folder with config.json, tokenizer.json and
+safetensors) into a store, a single file that holds all that a run needs.
 
---dtype keep leaves the weights as they are; f16, q8_0 and q4_0 convert the matrices. Memory use stays
-within a small multiple of the largest tensor.
+--dtype keep leaves the weights as they are; f16, q8_0 and q4_0 convert the matrices. Memory use
+stays within a small multiple of the largest tensor.
 """
 
 

@@ -17,6 +17,7 @@ Reads the directory only, no weights. --json prints one object with more detail.
 @options.JSON
 def inspect(store, as_json):
     from ..store import Store
+    from .facts import describe, summarize
 
     with Store.open(store) as opened:
         facts = describe(opened)
@@ -28,111 +29,3 @@ def inspect(store, as_json):
     print(facts["path"])
     for name, text in rows:
         print(f"  {name:<{width}}  {text}")
-
-
-def describe(store) -> dict:
-    """All facts about an open store, as plain JSON types."""
-    from .. import inventory
-    from ..kvcache import cache_bytes
-    from ..tokenizer import Tokenizer
-
-    kinds = inventory.by_kind(store)
-    streamed_names = {kind.name.lower() for kind in inventory.STREAMED}
-    streamed = sum(k["payload_bytes"] for name, k in kinds.items() if name in streamed_names)
-    tokenizer = Tokenizer(store.tokenizer_json, store.tokenizer_config)
-    return {
-        "path": str(store.path),
-        "file_bytes": store.file_bytes,
-        "page_size": store.page_size,
-        "spec": store.spec.to_dict(),
-        "parameters": inventory.parameter_count(store),
-        "dense_bytes": sum(k["payload_bytes"] for k in kinds.values()) - streamed,
-        "streamed_bytes": streamed,
-        "kv_bytes_per_token": cache_bytes(store.spec, 1),
-        "bundles": kinds,
-        "dtype_bytes": inventory.by_dtype(store),
-        "layouts": [layout.to_json() for layout in store.layouts],
-        "tokenizer": {
-            "vocab_size": tokenizer.vocab_size,
-            "bos_id": store.spec.bos_id,
-            "eos_ids": list(store.spec.eos_ids),
-            "has_chat_template": store.chat_template is not None,
-        },
-        "generation": store.generation,
-        "recipe": store.recipe,
-        "provenance": store.provenance,
-    }
-
-
-def summarize(facts: dict) -> list[tuple[str, str]]:
-    """Facts for people: (name, text) of each line."""
-    from ..budget import show_size
-
-    spec, tokenizer = facts["spec"], facts["tokenizer"]
-    sizes = " · ".join(f"{name} {show_size(size)}" for name, size in facts["dtype_bytes"].items())
-    recipe = ", ".join(f"{name} {value}" for name, value in facts["recipe"].items())
-    return [
-        ("model", f"{spec['model_type']}, {facts['parameters'] / 1e6:,.1f} M parameters"),
-        ("layers", f"{spec['n_layers']} of width {spec['hidden']}, {_ffn(spec)}"),
-        ("attention", _attention(spec)),
-        ("context", _context(facts)),
-        ("tokenizer", _tokenizer(tokenizer, spec)),
-        ("formats", sizes),
-        ("dense", f"{show_size(facts['dense_bytes'])} that every token needs at hand"),
-        ("streamed", f"{show_size(facts['streamed_bytes'])} of experts and feed-forward networks"),
-        ("bundles", " · ".join(_bundles(name, kind) for name, kind in facts["bundles"].items())),
-        ("file", f"{show_size(facts['file_bytes'])} in pages of {facts['page_size']} bytes"),
-        ("recipe", recipe),
-        ("source", str(facts["provenance"].get("checkpoint", "unknown"))),
-    ]
-
-
-def _ffn(spec: dict) -> str:
-    routed, dense = sum(spec["routed"]), spec["n_layers"] - sum(spec["routed"])
-    parts = []
-    if dense:
-        parts.append(f"{'' if not routed else f'{dense} with '}FFN {spec['intermediate']}")
-    if routed:
-        count = "" if not dense else f"{routed} with "
-        shared = spec["shared_intermediate"]
-        parts.append(
-            f"{count}{spec['n_experts']} experts of {spec['expert_intermediate']}, "
-            f"{spec['top_k']} per token" + (f", shared expert {shared}" if shared else "")
-        )
-    return ", ".join([*parts, spec["activation"]])
-
-
-def _attention(spec: dict) -> str:
-    windows = sorted({window for window in spec["windows"] if window})
-    parts = [
-        f"{spec['n_heads']} heads of {spec['head_dim']}, {spec['n_kv_heads']} for keys and values"
-    ]
-    if windows:
-        count = sum(map(bool, spec["windows"]))
-        parts.append(f"window {'/'.join(map(str, windows))} in {count} layers")
-    rope = spec["rope"]
-    scaled = "" if rope["type"] == "default" else f" {rope['type']} × {rope['factor']:g}"
-    return ", ".join([*parts, f"RoPE {rope['theta']:g}{scaled}"])
-
-
-def _context(facts: dict) -> str:
-    from ..budget import show_size
-
-    per_token = show_size(facts["kv_bytes_per_token"])
-    return f"{facts['spec']['max_positions']} tokens, {per_token} of KV cache each"
-
-
-def _tokenizer(tokenizer: dict, spec: dict) -> str:
-    eos = ", ".join(map(str, tokenizer["eos_ids"])) or "none"
-    bos = "none" if tokenizer["bos_id"] is None else tokenizer["bos_id"]
-    chat = ", chat template" if tokenizer["has_chat_template"] else ""
-    rows = (
-        f" (table of {spec['vocab_size']})" if spec["vocab_size"] != tokenizer["vocab_size"] else ""
-    )
-    return f"{tokenizer['vocab_size']} tokens{rows}, BOS {bos}, EOS {eos}{chat}"
-
-
-def _bundles(name: str, kind: dict) -> str:
-    from ..budget import show_size
-
-    return f"{kind['bundle_count']} {name} {show_size(kind['payload_bytes'])}"

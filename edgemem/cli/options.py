@@ -35,13 +35,13 @@ _SAMPLING = (
         "--top-p", type=float, metavar="F", help="Keep the likeliest of this joint share."
     ),
     click.option(
-        "--min-p", type=float, metavar="F", help="Keep those of this share of the likeliest."
+        "--min-p", type=float, metavar="F", help="Drop those below this share of the top."
     ),
     click.option("--repetition-penalty", type=float, metavar="F", help="Above 1: repeat less."),
-    click.option("--seed", type=int, metavar="N", help="Equal seeds give equal text."),
+    click.option(
+        "--seed", type=int, metavar="N", help="Equal seeds give equal text.  [default: 0]"
+    ),
 )
-
-SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
 def engine_options(command: Callable) -> Callable:
@@ -79,7 +79,7 @@ def load_engine(store: Path, memory: str, context: int | None, threads: int | No
 
 @contextlib.contextmanager
 def progress_bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback(done, total) that draws a bar on stderr if someone watches and it takes a while."""
+    """A callback(done, total); it draws a bar on stderr if that is a terminal and it takes long."""
     from tqdm import tqdm
 
     hidden = not sys.stderr.isatty()

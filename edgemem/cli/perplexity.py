@@ -11,9 +11,9 @@ from . import options
 
 _HELP = """Measure the perplexity of a text.
 
-The text is encoded without special tokens and cut into windows that do not overlap (the last may be shorter).
-In each window every token but the first is predicted from those before it. Perplexity is e to the mean negative
-log likelihood of all predicted tokens.
+The text is encoded without special tokens and cut into windows that do not overlap (the last may be
+shorter). In each window every token but the first is predicted from those before it. Perplexity is
+e to the mean negative log likelihood of all predicted tokens.
 """
 
 

@@ -11,8 +11,8 @@ from . import options
 
 _HELP = """Generate text that continues a prompt.
 
-The prompt is -p TEXT, the contents of -f FILE, or what stdin gives; of the latter two, one newline at the
-end is dropped. Text goes to stdout as it is made, an account of the run to stderr.
+The prompt is -p TEXT, the contents of -f FILE, or what stdin gives; of the latter two, one newline
+at the end is dropped. Text goes to stdout as it is made, an account of the run to stderr.
 
 --json prints one object instead: text, token_ids, prompt_tokens, generated_tokens, finish_reason
 (eos, stop, length or context), prefill and decode (each: tokens, seconds, tokens_per_second),
@@ -47,6 +47,7 @@ def run(store, prompt, file, max_tokens, stop, memory, context, threads, as_json
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt from -p, from -f or from stdin."""
     if prompt is not None and file is not None:
         raise click.UsageError("give the prompt with -p or with -f, not both")
     if prompt is not None:
@@ -58,6 +59,8 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 
 def generate(engine, prompt: str, as_json: bool, **arguments) -> None:
     """Generate and print, and account for it."""
+    from .account import account, account_line
+
     with options.usage_errors():
         generation = engine.generate(prompt, stream=True, **arguments)
     if as_json:
@@ -70,41 +73,3 @@ def generate(engine, prompt: str, as_json: bool, **arguments) -> None:
     if not generation.text.endswith("\n"):
         print(flush=True)
     options.note(account_line(generation))
-
-
-def account(engine, generation) -> dict:
-    """What happened, in numbers."""
-    from ..budget import peak_bytes
-
-    phases = {"prefill": generation.prefill, "decode": generation.decode}
-    return {
-        "token_ids": generation.token_ids,
-        "prompt_tokens": generation.prompt_tokens,
-        "generated_tokens": len(generation.token_ids),
-        "finish_reason": generation.finish_reason,
-        **{
-            name: {
-                "tokens": phase.tokens,
-                "seconds": phase.seconds,
-                "tokens_per_second": phase.tokens_per_second,
-            }
-            for name, phase in phases.items()
-        },
-        "peak_rss_bytes": peak_bytes(),
-        "threads": engine.threads,
-        "isa": engine.isa,
-    }
-
-
-def account_line(generation) -> str:
-    """What happened, in a line."""
-    from ..budget import peak_bytes, show_size
-
-    decode, prefill = generation.decode, generation.prefill
-    parts = [
-        f"{len(generation.token_ids)} tokens at {decode.tokens_per_second:.1f} tok/s",
-        f"prompt of {generation.prompt_tokens} at {prefill.tokens_per_second:.1f} tok/s",
-        f"ended by {generation.finish_reason}",
-        f"peak memory {show_size(peak_bytes())}",
-    ]
-    return "edgemem: " + " · ".join(parts)

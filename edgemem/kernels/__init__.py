@@ -1,4 +1,4 @@
-"""The native operations as Python sees them: a `Core`, and arrays that it reads and writes in place.
+"""The native operations as Python sees them: a `Core`, and arrays that it works on in place.
 
 `reference.py` is the meaning of each operation in plain numpy; `native/edgemem.h` is the contract.
 """
@@ -66,7 +66,9 @@ class Linears:
     out rows are `stride` floats apart, by default the matrix's rows.
     """
 
-    def __init__(self, core: Core, layout, parts, accumulate: bool = False, stride: int | None = None):
+    def __init__(
+        self, core: Core, layout, parts, accumulate: bool = False, stride: int | None = None
+    ):
         self._core = core
         self._items = ffi.new("em_linear[]", len(parts))
         self._offsets = []
@@ -93,36 +95,37 @@ class Linears:
 
 
 class Table:
-    """A matrix split over bundles of whole rows: gathered as an embedding, multiplied as a head."""
+    """A matrix split over bundles of whole rows (the last may hold fewer): gathered, or multiplied.
 
-    def __init__(self, core: Core, layouts, addresses: np.ndarray):
+    `addresses` is uint64 [n_bundles]; whoever calls fills in those of the bundles that are needed.
+    """
+
+    def __init__(self, core: Core, layouts, addresses):
         self._core = core
         self._segments = [layout["rows"] for layout in layouts]
-        self._addresses = np.ascontiguousarray(addresses, np.uint64)
-        self.rows = sum(s.rows for s in self._segments)
-        self.cols = self._segments[0].cols
+        self.addresses = np.array(addresses, np.uint64)
+        self.rows_per_bundle = self._segments[0].rows
+        self._linears = ffi.new("em_linear[]", len(self._segments))
+        rows = sum(segment.rows for segment in self._segments)
+        for linear, segment in zip(self._linears, self._segments, strict=True):
+            linear.dtype, linear.rows = segment.dtype.code, segment.rows
+            linear.cols, linear.out_stride = segment.cols, rows
 
     def gather(self, ids: np.ndarray, out: Array) -> None:
-        """out [n, cols] = the rows `ids` (int32, contiguous, each checked by the caller)."""
+        """out [n, cols] = the rows `ids`, int32 [n], contiguous, each checked by the caller."""
         first = self._segments[0]
         status = lib.em_embed(
-            self._core.handle, pointer(self._addresses, "uint64_t *"), first.rows, first.dtype.code,
-            first.lanes, self.cols, pointer(ids, "int32_t *"), len(ids), out.pointer,
+            self._core.handle, pointer(self.addresses, "uint64_t *"), first.rows, first.dtype.code,
+            first.lanes, first.cols, pointer(ids, "int32_t *"), len(ids), out.pointer,
         )  # fmt: skip
-        check(status, "gathering embedding rows")
+        check(status, "gathering rows")
 
-    def multiplier(self, out: Array):
-        """A function (x pointer, n_tokens) that writes out [n_tokens, rows] = x · tableᵀ."""
-        items = ffi.new("em_linear[]", len(self._segments))
+    def multiply(self, x, n_tokens: int, out: Array) -> None:
+        """out [n_tokens, rows] = x · tableᵀ, for a float pointer x to [n_tokens, cols]."""
         start = 0
-        for item, segment, address in zip(items, self._segments, self._addresses, strict=True):
-            item.weights = ffi.cast("void *", int(address))
-            item.out, item.out_stride = out.pointer + start, self.rows
-            item.dtype, item.rows, item.cols = segment.dtype.code, segment.rows, segment.cols
-            start += segment.rows
-
-        def run(x, n_tokens: int) -> None:
-            status = lib.em_linears(self._core.handle, items, len(items), x, n_tokens)
-            check(status, "multiplying by the output head")
-
-        return run
+        for linear, address in zip(self._linears, self.addresses.tolist(), strict=True):
+            linear.weights = ffi.cast("void *", address)
+            linear.out = out.pointer + start
+            start += linear.rows
+        status = lib.em_linears(self._core.handle, self._linears, len(self._linears), x, n_tokens)
+        check(status, "multiplying by a table")

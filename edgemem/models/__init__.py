@@ -5,7 +5,7 @@ import pkgutil
 
 from ..errors import UnsupportedError
 
-_PARTS = ("layers", "rope")
+_PARTS = ("decoder", "layers", "rope", "workspace")
 
 
 def supported() -> list[str]:
@@ -19,7 +19,7 @@ def build(store, streamer, core, max_tokens: int):
     model_type = store.spec.model_type
     if model_type not in supported():
         raise UnsupportedError(
-            f"building a model: {model_type!r} is not supported; these are: {', '.join(supported())}"
+            f"building a model: {model_type!r} is none of {', '.join(supported())}"
         )
     module = importlib.import_module(f".{model_type}", __name__)
     return module.Model(store, streamer, core, max_tokens)

@@ -1,8 +1,11 @@
-"""Llama (arXiv 2302.13971, 2407.21783): grouped-query attention, RoPE, a gated FFN in each layer."""
+"""Llama (arXiv 2302.13971, 2407.21783): grouped-query attention, RoPE, gated FFNs."""
 
-from .layers import Decoder, Dense
+from .decoder import Decoder
+from .layers import Dense
 
 
 class Model(Decoder):
+    """Each layer has one dense FFN."""
+
     def feed_forward(self, index: int) -> list[type]:
         return [Dense]

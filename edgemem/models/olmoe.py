@@ -1,3 +1,3 @@
-"""OLMoE (arXiv 2409.02060): experts in every layer, norms over all heads' queries and keys at once."""
+"""OLMoE (arXiv 2409.02060): experts in every layer, q and k norms over all heads at once."""
 
 from .mixtral import Model as Model

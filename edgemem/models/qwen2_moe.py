@@ -1,9 +1,12 @@
 """Qwen1.5-MoE and Qwen2-MoE (arXiv 2407.10671): routed experts beside a gated shared expert; some
 layers may have one dense FFN instead."""
 
-from .layers import Decoder, Dense, Experts, SharedExpert
+from .decoder import Decoder
+from .layers import Dense, Experts, SharedExpert
 
 
 class Model(Decoder):
+    """Each layer has routed and shared experts, or one dense FFN."""
+
     def feed_forward(self, index: int) -> list[type]:
         return [Experts, SharedExpert] if self.spec.routed[index] else [Dense]

@@ -65,7 +65,8 @@ uint8_t *random_matrix(int32_t dtype, int32_t rows, int32_t cols, uint32_t seed)
         bool is_scale = dtype >= EM_Q8_0 && i % group < scales;
         if (dtype == EM_F32 && i % 4 == 3) data[i] = (uint8_t)((data[i] & 0x81) | 0x3c);
         if (dtype == EM_BF16 && i % 2 == 1) data[i] = (uint8_t)((data[i] & 0x81) | 0x3c);
-        if ((dtype == EM_F16 || is_scale) && i % 2 == 1) data[i] = (uint8_t)((data[i] & 0x83) | 0x24);
+        if ((dtype == EM_F16 || is_scale) && i % 2 == 1)
+            data[i] = (uint8_t)((data[i] & 0x83) | 0x24);
     }
     return data;
 }

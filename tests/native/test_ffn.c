@@ -1,5 +1,5 @@
-/* Routing and FFNs over bundles: against float64, and equal whatever the order in which bundles become
- * ready, the number of threads, and the tokens that share a call. */
+/* Routing and FFNs over bundles: against float64, and equal whatever the order in which bundles
+ * become ready, the number of threads, and the tokens that share a call. */
 #include "check.h"
 
 #include <math.h>
@@ -21,8 +21,8 @@ typedef struct {
 
 static void make_problem(problem *p, int32_t dtype) {
     size_t up = matrix_bytes(dtype, INNER, HIDDEN), down = matrix_bytes(dtype, HIDDEN, INNER);
-    p->ffn = (em_ffn){0, (int64_t)up, (int64_t)(2 * up), -1, -1, -1, dtype, dtype, dtype,
-                      HIDDEN, INNER, EM_SILU};
+    p->ffn = (em_ffn){
+        0, (int64_t)up, (int64_t)(2 * up), -1, -1, -1, dtype, dtype, dtype, HIDDEN, INNER, EM_SILU};
     for (int e = 0; e < EXPERTS; e++) {
         p->bundle[e] = exact(2 * up + down);
         for (int part = 0; part < 3; part++) {
@@ -78,8 +78,8 @@ static void routing_is_right(em_core *core, problem *p, int32_t normalize) {
         CHECK(b == 0 || p->experts[b] > p->experts[b - 1], "experts ascend at %d", b);
         for (int i = p->first[b]; i < p->first[b + 1]; i++, seen++) {
             double expected = weight[p->tokens[i]][p->experts[b]];
-            CHECK(expected > 0 && fabs(p->weights[i] - expected) < 1e-6, "pair %d: %g, expected %g", i,
-                  p->weights[i], expected);
+            CHECK(expected > 0 && fabs(p->weights[i] - expected) < 1e-6, "pair %d: %g, expected %g",
+                  i, p->weights[i], expected);
             CHECK(i == p->first[b] || p->tokens[i] > p->tokens[i - 1], "tokens ascend at %d", i);
         }
     }
@@ -113,7 +113,8 @@ static void ffn_is_right(em_core *core, problem *p, double bound) {
             }
         }
     CHECK(em_ffn_run(core, &p->ffn, p->n_chosen, p->address, NULL, p->first, p->tokens, p->weights,
-                     p->x, TOKENS, out) == EM_OK, "dtype %d", dtype);
+                     p->x, TOKENS, out) == EM_OK,
+          "dtype %d", dtype);
     double worst = 0, top = 0;
     for (int i = 0; i < TOKENS * HIDDEN; i++) {
         worst = fmax(worst, fabs(out[i] - expected[i]));
@@ -178,11 +179,13 @@ static void arguments_are_checked(em_core *core, problem *p) {
     float out[TOKENS * HIDDEN];
     bad.up_dtype = 99;
     CHECK(em_ffn_run(core, &bad, 1, p->address, NULL, p->first, p->tokens, p->weights, p->x, TOKENS,
-                     out) == EM_INVALID, "dtype %d", bad.up_dtype);
+                     out) == EM_INVALID,
+          "dtype %d", bad.up_dtype);
     em_core *small;
     em_core_open(1, NULL, &small);
     CHECK(em_ffn_run(small, &p->ffn, p->n_chosen, p->address, NULL, p->first, p->tokens, p->weights,
-                     p->x, TOKENS, out) == EM_NO_MEMORY, "no scratch%s", "");
+                     p->x, TOKENS, out) == EM_NO_MEMORY,
+          "no scratch%s", "");
     em_linear linear = {p->bundle[0], NULL, out, INNER, EM_F32, INNER, 0, 0};
     CHECK(em_linears(small, &linear, 1, p->x, 1) == EM_INVALID, "cols %d", linear.cols);
     em_core_close(small);

@@ -50,7 +50,8 @@ static void norms_and_softmax_are_right(void) {
         double squares = 0, total = 0;
         for (int32_t i = 0; i < n; i++) squares += (double)x[i] * x[i];
         for (int32_t i = 0; i < n; i++)
-            near(out[i], x[i] / sqrt(squares / n + 1e-6) * w[i], 1e-6 * (1 + fabs(out[i])), "norm", i);
+            near(out[i], x[i] / sqrt(squares / n + 1e-6) * w[i], 1e-6 * (1 + fabs(out[i])), "norm",
+                 i);
         for (int32_t i = 0; i < n; i++) total += exp((double)x[i] * 20);
         for (int32_t i = 0; i < n; i++) out[i] = x[i] * 20;
         portable->softmax(out, n);
@@ -100,11 +101,15 @@ static void halves_round_trip(const em_kernels *k) {
     portable->unpack_row(bits, EM_F16, 1, N, 0, plain);
     CHECK(!memcmp(mine, plain, N * 4), "%s reads halves differently", k->name);
     for (int i = 0; i < N; i++)
-        if (isfinite(mine[i])) near(mine[i], matrix_element(bits, EM_F16, 1, 0, 0) + mine[i] -
-                                    matrix_element(bits, EM_F16, 1, 0, 0), 0, "half", i);
+        if (isfinite(mine[i]))
+            near(mine[i],
+                 matrix_element(bits, EM_F16, 1, 0, 0) + mine[i] -
+                     matrix_element(bits, EM_F16, 1, 0, 0),
+                 0, "half", i);
     k->store_f16(mine, N, back);
     for (int i = 0; i < N; i++)
-        if (isfinite(mine[i])) CHECK(back[i] == i, "%s: half %#x came back as %#x", k->name, i, back[i]);
+        if (isfinite(mine[i]))
+            CHECK(back[i] == i, "%s: half %#x came back as %#x", k->name, i, back[i]);
     /* Between two halves, at the midpoint, and a hair to each side. */
     float *between = exact(3 * 31744 * 4);
     uint16_t *a = exact(3 * 31744 * 2), *b = exact(3 * 31744 * 2);
@@ -193,7 +198,8 @@ static void crc_is_castagnoli(void) {
         uint32_t bitwise = ~0u;
         for (size_t i = 0; i < n; i++) {
             bitwise ^= data[i];
-            for (int b = 0; b < 8; b++) bitwise = bitwise & 1 ? bitwise >> 1 ^ 0x82F63B78u : bitwise >> 1;
+            for (int b = 0; b < 8; b++)
+                bitwise = bitwise & 1 ? bitwise >> 1 ^ 0x82F63B78u : bitwise >> 1;
         }
         CHECK(em_crc32c(0, data, n) == ~bitwise, "%zu bytes", n);
         CHECK(em_crc32c(em_crc32c(0, data, n / 3), data + n / 3, n - n / 3) == ~bitwise, "%zu", n);

@@ -16,7 +16,8 @@ typedef struct {
 static void count_item(void *arg, int64_t item, int32_t thread) {
     tally *t = arg;
     __atomic_fetch_add(&t->count[item], 1, __ATOMIC_RELAXED);
-    if (thread < 0 || thread >= t->n_threads) __atomic_fetch_add(&t->count[item], 100, __ATOMIC_RELAXED);
+    if (thread < 0 || thread >= t->n_threads)
+        __atomic_fetch_add(&t->count[item], 100, __ATOMIC_RELAXED);
 }
 
 static void each_item_once(int32_t n_threads) {

@@ -46,7 +46,7 @@ def engines(shared, convert_store):
     def engine(name: str, dtype: str = "keep"):
         if (name, dtype) not in loaded:
             store = convert_store(shared / "models" / name, dtype)
-            loaded[name, dtype] = edgemem.load(store, context=512, threads=2)
+            loaded[name, dtype] = edgemem.load(store, context=512, threads=1)
         return loaded[name, dtype]
 
     return engine
@@ -76,16 +76,16 @@ def test_greedy_tokens_are_equal(name, count, shared, judges, engines):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_agree(name, shared, wikitext, judges, engines):
+def test_logits_agree(name, shared, wikitext, judges, engines, measured):
     ids = text_ids(shared, wikitext, name)[:200]
     found, expected = engines(name).logits(ids), judges(name).logits(ids)
     error = oracle.relative_error(found, expected)
-    print(f"{name}: logits differ by {error:.2e} of the largest over {len(ids)} tokens")
+    measured(f"{name}: logits differ by {error:.2e} of the largest over {len(ids)} tokens")
     assert error <= LOGITS_BOUNDS[name]
 
 
 def test_f16_keys_are_all_that_differs(shared, wikitext, judges, stories_store):
-    """With exact keys the definition is transformers, to rounding; with f16's it differs as ours."""
+    """With exact keys the definition is transformers to rounding, with f16 it differs as ours."""
     ids = text_ids(shared, wikitext, "stories260k")[:200]
     expected = judges("stories260k").logits(ids)
     with Store.open(stories_store) as store:
@@ -97,17 +97,19 @@ def test_f16_keys_are_all_that_differs(shared, wikitext, judges, stories_store):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_perplexity_agrees(name, shared, wikitext, judges, engines):
+def test_perplexity_agrees(name, shared, wikitext, judges, engines, measured):
     ids = text_ids(shared, wikitext, name)
     losses = judges(name).negative_log_likelihoods(ids, WINDOW)
     theirs = math.exp(losses.mean())
     report = perplexity(engines(name), wikitext[: 12 * TOKENS], WINDOW, limit=TOKENS)
     ours = report.perplexity
     assert report.predicted_tokens == len(losses)
-    line = f"{name}: transformers {theirs:.4f}, kept {ours:.4f} ({ours / theirs - 1:+.3%})"
+    line = (
+        f"{name} perplexity: transformers {theirs:.4f}, kept {ours:.4f} ({ours / theirs - 1:+.3%})"
+    )
     for dtype in ("q8_0", "q4_0"):
         lossy = perplexity(engines(name, dtype), ids, WINDOW).perplexity
         line += f", {dtype} {lossy:.4f} ({lossy / theirs - 1:+.2%})"
         assert theirs * 0.9 < lossy < theirs * 1.5, line
-    print(line)
+    measured(line)
     assert abs(ours / theirs - 1) <= PERPLEXITY_BOUND, line

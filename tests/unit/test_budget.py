@@ -49,7 +49,13 @@ def test_sizes_of_a_wrong_type(value):
 
 @pytest.mark.parametrize(
     "size, text",
-    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (5 * GIB, "5.0 GiB"), (2**42, "4096.0 GiB")],
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1536, "1.5 KiB"),
+        (5 * GIB, "5.0 GiB"),
+        (2**42, "4096.0 GiB"),
+    ],
 )
 def test_sizes_for_people(size, text):
     assert show_size(size) == text
@@ -78,7 +84,7 @@ def test_the_tightest_group_of_a_v2_hierarchy_counts(tmp_path):
             "sys/fs/cgroup/user/memory.stat": f"anon 1\ninactive_file {20 * MIB}\n",
         },
     )
-    assert budget._cgroups(tmp_path) == [(100 * MIB, 40 * MIB)]
+    assert budget._memory_groups(tmp_path) == [(100 * MIB, 40 * MIB)]
     assert budget.machine_bytes(tmp_path) == 100 * MIB
     # 60 MiB of room and what this process has (which that group does not know here), less half.
     assert 60 * MIB / 2 <= budget.auto_bytes(tmp_path) < 60 * MIB + budget.current_bytes()
@@ -95,11 +101,11 @@ def test_a_v1_group_whose_path_is_that_of_the_host(tmp_path):
             base + "memory.stat": "total_inactive_file 0\n",
         },
     )
-    assert budget._cgroups(tmp_path) == [(64 * MIB, MIB)]
+    assert budget._memory_groups(tmp_path) == [(64 * MIB, MIB)]
 
 
 def test_no_limit_is_no_limit(tmp_path):
-    assert budget._cgroups(tmp_path) == []
+    assert budget._memory_groups(tmp_path) == []
     write(
         tmp_path,
         {
@@ -109,7 +115,31 @@ def test_no_limit_is_no_limit(tmp_path):
             "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 0\n",
         },
     )
-    assert budget._cgroups(tmp_path) == []
+    assert budget._memory_groups(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"sys/fs/cgroup/app/cpu.max": "max 100000\n"}, None),
+        ({"sys/fs/cgroup/app/cpu.max": "50000 100000\n"}, 1),
+        ({"sys/fs/cgroup/cpu.max": "garbage\n"}, None),
+    ],
+)
+def test_a_quota_of_processor_time_limits_the_cores(tmp_path, files, expected):
+    write(tmp_path, {"proc/self/cgroup": "0::/app\n"} | files)
+    assert budget.usable_cpus(tmp_path) == (expected or budget.usable_cpus(tmp_path / "none"))
+
+
+def test_a_quota_of_v1(tmp_path):
+    base = "sys/fs/cgroup/cpu,cpuacct/"
+    write(
+        tmp_path, {"proc/self/cgroup": "3:cpu,cpuacct:/x\n", base + "cpu.cfs_period_us": "1000\n"}
+    )
+    cores = budget.usable_cpus(tmp_path / "none")
+    for quota, expected in (("-1", cores), ("1000", 1), ("10", 1), ("1000000", cores)):
+        write(tmp_path, {base + "cpu.cfs_quota_us": quota})
+        assert budget.usable_cpus(tmp_path) == expected
 
 
 def test_auto_leaves_a_reserve():

@@ -1,6 +1,9 @@
 """Engines on real stores: loading, refusals, logits, sessions and their memory."""
 
 import gc
+import signal
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -9,7 +12,9 @@ import pytest
 
 import edgemem
 from edgemem import BudgetError, ContextError, StoreError
+from edgemem.budget import Item, show_size
 from edgemem.engine import context_limit
+from edgemem.inventory import resident_bytes
 from edgemem.kvcache import cache_bytes
 from edgemem.spec import RopeSpec
 
@@ -182,20 +187,41 @@ def test_a_budget_below_the_floor_is_refused_before_weights_are_read(tiny_moe_st
     assert "--memory" in text
 
 
-def refusal(store, memory):
-    with pytest.raises(BudgetError) as error:
-        edgemem.load(store, memory=memory)
-    return str(error.value)
-
-
-def test_the_advice_of_a_refusal_holds(tiny_moe_store, convert_store, shared):
-    enough = int(refusal(tiny_moe_store, "1M").split("--memory ")[1].split("M")[0])
-    advice = refusal(tiny_moe_store, f"{enough - 1}M")
-    assert "--dtype q8_0" in advice
-    context = int(advice.split("--context ")[1].split(")")[0])
-    edgemem.load(tiny_moe_store, memory=f"{enough}M", context=context).close()
+def test_a_refusal_says_what_would_fit(tiny_moe_store, shared, convert_store):
+    engine = edgemem.load(tiny_moe_store)
+    cache = Item("KV cache", cache_bytes(engine.spec, engine.context))
+    items = [Item("all but the cache", resident_bytes(engine.store) + (30 << 20)), cache]
+    needed = sum(item.bytes for item in items)
+    engine.budget.limit = engine.budget.promised + needed - cache.bytes // 2
+    with pytest.raises(BudgetError) as refusal:
+        engine.budget.take(items, engine._advise)
+    advice = str(refusal.value)
+    assert "(--context 512)" in advice
     smaller = convert_store(shared / "models" / "tiny-moe", dtype="q8_0")
-    edgemem.load(smaller, memory=f"{enough - 1}M").close()
+    with edgemem.load(smaller) as other:
+        size = show_size(resident_bytes(other.store))
+    assert f"at q8_0 would fit: about {size[:3]}" in advice and "--dtype q8_0" in advice
+    total = engine.budget.promised + needed
+    assert f"--memory {-(-total // (1 << 20))}M" in advice
+
+
+PEAK = """
+import sys, edgemem
+from edgemem.budget import peak_bytes
+from edgemem.perplexity import perplexity
+engine = edgemem.load(sys.argv[1])
+engine.generate([5] * (engine.context - 20), max_tokens=100, temperature=1.0)
+print(engine.budget.promised - peak_bytes())
+perplexity(engine, [5] * 300)
+print(engine.budget.promised - peak_bytes())
+"""
+
+
+@pytest.mark.parametrize("name", ["stories_store", "tiny_moe_store"])
+def test_the_peak_of_the_process_stays_within_the_promise(name, request):
+    command = [sys.executable, "-c", PEAK, request.getfixturevalue(name)]
+    spare = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert all(0 <= int(size) < 8 << 20 for size in spare)
 
 
 def test_one_session_is_in_the_budget_and_more_are_added(tiny_moe_store):
@@ -219,3 +245,40 @@ def test_one_session_is_in_the_budget_and_more_are_added(tiny_moe_store):
     for _ in range(5):
         engine.generate("The", max_tokens=1)
     assert engine.budget.promised == floor
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers on this system")
+def test_interrupts_at_any_moment_change_no_text(stories_store, rng):
+    """Wherever a signal falls, in native code or between, the session goes on as if it had not."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    gc.disable()  # an interrupt that falls into a callback of the collector would be lost
+    try:
+        with edgemem.load(stories_store, threads=1) as engine:
+            prompt = engine.tokenizer.encode(PROMPT) * 10
+            with engine.session() as session:
+                session.generate(prompt, max_tokens=100)
+                expected = session.tokens
+            for delay in rng.uniform(0.0005, 0.01, 40):
+                assert _interrupted(engine, prompt, expected, delay) == expected
+    finally:
+        gc.enable()
+        signal.signal(signal.SIGALRM, before)
+
+
+def _interrupted(engine, prompt, expected, delay):
+    """The tokens of a session that is interrupted after `delay` seconds, and then goes on."""
+    with engine.session() as session:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, delay)
+            session.generate(prompt, max_tokens=100)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            pass
+        assert session.position == 0 or session.position >= len(prompt)
+        rest = len(expected) - max(session.position, len(prompt))
+        session.generate(None if session.position else prompt, max_tokens=rest)
+        return session.tokens

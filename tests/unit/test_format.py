@@ -27,10 +27,12 @@ def test_crc32c_is_the_checksum_that_the_format_names():
 def test_the_document_and_the_code_agree():
     text = FORMAT.read_text(encoding="utf-8")
     table = text.split("## Directory")[1].split("## Footer")[0]
-    drawn = [(int(a), int(b)) for a, b in re.findall(r"^\| (\d+) \| u(\d+) \|", table, re.M)]
+    drawn = [
+        (int(a), int(b)) for a, b in re.findall(r"^\| (\d+) \| u(\d+) \|", table, re.MULTILINE)
+    ]
     fields = [(offset, 8 * kind.itemsize) for kind, offset in fmt.ENTRY.fields.values()]
     assert drawn == fields and fmt.ENTRY.itemsize == 40
-    kinds = re.findall(r"^\| (\d) \| ([A-Z]+) \|", text, re.M)
+    kinds = re.findall(r"^\| (\d) \| ([A-Z]+) \|", text, re.MULTILINE)
     assert [(int(n), name) for n, name in kinds] == [(k.value, k.name) for k in Kind]
     assert f"version **{fmt.MAJOR}.{fmt.MINOR}**" in text
     for spec in (painted.SPEC, replace(painted.ROUTED, qk_norm="head")):
@@ -83,7 +85,8 @@ def test_a_newer_minor_version_is_read():
 
 
 FOOTER = fmt.Footer(
-    7 * 4096, 2, fmt.Section(3 * 4096, 100, 1), fmt.Section(4 * 4096, 4096, 2), fmt.Section(5 * 4096, 80, 3)
+    7 * 4096, 2, fmt.Section(3 * 4096, 100, 1), fmt.Section(4 * 4096, 4096, 2),
+    fmt.Section(5 * 4096, 80, 3),
 )  # fmt: skip
 
 
@@ -125,7 +128,9 @@ def test_segments_are_aligned_and_do_not_overlap(dtype):
     end = 0
     for segment in layout.segments:
         assert segment.offset % 64 == 0 and 0 <= segment.offset - end < 64
-        assert segment.bytes == dtypes.matrix_bytes(dtype, segment.rows, segment.cols, segment.lanes)
+        assert segment.bytes == dtypes.matrix_bytes(
+            dtype, segment.rows, segment.cols, segment.lanes
+        )
         end = segment.end
     assert layout.payload_bytes == end
     assert layout["b"].rows == 17 and "b" in layout and "d" not in layout
@@ -142,8 +147,9 @@ GOOD = {"name": "q", "dtype": "f32", "lanes": 16, "rows": 8, "cols": 8}
         [{k: v for k, v in GOOD.items() if k != "rows"}],
         *([{**GOOD, key: value}] for key, value in [
             ("name", 7), ("name", ""), ("name", "Q"), ("name", "a" * 33), ("name", "../q"),
-            ("dtype", None), ("dtype", 3), ("dtype", []), ("lanes", 0), ("lanes", 8), ("lanes", True),
-            ("lanes", 16.0), ("lanes", []), ("rows", 0), ("rows", -1), ("rows", 1.0), ("rows", True),
+            ("dtype", None), ("dtype", 3), ("dtype", []), ("lanes", 0), ("lanes", 8),
+            ("lanes", True), ("lanes", 16.0), ("lanes", []), ("rows", 0), ("rows", -1),
+            ("rows", 1.0), ("rows", True),
             ("rows", 1 << 25), ("rows", 10**400), ("rows", None), ("cols", 0), ("cols", "8"),
         ]),
         [{**GOOD, "rows": 1 << 24, "cols": 1 << 24}],
@@ -177,7 +183,9 @@ def test_json_that_is_refused(data):
 
 def meta() -> fmt.Meta:
     layouts = tuple(dict.fromkeys(layout for *_, layout in painted.bundles()))
-    return fmt.Meta(painted.SPEC, layouts, "{{ x }}", {"top_k": 5}, {"bos": "é\ud800"}, {"a": []}, {})
+    return fmt.Meta(
+        painted.SPEC, layouts, "{{ x }}", {"top_k": 5}, {"bos": "é\ud800"}, {"a": []}, {}
+    )
 
 
 def test_meta():
@@ -185,6 +193,15 @@ def test_meta():
     assert fmt.decode_meta(data) == meta() and fmt.encode_meta(meta()) == data
     none = replace(meta(), chat_template=None, spec=replace(painted.SPEC, bos_id=None, eos_ids=()))
     assert fmt.decode_meta(fmt.encode_meta(none)) == none
+
+
+def test_keys_of_a_newer_minor_version():
+    """Passed over at the top, refused in the spec, where they may change the answer."""
+    data = json.loads(fmt.encode_meta(meta()))
+    assert fmt.decode_meta(json.dumps(data | {"more": {"x": 1}}).encode()) == meta()
+    data["spec"]["more"] = 1
+    with pytest.raises(UnsupportedError, match="more"):
+        fmt.decode_meta(json.dumps(data).encode())
 
 
 HOSTILE = [None, True, -1, 0, 1 << 25, 10**400, 1.5, 1e308 * 10, "x", [], {}, [None], [-1], [1.5]]
@@ -258,7 +275,8 @@ def test_missing_repeated_and_swapped_bundles(directory):
     "change",
     [
         {"hidden": 32}, {"n_heads": 4}, {"head_dim": 10}, {"vocab_size": 41}, {"vocab_size": 16},
-        {"intermediate": 25}, {"qk_norm": "head"}, {"n_layers": 2, "windows": (0, 0), "routed": (False, False)},
+        {"intermediate": 25}, {"qk_norm": "head"},
+        {"n_layers": 2, "windows": (0, 0), "routed": (False, False)},
         {"n_layers": 1 << 20, "windows": (0,) * (1 << 20), "routed": (False,) * (1 << 20)},
     ],
 )  # fmt: skip

@@ -27,7 +27,9 @@ def test_importing_the_package_loads_only_the_package(tmp_path):
 
 
 def test_the_api_is_small_in_memory(tmp_path):
-    code = "import edgemem; edgemem.load; from edgemem.budget import peak_bytes; print(peak_bytes())"
+    code = (
+        "import edgemem; edgemem.load; from edgemem.budget import peak_bytes; print(peak_bytes())"
+    )
     assert int(run(code, cwd=tmp_path)) < 60 << 20
 
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgemem.errors import UnsupportedError
 from edgemem.sampler import Sampler, Sampling, candidates
 
 LOGITS = np.array([1.0, 3.0, -2.0, 3.0, 0.5, 2.0], np.float32)
@@ -70,7 +71,7 @@ def test_agrees_with_transformers(vocab, rng):
         seen = _penalize(logits, history, penalized)
         for id, share in filtered(seen, Sampling(**options)).items():
             ours[id] = share
-        # A token on the very edge of top-p may fall either way by rounding; nothing else may differ.
+        # A token on the very edge of top-p may fall either way by rounding; nothing else may.
         assert np.abs(ours - expected).sum() < 2e-3 + 2 * _edge(expected, ours), options
 
 
@@ -136,6 +137,21 @@ def test_extreme_temperatures(temperature):
     assert chosen == ({0, 1, 2} if temperature > 1 else {1})
 
 
+def test_settings_may_be_numpy_numbers_and_huge_integers():
+    options = {"temperature": np.float32(0.5), "top_k": 10**400, "seed": np.int64(3)}
+    Sampler(Sampling(**options)).choose(LOGITS)
+    Sampler(Sampling(temperature=1, seed=10**400)).choose(LOGITS)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_refused(wrong, temperature):
+    logits = LOGITS.copy()
+    logits[4] = wrong
+    with pytest.raises(UnsupportedError, match="not finite"):
+        Sampler(Sampling(temperature=temperature)).choose(logits)
+
+
 def test_a_penalty_changes_greedy_choice_too():
     sampler = Sampler(Sampling(repetition_penalty=2.0))
     assert sampler.choose(LOGITS, [1]) == 3
@@ -149,6 +165,7 @@ def test_a_penalty_changes_greedy_choice_too():
         ({"temperature": -0.1}, ValueError),
         ({"temperature": float("nan")}, ValueError),
         ({"temperature": float("inf")}, ValueError),
+        ({"temperature": 10**400}, ValueError),
         ({"temperature": "hot"}, TypeError),
         ({"temperature": True}, TypeError),
         ({"top_k": -1}, ValueError),

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -128,12 +129,13 @@ def test_the_continuation_keeps_its_leading_space():
         (["world!", "o w"], "hell"),
         (["xyz", "😀"], "hello world"),
         ("absent", "hello world!"),
+        ([], "hello world!"),
         ("!!", "hello world!"),
         ("<|end|>", "hello world!"),
     ],
 )
 def test_stop_strings(stop, expected):
-    text = "hello world😀" if "😀" in stop else "hello world!"
+    text = "hello world😀" if "😀" in (stop or "") else "hello world!"
     generation = Session(scripted(text)).generate("say:", stop=stop, stream=True)
     assert "".join(generation) == expected == generation.text
     hit = expected != "hello world!"
@@ -150,7 +152,7 @@ def test_a_special_token_can_be_a_stop_string():
 def test_a_stop_string_in_held_back_bytes_counts():
     """Byte tokens are certain only at their end, which here is the end of the generation."""
     tokenizer = byte_fallback()
-    script = [tokenizer._inner.token_to_id(f"<0x{b:02X}>") for b in "x\nUser".encode()]
+    script = [tokenizer._inner.token_to_id(f"<0x{b:02X}>") for b in b"x\nUser"]
     engine = FakeEngine(tokenizer, follow=lambda ids: script[len(ids) - 1], bos_id=1)
     generation = Session(engine).generate([1], max_tokens=6, stop="\nU", stream=True)
     assert list(generation) == ["x"] and generation.finish_reason == "stop"
@@ -168,7 +170,7 @@ def test_stop_filter_does_not_depend_on_how_text_is_cut(text, stops, cuts):
         expected = text[: ends[0] - max(len(s) for s in stops if text[: ends[0]].endswith(s))]
     stop_filter, passed = StopFilter(stops), ""
     bounds = sorted({0, len(text), *(c for c in cuts if c < len(text))})
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         passed += stop_filter.push(text[start:end])
         assert expected.startswith(passed), "a part of a stop string was passed on"
         if stop_filter.hit:

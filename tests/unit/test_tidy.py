@@ -114,10 +114,10 @@ def test_floors_are_those_of_the_design():
     drawn, floor = {}, None
     for line in drawing.strip().splitlines():
         floor = int(line[0]) if line[0].isdigit() else floor
-        for word in line[1:].split("   ")[0 if line[0].isdigit() else -2].split():
-            drawn[word.removesuffix("/*")] = floor
-    differing = {name: drawn[name] for name in drawn if FLOORS.get(name) != drawn[name]}
-    assert not differing
+        names = re.split(r"\s{3,}", line[1:].strip())[0]  # what follows a gap is a comment
+        drawn |= {word.removesuffix("/*"): floor for word in names.split()}
+    assert set(drawn.values()) == set(range(8)), "the drawing was not understood"
+    assert {name: FLOORS.get(name) for name in drawn} == drawn
 
 
 def test_converters_see_floors_0_to_3():

@@ -72,7 +72,8 @@ def test_file_systems_without_hard_links(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("folder", "it is a directory"), ("no/where", "there is no directory"), ("pipe", "regular file"),
+    [("folder", "it is a directory"), ("no/where", "there is no directory"),
+     ("pipe", "regular file"),
      ("x" * 250 + ".edgemem", "shorter name"), ("file/inside", "no directory")],
 )  # fmt: skip
 def test_targets_that_cannot_be(tmp_path, name, words):
@@ -141,7 +142,10 @@ def test_segments_are_placed_by_name(tmp_path):
                     bundle.write(data[segment.offset : middle])
                     bundle.write(memoryview(data)[middle : segment.end])
         writer.finish(
-            painted.SPEC, painted.TOKENIZER, chat_template="{{ text }}", provenance={"by": "painted"}
+            painted.SPEC,
+            painted.TOKENIZER,
+            chat_template="{{ text }}",
+            provenance={"by": "painted"},
         )
     assert (tmp_path / "parts").read_bytes() == whole.read_bytes()
 
@@ -154,3 +158,11 @@ def test_segments_cannot_go_back(tmp_path):
                 bundle.begin("k")
                 bundle.write(bytes(layout["k"].bytes))
                 bundle.begin("q")
+
+
+@pytest.mark.parametrize("tokenizer", [b"", bytes((256 << 20) + 1)], ids=["empty", "huge"])
+def test_nothing_is_published_that_a_reader_would_refuse(tmp_path, tokenizer):
+    with pytest.raises(CorruptError, match="sections"), StoreWriter(tmp_path / "a") as writer:
+        write_bundles(writer)
+        writer.finish(painted.SPEC, tokenizer)
+    assert files(tmp_path) == []

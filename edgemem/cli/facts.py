@@ -1,0 +1,110 @@
+"""What `edgemem inspect` says of a store: facts for programs, and the same in lines for people."""
+
+from __future__ import annotations
+
+from .. import inventory
+from ..budget import show_size
+from ..kvcache import cache_bytes
+from ..store import Store
+from ..tokenizer import Tokenizer
+
+
+def describe(store: Store) -> dict:
+    """All facts about an open store, as plain JSON types."""
+    kinds = inventory.by_kind(store)
+    streamed_names = {kind.name.lower() for kind in inventory.STREAMED}
+    streamed = sum(k["payload_bytes"] for name, k in kinds.items() if name in streamed_names)
+    tokenizer = Tokenizer(store.tokenizer_json, store.tokenizer_config)
+    return {
+        "path": str(store.path),
+        "file_bytes": store.file_bytes,
+        "page_size": store.page_size,
+        "spec": store.spec.to_dict(),
+        "parameters": inventory.parameter_count(store),
+        "dense_bytes": sum(k["payload_bytes"] for k in kinds.values()) - streamed,
+        "streamed_bytes": streamed,
+        "kv_bytes_per_token": cache_bytes(store.spec, 1),
+        "bundles": kinds,
+        "dtype_bytes": inventory.by_dtype(store),
+        "layouts": [layout.to_json() for layout in store.layouts],
+        "tokenizer": {
+            "vocab_size": tokenizer.vocab_size,
+            "bos_id": store.spec.bos_id,
+            "eos_ids": list(store.spec.eos_ids),
+            "has_chat_template": store.chat_template is not None,
+        },
+        "generation": store.generation,
+        "recipe": store.recipe,
+        "provenance": store.provenance,
+    }
+
+
+def summarize(facts: dict) -> list[tuple[str, str]]:
+    """Facts for people: (name, text) of each line."""
+    spec, tokenizer = facts["spec"], facts["tokenizer"]
+    sizes = " · ".join(f"{name} {show_size(size)}" for name, size in facts["dtype_bytes"].items())
+    recipe = ", ".join(f"{name} {value}" for name, value in facts["recipe"].items())
+    return [
+        ("model", f"{spec['model_type']}, {facts['parameters'] / 1e6:,.1f} M parameters"),
+        ("layers", f"{spec['n_layers']} of width {spec['hidden']}, {_ffn(spec)}"),
+        ("attention", _attention(spec)),
+        ("context", _context(facts)),
+        ("tokenizer", _tokenizer(tokenizer, spec)),
+        ("formats", sizes),
+        ("dense", f"{show_size(facts['dense_bytes'])} that every token needs at hand"),
+        ("streamed", f"{show_size(facts['streamed_bytes'])} of experts and feed-forward networks"),
+        ("bundles", " · ".join(_bundles(name, kind) for name, kind in facts["bundles"].items())),
+        ("file", f"{show_size(facts['file_bytes'])} in pages of {facts['page_size']} bytes"),
+        ("recipe", recipe),
+        ("source", str(facts["provenance"].get("checkpoint", "unknown"))),
+    ]
+
+
+def _ffn(spec: dict) -> str:
+    """The feed-forward parts; with how many layers have each where layers differ."""
+    n_routed = sum(spec["routed"])
+    n_dense = spec["n_layers"] - n_routed
+    parts = {f"FFN {spec['intermediate']}": n_dense, _experts(spec): n_routed}
+    mixed = n_dense and n_routed
+    texts = [f"{count} × {text}" if mixed else text for text, count in parts.items() if count]
+    return ", ".join([*texts, spec["activation"]])
+
+
+def _experts(spec: dict) -> str:
+    shared = spec["shared_intermediate"]
+    text = (
+        f"{spec['n_experts']} experts of {spec['expert_intermediate']}, {spec['top_k']} per token"
+    )
+    return f"{text} and one shared of {shared}" if shared else text
+
+
+def _attention(spec: dict) -> str:
+    windows = sorted({window for window in spec["windows"] if window})
+    parts = [
+        f"{spec['n_heads']} heads of {spec['head_dim']}, {spec['n_kv_heads']} for keys and values"
+    ]
+    if windows:
+        count = sum(map(bool, spec["windows"]))
+        parts.append(f"window {'/'.join(map(str, windows))} in {count} layers")
+    rope = spec["rope"]
+    scaled = "" if rope["type"] == "default" else f" {rope['type']} × {rope['factor']:g}"
+    return ", ".join([*parts, f"RoPE {rope['theta']:g}{scaled}"])
+
+
+def _context(facts: dict) -> str:
+    per_token = show_size(facts["kv_bytes_per_token"])
+    return f"{facts['spec']['max_positions']} tokens, {per_token} of KV cache each"
+
+
+def _tokenizer(tokenizer: dict, spec: dict) -> str:
+    padded = (
+        f" of {spec['vocab_size']} rows" if spec["vocab_size"] != tokenizer["vocab_size"] else ""
+    )
+    bos = "none" if tokenizer["bos_id"] is None else tokenizer["bos_id"]
+    eos = ", ".join(map(str, tokenizer["eos_ids"])) or "none"
+    chat = ", chat template" if tokenizer["has_chat_template"] else ""
+    return f"{tokenizer['vocab_size']} tokens{padded}, BOS {bos}, EOS {eos}{chat}"
+
+
+def _bundles(name: str, kind: dict) -> str:
+    return f"{kind['bundle_count']} {name} {show_size(kind['payload_bytes'])}"

@@ -1,0 +1,126 @@
+"""The pass through a model: embed, run the layers, read out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .._native import check, lib, pointer
+from ..format import Kind
+from ..kernels import Array, Core, Table
+from ..spec import ModelSpec
+from .layers import Attention, Norm
+from .rope import inverse_frequencies
+from .workspace import Workspace
+
+if TYPE_CHECKING:
+    from ..kvcache import KvCache
+
+
+class Layer:
+    """One layer: attention, then one or more feed-forward parts that read the same norm."""
+
+    def __init__(self, work: Workspace, index: int, feed_forward: list[type]):
+        self._work = work
+        self._id, layouts = work.bundles(Kind.DENSE, index)
+        layout = layouts[0]
+        self._attention = Attention(work, index, layout)
+        self._norm = Norm(work.core, layout, "ffn_norm", work.spec.norm_eps, work.spec.hidden)
+        self._feed_forward = [part(work, index, layout) for part in feed_forward]
+        self._address = None
+
+    def _bind(self, address: int) -> None:
+        if address != self._address:
+            for part in (self._attention, self._norm, *self._feed_forward):
+                part.bind(address)
+            self._address = address
+
+    def run(self, kv: KvCache, n: int) -> None:
+        s = self._work.scratch
+        with self._work.streamer.hold(self._id) as addresses:
+            self._bind(int(addresses[0]))
+            self._attention.run(kv, n)
+            self._norm.run(s.x.pointer, n, s.h.pointer)
+            for part in self._feed_forward:
+                part.run(n)
+
+
+class Vocabulary:
+    """Rows of the vocabulary: gathered as embeddings, or multiplied by as the output head."""
+
+    def __init__(self, work: Workspace, kind: Kind):
+        self._work = work
+        self._ids, layouts = work.bundles(kind)
+        self._table = Table(work.core, layouts, np.zeros(len(self._ids)))
+
+    def embed(self, ids: np.ndarray, out: Array) -> None:
+        """out [n, hidden] = the rows of `ids`, int32 [n], each in the vocabulary."""
+        ids = np.ascontiguousarray(ids, np.int32)
+        wanted = np.unique(ids // self._table.rows_per_bundle)
+        with self._work.streamer.hold(self._ids[wanted]) as addresses:
+            self._table.addresses[wanted] = addresses
+            self._table.gather(ids, out)
+
+    def read_out(self, x, n_tokens: int, out: Array) -> None:
+        """out [n_tokens, vocab] = the logits of x, a float pointer to [n_tokens, hidden]."""
+        with self._work.streamer.hold(self._ids) as addresses:
+            self._table.addresses[:] = addresses
+            self._table.multiply(x, n_tokens, out)
+
+
+class Decoder(ABC):
+    """A pre-norm decoder; a model adds which feed-forward parts each of its layers has."""
+
+    def __init__(self, store, streamer, core: Core, max_tokens: int):
+        self.spec: ModelSpec = store.spec
+        self._work = work = Workspace(store, streamer, core, max_tokens)
+        self._layers = [Layer(work, i, self.feed_forward(i)) for i in range(self.spec.n_layers)]
+        self._final_id, final = work.bundles(Kind.DENSE, self.spec.n_layers)
+        self._final_norm = Norm(core, final[0], "norm", self.spec.norm_eps, self.spec.hidden)
+        self._head = Vocabulary(work, Kind.HEAD)
+        self._embedding = self._head if self.spec.tied else Vocabulary(work, Kind.EMBED)
+        self._logits = Array((1, self.spec.vocab_size))
+        self._frequencies = (0, None)
+
+    @abstractmethod
+    def feed_forward(self, index: int) -> list[type]:
+        """The classes of layer `index`'s feed-forward parts, in the order in which they add up."""
+
+    def step(self, ids: np.ndarray, kv: KvCache, n_logits: int = 1) -> np.ndarray:
+        """Append tokens to a cache; float32 [n_logits, vocab] after the last, a view of scratch.
+
+        ids: int32 [n], 1 ≤ n ≤ max_tokens, each in the vocabulary; kv has room for n more.
+        """
+        n, s = len(ids), self._work.scratch
+        self._embedding.embed(ids, s.x)
+        self._rotate(kv, n)
+        for layer in self._layers:
+            layer.run(kv, n)
+        kv.position += n
+        return self._read_out(n, n_logits)
+
+    def _rotate(self, kv: KvCache, n: int) -> None:
+        spec, s = self.spec, self._work.scratch
+        length = max(kv.rope_length, kv.position + n) if spec.rope.type == "dynamic" else 1
+        if self._frequencies[0] != length:
+            table = inverse_frequencies(spec.rope, spec.head_dim, spec.max_positions, length)
+            self._frequencies = (length, np.ascontiguousarray(table))
+        status = lib.em_rope_table(
+            pointer(self._frequencies[1], "double *"), spec.head_dim, kv.position, n,
+            spec.rope.attention_factor, s.cos.pointer, s.sin.pointer,
+        )  # fmt: skip
+        check(status, "computing rotary angles")
+
+    def _read_out(self, n: int, rows: int) -> np.ndarray:
+        s, hidden = self._work.scratch, self.spec.hidden
+        if rows == 0:
+            return self._logits.array[:0]
+        if len(self._logits.array) < rows:
+            self._logits = Array((rows, self.spec.vocab_size))
+        with self._work.streamer.hold(self._final_id) as addresses:
+            self._final_norm.bind(int(addresses[0]))
+            self._final_norm.run(s.x.pointer + (n - rows) * hidden, rows, s.h.pointer)
+        self._head.read_out(s.h.pointer, rows, self._logits)
+        return self._logits.array[:rows]
