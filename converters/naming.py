@@ -77,6 +77,7 @@ def _expert_sources(spec: ModelSpec, base: str, expert: int, part: Part) -> list
         found.append(Source(f"{own}{part.name}_proj.weight", shape))
         found.append(Source(f"{own}{_MIXTRAL[part.name]}.weight", shape))
         found.append(Source(f"{base}{block}.experts.{fused}", fused_shape, first))
-        apart = f"{base}{block}.experts.{part.name}_proj"
-        found.append(Source(apart, (experts, *shape), expert * rows))
+        if part.name != "down":
+            apart = f"{base}{block}.experts.{part.name}_proj"
+            found.append(Source(apart, (experts, *shape), expert * rows))
     return found

@@ -114,17 +114,20 @@ def rope_factors(spec: ModelSpec) -> np.ndarray:
     return np.array(factors, np.float32)
 
 
-def write(path: Path, model: "tiny.Tiny", kind=Type.F32, split: int = 0) -> Path:
+def write(path: Path, model: "tiny.Tiny", kind=Type.F32, split: int = 0, more=None) -> Path:
     """Write a GGUF of the model's matrices in one type (or in `kind(name)`); return its path.
 
     Vectors, routers and rows that are no whole number of blocks are F32, as llama.cpp has them.
     `split` is the most tensors a file may hold; the path of the first part is returned.
+    `more(writer)` adds keys.
     """
     spec = model.spec
     arch = ARCHITECTURES.get(spec.model_type, spec.model_type)
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
     _write_metadata(writer, spec)
     _write_vocabulary(writer, spec)
+    if more:
+        more(writer)
     for name, values in tensors(spec, model.weights).items():
         chosen = kind(name) if callable(kind) else kind
         if values.ndim == 1 or "ffn_gate_inp" in name or values.shape[-1] % 32:

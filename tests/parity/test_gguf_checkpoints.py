@@ -102,6 +102,22 @@ def same(found: np.ndarray, expected: np.ndarray) -> bool:
     return expected.dtype == np.float32 and np.array_equal(found, expected)
 
 
+def test_templates_and_sampling_travel(tmp_path, seed_base):
+    def more(writer):
+        writer.add_chat_template("{{ messages[0].content }}")
+        writer.add_float32("general.sampling.temp", 0.7)
+        writer.add_int32("general.sampling.top_k", 20)
+
+    model = tiny.write(tmp_path / "hf", "llama", seed_base, **tiny_gguf.facts("llama", 0))
+    path = tiny_gguf.write(tmp_path / "m.gguf", model, more=more)
+    report = converters.convert(path, tmp_path / "m.edgemem")
+    assert report.tensors == len(GGUFReader(path).tensors)
+    with Store.open(tmp_path / "m.edgemem") as store:
+        assert store.chat_template == "{{ messages[0].content }}"
+        assert store.generation == {"temperature": 0.7, "top_k": 20}
+        assert store.provenance["checkpoint"] == "m.gguf"
+
+
 @pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])
 def test_requantising_is_that_of_the_checkpoint(dtype, tmp_path, seed_base):
     facts = tiny_gguf.facts("qwen3_moe", 0, blocks=True)

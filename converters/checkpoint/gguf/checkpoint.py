@@ -52,20 +52,27 @@ class GgufCheckpoint:
         self._files: list[GgufFile] = []
         try:
             tensors = self._open()
-            metadata = Metadata(self._files[0].path, self._files[0].metadata)
-            vocabulary = vocabulary_of(metadata)
-            config = config_of(metadata, tensors)
-            ends = [id for id in vocabulary.eos_ids if id < config["vocab_size"]]
-            self.config = config | {"bos_token_id": vocabulary.bos_id, "eos_token_id": ends}
-            self.config_bytes = json.dumps(self.config, sort_keys=True).encode()
-            self.generation = _generation(metadata)
-            self.tokenizer_json = vocabulary.tokenizer_json
-            self.tokenizer_config = vocabulary.config
-            self.chat_template = metadata.text("tokenizer.chat_template", None)
-            self.tensors = renamed(tensors, _interleaved(self.config, metadata))
+            first = self._files[0]
+            self._describe(Metadata(first.path, first.metadata), tensors)
         except BaseException:
             self.close()
             raise
+
+    def _describe(self, metadata: Metadata, tensors: dict[str, GgufTensor]) -> None:
+        vocabulary, config = vocabulary_of(metadata), config_of(metadata, tensors)
+        if vocabulary.size > config["vocab_size"]:
+            raise CheckpointError(
+                f"reading {metadata.path}: it has {vocabulary.size} tokens, and embeddings for "
+                f"{config['vocab_size']}"
+            )
+        ends = {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_ids}
+        self.config = config | ends
+        self.config_bytes = json.dumps(self.config, sort_keys=True).encode()
+        self.generation = _generation(metadata)
+        self.tokenizer_json = vocabulary.tokenizer_json
+        self.tokenizer_config = vocabulary.config
+        self.chat_template = metadata.text("tokenizer.chat_template", None)
+        self.tensors = renamed(tensors, _interleaved(self.config, metadata))
 
     def close(self) -> None:
         for file in self._files:

@@ -58,12 +58,13 @@ llama-vocab.cpp: the file names only one of them."""
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a checkpoint carries about text."""
+    """What a checkpoint carries about text. `size` is 1 more than the highest id of a token."""
 
     tokenizer_json: bytes
     config: dict
     bos_id: int | None
     eos_ids: list[int]
+    size: int
 
 
 def vocabulary_of(metadata: Metadata) -> Vocabulary:
@@ -87,7 +88,7 @@ def vocabulary_of(metadata: Metadata) -> Vocabulary:
         for name, id in names.items()
         if id is not None
     }
-    return Vocabulary(text.encode(), config, names["bos"], tokens.ends())
+    return Vocabulary(text.encode(), config, names["bos"], tokens.ends(), tokens.size)
 
 
 class _Tokens:
@@ -101,10 +102,9 @@ class _Tokens:
             self.types = metadata.numbers("tokenizer.ggml.token_type", "iu", count).tolist()
         else:
             self.types = [_NORMAL] * count
-        self.ids = {
-            text: id for id, text in enumerate(self.texts) if text and not _pads(text, id)
-        }
-        if len(self.ids) < sum(bool(t) and not _pads(t, i) for i, t in enumerate(self.texts)):
+        named = [(t, id) for id, t in enumerate(self.texts) if t and not _pads(t, id)]
+        self.ids = dict(named)
+        if len(self.ids) < len(named):
             raise CheckpointError(
                 f"reading {metadata.path}: tokenizer.ggml.tokens has a token twice"
             )
@@ -113,6 +113,10 @@ class _Tokens:
         """The id that the file gives a role to."""
         id = self._metadata.token_id(name, len(self.texts))
         return id if id is not None and self.texts[id] in self.ids else None
+
+    @property
+    def size(self) -> int:
+        return 1 + max(self.ids.values(), default=-1)
 
     def added(self) -> list[dict]:
         """The tokens that are found in a text before anything else is."""
