@@ -138,7 +138,7 @@ def write(path: Path, model: "tiny.Tiny", kind=Type.F32, split: int = 0, more=No
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf"))[0] if split else path
+    return min(path.parent.glob(f"{path.stem}-*-of-*.gguf")) if split else path
 
 
 def _write_metadata(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:

@@ -28,8 +28,16 @@ SEEDS = 10
 TIES = {Type.F32: 0.0, Type.Q8_0: 5e-3, Type.Q4_0: 1e-2}
 """How near two tokens may be, over the largest logit, for greedy text to go the other way."""
 STARTS = (
-    "Once upon a time", "Lily and Tom went to the park", "The little dog", "One day, a girl",
-    "There was a big tree", "Mom said", "Ben had a red ball", "In the garden", "The sun", "A cat",
+    "Once upon a time",
+    "Lily and Tom went to the park",
+    "The little dog",
+    "One day, a girl",
+    "There was a big tree",
+    "Mom said",
+    "Ben had a red ball",
+    "In the garden",
+    "The sun",
+    "A cat",
 )
 GREEDY_TOKENS = 64
 

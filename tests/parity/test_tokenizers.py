@@ -5,15 +5,16 @@ SentencePiece's algorithm written down plainly, and llama.cpp itself where it is
 """
 
 import unicodedata
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFReader
-
 from edgemem.converters.checkpoint.gguf.metadata import Metadata
 from edgemem.converters.checkpoint.gguf.tensors import GgufFile
 from edgemem.converters.checkpoint.gguf.tokenizer import vocabulary_of
+from gguf import GGUFReader
+
 from edgemem.tokenizer import Tokenizer
 
 NAMES = ("gpt-2", "llama-bpe", "llama-spm", "qwen2")
@@ -71,7 +72,7 @@ def test_bos_comes_where_the_vocabulary_says(tokenizers):
 
 @pytest.mark.parametrize("name", CHATS)
 def test_special_tokens_are_found_in_a_text(name, tokenizers):
-    path, tokenizer = tokenizers(name)
+    _, tokenizer = tokenizers(name)
     ids = tokenizer.encode(CHATS[name], special=False)
     marks = {"<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<s>", "</s>"}
     for mark in marks:
@@ -97,7 +98,7 @@ def sentence_piece(pieces: dict[str, tuple[int, float]], text: str) -> list[int]
     """The algorithm of llama.cpp's llm_tokenizer_spm: join the neighbours of the best score."""
     symbols = list("▁" + text.replace(" ", "▁")) if text else []
     while True:
-        joined = [a + b for a, b in zip(symbols, symbols[1:])]
+        joined = [a + b for a, b in pairwise(symbols)]
         scored = [(-pieces[j][1], at) for at, j in enumerate(joined) if j in pieces]
         if not scored:
             break

@@ -8,11 +8,11 @@ import gguf_bytes as raw
 import numpy as np
 import pytest
 from boundaries import LANES
-
 from edgemem.converters import blocks
 from edgemem.converters.checkpoint import open_checkpoint
 from edgemem.converters.checkpoint.gguf import is_gguf
 from edgemem.converters.checkpoint.gguf.tensors import DTYPES, TYPES, GgufFile, GgufTensor
+
 from edgemem.dtypes import BLOCK, F16, F32, Q4_0, Q8_0, group_bytes, scale_plane_bytes
 from edgemem.errors import CheckpointError, UnsupportedError
 

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import tiny_gguf
-
 from edgemem.converters.checkpoint.gguf.configuration import config_of
 from edgemem.converters.checkpoint.gguf.metadata import Metadata
 from edgemem.converters.checkpoint.gguf.tokenizer import vocabulary_of
 from edgemem.converters.configuration import describe
+
 from edgemem.errors import CheckpointError, UnsupportedError
 from edgemem.spec import RopeSpec
 from edgemem.tokenizer import Tokenizer

@@ -143,4 +143,3 @@ class GgufFile(TensorFile):
             if tensor.offset < end:
                 raise self._error(f"tensor {tensor.name!r:.200} overlaps the one before it")
             end = tensor.offset + tensor.bytes
-

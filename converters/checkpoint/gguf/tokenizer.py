@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgemem.errors import CheckpointError, UnsupportedError
+from edgemem.errors import CheckpointError
 
 from .metadata import Metadata
 
