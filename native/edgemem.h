@@ -17,11 +17,10 @@
 
 enum {
     EM_OK = 0,
-    EM_INVALID = 1, /* an argument is out of range: a bug of the caller */
-    EM_UNSUPPORTED =
-        2,            /* the named instruction set is unknown, not built in, or does not run here */
-    EM_NO_MEMORY = 3, /* an allocation failed, or the reserved scratch is too small */
-    EM_NO_THREADS = 4, /* the system refused to start a thread */
+    EM_INVALID = 1,     /* an argument is out of range: a bug of the caller */
+    EM_UNSUPPORTED = 2, /* the named instruction set is unknown, not built in, or not run here */
+    EM_NO_MEMORY = 3,   /* an allocation failed, or the reserved scratch is too small */
+    EM_NO_THREADS = 4,  /* the system refused to start a thread */
 };
 
 /* Number formats; the codes are those of the store. */
