@@ -1,7 +1,7 @@
 """Hands a layer the bundles it wants, for as long as it computes with them.
 
-Resident bundles are just there. Of streamed ones a layer's whole demand is issued at once; what is in
-memory can be computed while the rest lands. A policy ranks what may leave; it never sees memory.
+Resident bundles are just there. Of streamed ones a layer's whole demand is issued at once; what is
+in memory can be computed while the rest lands. A policy ranks what may leave; it never sees memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Bundles:
 
 
 class Streamer:
-    """Feeds a model from a residency; `policy` ranks its streamed bundles (None: there are none)."""
+    """Feeds a model from a residency; `policy` ranks what streams (None: nothing does)."""
 
     def __init__(self, residency: Residency, policy: Policy | None = None):
         self._residency = residency
@@ -129,9 +129,8 @@ def _certain_after(residency: Residency) -> dict[int, np.ndarray]:
     kinds, n = residency.kinds, len(residency.kinds)
     found = {}
     for index in np.flatnonzero(kinds == Kind.FFN).tolist():
-        following = [
-            (index + i) % n for i in range(1, min(AHEAD, int(residency.room[index]) - 1, n - 1) + 1)
-        ]
+        ahead = min(AHEAD, int(residency.room[index]) - 1, n - 1)
+        following = [(index + i) % n for i in range(1, ahead + 1)]
         certain = [i for i in following if kinds[i] == Kind.FFN]
         if certain:
             found[index] = np.array(certain, np.uint32)
