@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,6 +63,8 @@ class Residency:
         self._slab = Slab(total)
         self._fd, self.direct = _open_direct(store.path)
         self._native = None
+        # Reads in flight land in the slab: it must outlive the thread that waits for them.
+        self._finalizer = weakref.finalize(self, _close, self._slab, self._fd, None)
         try:
             end = self._place_resident(resident)
             self._load_resident(resident, progress)
@@ -78,12 +81,12 @@ class Residency:
     @property
     def engine(self) -> str:
         """The I/O engine that reads streamed bundles, or "none"."""
-        return (
-            ffi.string(lib.em_residency_engine(self._native)).decode() if self._native else "none"
-        )
+        if not self._native:
+            return "none"
+        return ffi.string(lib.em_residency_engine(self._native)).decode()
 
     def acquire(self, indices: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        """Pin streamed bundles (uint32, contiguous), start reading what is absent; addresses uint64.
+        """Pin streamed bundles (uint32, contiguous), start reading the absent; addresses uint64.
 
         Never waits for a read: `ready` tells when bytes are there.
         """
@@ -123,12 +126,8 @@ class Residency:
 
     def close(self) -> None:
         """Wait for reads in flight and let go of the file. Closing twice is fine."""
-        if self._native:
-            lib.em_residency_close(self._native)
-            self._native = None
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._native = None
+        self._finalizer()
 
     def _class_bytes(self, layout: int) -> int:
         first = int(np.flatnonzero(self._store.entries["layout"] == layout)[0])
@@ -170,7 +169,10 @@ class Residency:
             classes.append((start, size, slots.count))
             start += size * slots.count
         layouts = self._store.entries["layout"][self.streamed].tolist()
-        self._native = self._open(self.streamed, (place[l] for l in layouts), classes)
+        native = self._open(self.streamed, (place[l] for l in layouts), classes)
+        self._finalizer.detach()
+        self._finalizer = weakref.finalize(self, _close, self._slab, self._fd, native)
+        self._native = native
 
     def _open(self, ids: np.ndarray, class_of, classes):
         entries, page = self._store.entries[ids], self._store.page_size
@@ -211,6 +213,12 @@ _COUNTERS = (
     "hits", "misses", "read_bytes", "reads", "demand_bytes", "prefetch_bytes", "useful_bytes",
     "wasted_bytes", "dropped_bytes", "stall_us", "busy_us",
 )  # fmt: skip
+
+
+def _close(slab: Slab, fd: int, native) -> None:
+    if native is not None:
+        lib.em_residency_close(native)
+    os.close(fd)
 
 
 def _room(store: Store, streamed: np.ndarray, slots: list[Slots]) -> np.ndarray:

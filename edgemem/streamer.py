@@ -125,7 +125,7 @@ class _Hold:
 
 
 def _certain_after(residency: Residency) -> dict[int, np.ndarray]:
-    """For each streamed FFN the FFNs of the next layers, as many as its slots can hold beside it."""
+    """For each streamed FFN those of the next layers, as many as its slots can hold beside it."""
     kinds, n = residency.kinds, len(residency.kinds)
     found = {}
     for index in np.flatnonzero(kinds == Kind.FFN).tolist():

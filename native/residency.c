@@ -13,6 +13,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { ABSENT, LOADING, RESIDENT };
 enum { NO_SLOT = -1, EMPTY = -1, OUT_OF_USE = -2 };
@@ -60,6 +61,7 @@ struct em_residency {
     pthread_cond_t changed;
     pthread_t reaper;
     bool reaping;
+    pid_t owner;
 };
 
 /* ---- reads ----------------------------------------------------------------------------------- */
@@ -391,7 +393,7 @@ em_residency_stats em_residency_statistics(em_residency *r) {
 
 void em_residency_close(em_residency *r) {
     if (!r) return;
-    if (r->reaping) {
+    if (r->reaping && r->owner == getpid()) { /* threads do not follow a fork */
         pthread_mutex_lock(&r->mutex);
         drop_ahead(r);
         r->closing = true;
@@ -487,6 +489,7 @@ int32_t em_residency_open(int32_t fd, const em_bundle *bundles, int32_t n_bundle
     if (!valid(bundles, n_bundles, classes, n_classes, depth, piece_bytes)) return EM_INVALID;
     em_residency *r = calloc(1, sizeof *r);
     if (!r) return EM_NO_MEMORY;
+    r->owner = getpid();
     r->depth = depth;
     r->piece_bytes = piece_bytes;
     r->n_bundles = n_bundles;

@@ -40,7 +40,7 @@ def fault(kind: int, first: int, **more) -> dict:
 @pytest.mark.parametrize("io_engine", ENGINES)
 @pytest.mark.parametrize("kind", ("ERROR", "SHORT", "LATE", "FLIP"))
 def test_every_read_of_a_run_may_misbehave(kind, io_engine, store, expected):
-    """Reads are counted from 0 in each residency: the resident bundles', then the streamed ones'."""
+    """Reads are counted from 0, once for the resident bundles and once for the streamed."""
     for first in range(12):
         faults = fault(getattr(lib, f"EM_FAULT_{kind}"), first, late_us=3000)
         options = {"faults": faults, "io_engine": io_engine, "threads": 2}
