@@ -8,7 +8,7 @@ from .dtypes import BY_NAME, LANES, DType, matrix_bytes
 from .format import Kind, Segment
 from .store import Store
 
-STREAMED = (Kind.FFN, Kind.EXPERT)
+STREAMABLE = (Kind.FFN, Kind.EXPERT)
 """Kinds of which a step may need only some; all others are dense: every token needs them."""
 
 

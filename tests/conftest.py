@@ -7,6 +7,7 @@ replay it.
 """
 
 import os
+import signal
 import sys
 import zlib
 from pathlib import Path
@@ -19,6 +20,10 @@ ROOT = TESTS.parent
 sys.path.insert(0, str(TESTS))  # so that tests in any folder say `import tiny`
 
 SEED = int(os.environ.get("EDGEMEM_SEED", "0"))
+
+
+# Whoever starts the tests in the background has them ignore Ctrl-C, which some of them send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header(config):

@@ -54,6 +54,9 @@ class FakeEngine:
     def promise_all_logits(self):
         pass
 
+    def promise_text(self, size):
+        pass
+
     def logits_after(self, ids):
         rng = np.random.default_rng([len(ids), *ids])
         logits = rng.normal(size=self.spec.vocab_size).astype(np.float32)
