@@ -73,6 +73,8 @@ def convert(source, output, dtype, page_size, force, as_json):
         report = converters.convert(
             source, output, dtype=dtype, page_size=page_size, force=force, progress=progress
         )
+    for note in report.notes:
+        print(f"edgemem: {note}", file=sys.stderr)
     if as_json:
         options.print_json(dataclasses.asdict(report))
         return
