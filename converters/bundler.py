@@ -9,7 +9,7 @@ the same.
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -116,6 +116,7 @@ class _Planner:
         ]
         bundles += self._table(Kind.HEAD, head)
         self._check_names()
+        bundles = self._of_one_class(bundles)
         parameters = sum(self.tensors[name].elements for name in self.used)
         return Plan(spec, tuple(bundles), parameters)
 
@@ -174,6 +175,20 @@ class _Planner:
         pieces = (Piece(s, *taken) for s, taken in zip(layout.segments, found, strict=True))
         return PlannedBundle(kind, layer, index, layout, tuple(pieces))
 
+    def _of_one_class(self, bundles: list[PlannedBundle]) -> list[PlannedBundle]:
+        """The experts of a layer share one layout: where their floats differ, they are widened."""
+        found: dict[int, set[Layout]] = defaultdict(set)
+        for bundle in bundles:
+            if bundle.kind == Kind.EXPERT:
+                found[bundle.layer].add(bundle.layout)
+        wide = {layer: _widest(layouts) for layer, layouts in found.items() if len(layouts) > 1}
+        return [
+            _laid_out(bundle, wide[bundle.layer])
+            if bundle.kind == Kind.EXPERT and bundle.layer in wide
+            else bundle
+            for bundle in bundles
+        ]
+
     def _format(self, part: Part, tensor: Tensor) -> DType:
         if part.lanes == 1:
             return F32
@@ -212,6 +227,23 @@ class _Planner:
                 f"converting: the checkpoint has tensors that config.json has no use for: "
                 f"{_some(sorted(left))}; check that config.json belongs to them"
             )
+
+
+def _widest(layouts: set[Layout]) -> Layout:
+    """The layout whose floats hold the values of all of them: f32 where two formats differ."""
+    shapes = []
+    for same in zip(*(layout.segments for layout in layouts), strict=True):
+        formats, first = {segment.dtype for segment in same}, same[0]
+        dtype = first.dtype if len(formats) == 1 else F32
+        shapes.append((first.name, dtype, first.lanes, first.rows, first.cols))
+    return Layout.build(shapes)
+
+
+def _laid_out(bundle: PlannedBundle, layout: Layout) -> PlannedBundle:
+    pieces = zip(layout.segments, bundle.pieces, strict=True)
+    return replace(
+        bundle, layout=layout, pieces=tuple(replace(piece, segment=s) for s, piece in pieces)
+    )
 
 
 def _some(names: list[str]) -> str:

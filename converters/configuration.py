@@ -70,10 +70,14 @@ _FFN = frozenset({"gate_bias", "up_bias", "down_bias"})
 
 @dataclass(frozen=True)
 class Description:
-    """What a config says: the spec, and which biases the model has (names of segments)."""
+    """What a config says: the spec, and which biases the model has (names of segments).
+
+    `notes` are lines for people, about what the config says and the spec does not.
+    """
 
     spec: ModelSpec
     biases: frozenset[str]
+    notes: tuple[str, ...] = ()
 
 
 def describe(config: dict, generation: dict) -> Description:
@@ -85,9 +89,11 @@ def describe(config: dict, generation: dict) -> Description:
             "convert from the original checkpoint in f32, f16 or bf16"
         )
     try:
-        return Description(_spec(keys, generation), _biases(keys))
+        spec = _spec(keys, generation)
+        return Description(spec, _biases(keys), tuple(dict.fromkeys(keys.notes)))
     except CorruptError as error:
-        raise CheckpointError(f"config.json: {error}") from None
+        said = str(error).removeprefix("model spec: ")
+        raise CheckpointError(f"config.json: {said}; correct it, or fetch the file again") from None
 
 
 def _model_type(config: dict) -> str:
@@ -116,6 +122,7 @@ class _Keys:
     def __init__(self, model_type: str, config: dict):
         self.model_type = model_type
         self.config = config
+        self.notes: list[str] = []
 
     def get(self, key: str, types, what: str, default=None):
         value = self.config.get(key)
@@ -162,7 +169,7 @@ def _spec(keys: _Keys, generation: dict) -> ModelSpec:
         n_layers=n_layers,
         hidden=hidden,
         n_heads=heads,
-        n_kv_heads=keys.count("num_key_value_heads", heads),
+        n_kv_heads=_kv_heads(keys, heads),
         head_dim=head_dim,
         vocab_size=vocab,
         activation=_activation(keys),
@@ -177,6 +184,18 @@ def _spec(keys: _Keys, generation: dict) -> ModelSpec:
         eos_ids=_eos_ids(keys, generation, vocab),
         **_experts(keys, n_layers),
     )
+
+
+def _kv_heads(keys: _Keys, heads: int) -> int:
+    """Null means as many as attention heads, for the types whose configuration class says so."""
+    name = "num_key_value_heads"
+    if name not in keys.config or keys.config[name] is not None:
+        return keys.count(name, heads)
+    if keys.model_type in ("qwen2_moe", "qwen3_moe"):
+        raise CheckpointError(
+            f"config.json: {name} = null has no meaning for {keys.model_type}; give a number"
+        )
+    return heads
 
 
 def _activation(keys: _Keys) -> str:
@@ -376,7 +395,12 @@ def _token_ids(keys: _Keys, name: str, vocab: int, source: dict | None = None) -
     ids = value if isinstance(value, list) else [value]
     if not all(i is None or type(i) is int for i in ids):
         raise CheckpointError(f"{name} = {value!r:.80} is not a token id or a list of them")
-    return [i for i in ids if i is not None and 0 <= i < vocab] or [None]
+    known = [i for i in ids if i is not None and 0 <= i < vocab]
+    outside = [i for i in ids if i is not None and i not in known]
+    if outside:
+        some = ", ".join(f"{i!r:.20}" for i in outside[:4]) + (", …" if len(outside) > 4 else "")
+        keys.notes.append(f"{name} {some} is outside the vocabulary of {vocab}, and is left out")
+    return known or [None]
 
 
 def _eos_ids(keys: _Keys, generation: dict, vocab: int) -> tuple[int, ...]:

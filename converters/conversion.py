@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 from edgemem import __version__
 from edgemem.errors import StoreError, UnsupportedError
 from edgemem.format import check_page_size
+from edgemem.memory import peak_bytes
 from edgemem.tokenizer import Tokenizer
 from edgemem.writer import StoreWriter, check_target
 
@@ -25,7 +25,10 @@ from .configuration import describe
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did. `peak_rss_bytes` is the whole process's, 0 where it is not known."""
+    """What a conversion did. `peak_rss_bytes` is the whole process's, 0 where it is not known.
+
+    `notes` are lines for people: what the checkpoint says and the store leaves out.
+    """
 
     source: str
     target: str
@@ -38,6 +41,7 @@ class ConversionReport:
     store_bytes: int
     seconds: float
     peak_rss_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -64,9 +68,8 @@ def convert(
     check_page_size(page_size)
     check_target(target, force)
     with open_checkpoint(source) as checkpoint:
-        plan = bundler.plan(
-            describe(checkpoint.config, checkpoint.generation), checkpoint.tensors, dtype
-        )
+        description = describe(checkpoint.config, checkpoint.generation)
+        plan = bundler.plan(description, checkpoint.tensors, dtype)
         _check_tokenizer(checkpoint)
         _check_space(target, plan.payload_bytes)
         with StoreWriter(target, page_size, force) as writer:
@@ -91,7 +94,8 @@ def convert(
             source_bytes=plan.source_bytes,
             store_bytes=size,
             seconds=time.perf_counter() - started,
-            peak_rss_bytes=_peak_rss_bytes(),
+            peak_rss_bytes=peak_bytes(),
+            notes=description.notes,
         )
 
 
@@ -105,10 +109,13 @@ def _check_tokenizer(checkpoint: Checkpoint | GgufCheckpoint) -> None:
 
 def _check_space(target: Path, needed_bytes: int) -> None:
     """Refuse what cannot fit before writing gigabytes of it; the writer meets other full disks."""
-    free_bytes = shutil.disk_usage(target.parent).free
-    if needed_bytes > free_bytes:
+    try:
+        disk = shutil.disk_usage(target.parent)
+    except OSError:
+        return
+    if needed_bytes > disk.free and disk.total > 0:  # /proc and its like have no size
         raise StoreError(
-            f"writing {target}: it needs {needed_bytes:,} bytes, the disk has {free_bytes:,} free; "
+            f"writing {target}: it needs {needed_bytes:,} bytes, the disk has {disk.free:,} free; "
             "free some space, choose another disk, or a smaller --dtype"
         )
 
@@ -122,12 +129,3 @@ def _provenance(checkpoint: Checkpoint | GgufCheckpoint, plan: bundler.Plan) -> 
         "config_sha256": hashlib.sha256(checkpoint.config_bytes).hexdigest(),
         "tokenizer_sha256": hashlib.sha256(checkpoint.tokenizer_json).hexdigest(),
     }
-
-
-def _peak_rss_bytes() -> int:
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,8 +1,9 @@
-"""edgemem runs language models that are bigger than memory, inside a memory budget that you set.
+"""edgemem runs language models inside a memory budget that you set.
 
     engine = edgemem.load("model.edgemem")
     print(engine.generate("Once upon a time"))
 
+This version holds all weights in memory; its stores are ready for streaming them from flash.
 Importing this package loads nothing but this file; what a name needs is imported at its first use.
 """
 

@@ -13,7 +13,7 @@ from .errors import EdgeMemError, FlashError, UnsupportedError
 
 
 def crc32c(data, crc: int = 0) -> int:
-    """CRC-32C (Castagnoli) of a bytes-like object, continuing `crc`; about memory speed."""
+    """CRC-32C (Castagnoli) of a bytes-like object, continuing `crc`."""
     view = ffi.from_buffer(data)
     return lib.em_crc32c(crc, view, len(view))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from . import memory
 from .errors import BudgetError
 
 MIB = 1 << 20
@@ -19,6 +20,7 @@ GIB = 1 << 30
 
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": MIB, "g": GIB, "t": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(%)|([kmgt]?)(?:i?b)?)", re.IGNORECASE)
+_LARGEST = 1 << 60
 _UNLIMITED = 1 << 60
 """Control groups write numbers near 2^63 for "no limit"."""
 
@@ -42,11 +44,14 @@ def parse_size(text: str | int) -> int:
             raise ValueError(f"{text!r} is not a memory size; write 4GiB, 512M, 50% or auto")
         number, percent, unit = match.groups()
         scale = machine_bytes() / 100 if percent else _UNITS[unit.lower()]
-        size = int(float(number) * scale)
+        size = float(number) * scale
+        if size > _LARGEST:
+            raise ValueError(f"a memory size must be at most {_LARGEST >> 40} TiB, not {text:.40}")
+        size = int(size)
     else:
         raise TypeError(f"a memory size is an int or a str, not {type(text).__name__}")
     if size <= 0:
-        raise ValueError(f"a memory size must be above zero, not {text}")
+        raise ValueError(f"a memory size must be above zero, not {text!s:.40}")
     return size
 
 
@@ -84,21 +89,7 @@ def current_bytes() -> int:
 
 def peak_bytes() -> int:
     """The largest number of resident bytes that this process has had."""
-    try:
-        # Not getrusage, which starts with the peak of the process that started this one.
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)[1]) * 1024
-    except (OSError, TypeError):
-        return _peak_by_rusage()
-
-
-def _peak_by_rusage() -> int:
-    try:
-        import resource
-    except ImportError:  # Windows, where psutil knows it
-        return psutil.Process().memory_info().peak_wset
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if psutil.MACOS else peak * 1024
+    return memory.peak_bytes() or psutil.Process().memory_info().peak_wset
 
 
 def usable_cpus(root: Path = Path("/")) -> int:
@@ -186,19 +177,25 @@ class Budget:
     def promised(self) -> int:
         return sum(item.bytes for item in self._items)
 
+    @property
+    def spare(self) -> int:
+        """What the limit leaves for more promises."""
+        return max(0, self.limit - self.promised)
+
     def take(
         self, items: Sequence[Item],
-        advise: Callable[[Sequence[Item], int], list[str]] | None = None,
+        advise: Callable[[Sequence[Item], int], list[str]] | None = None, what: str = "the model",
     ) -> None:  # fmt: skip
         """Promise all `items`, or raise BudgetError with the whole sum and what would fit.
 
         `advise(items, spare)` gives lines of advice; `spare` is what the limit leaves for `items`.
+        `what` is what the refusal says does not fit.
         """
         with self._lock:
             spare = self.limit - self.promised
             if sum(item.bytes for item in items) > spare:
                 advice = advise(items, spare) if advise else []
-                raise BudgetError(self._refusal([*self._items, *items], advice))
+                raise BudgetError(self._refusal(what, [*self._items, *items], advice))
             self._items += items
 
     def give_back(self, items: Sequence[Item]) -> None:
@@ -207,11 +204,12 @@ class Budget:
             for item in items:
                 self._items.remove(item)
 
-    def _refusal(self, items: Sequence[Item], advice: Sequence[str]) -> str:
+    def _refusal(self, what: str, items: Sequence[Item], advice: Sequence[str]) -> str:
         total = sum(item.bytes for item in items)
         rows = [*items, Item("sum", total), Item(f"budget ({self._source})", self.limit)]
         sizes = [show_size(row.bytes) for row in rows]
         left, right = max(len(row.label) for row in rows), max(map(len, sizes))
         sum_lines = [f"{r.label:<{left}}  {s:>{right}}" for r, s in zip(rows, sizes, strict=True)]
-        head = f"the model does not fit the memory budget: {show_size(total - self.limit)} too much"
+        excess = show_size(total - self.limit)
+        head = f"{what} does not fit the memory budget: {excess} too much"
         return "\n  ".join([head, *sum_lines, *advice])

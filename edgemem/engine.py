@@ -5,26 +5,28 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from time import perf_counter
 
 import numpy as np
 
 from . import inventory, models, planner, policies
+from ._native import isa_names
 from .budget import MIB, Budget, Item, current_bytes, machine_bytes, show_size, usable_cpus
 from .dtypes import BY_NAME
+from .errors import UnsupportedError
 from .generation import Generation
 from .kernels import Core
 from .kvcache import KvCache, cache_bytes
 from .models.workspace import scratch_bytes
 from .residency import Residency, Slots
-from .sequence import TokenSequence
-from .session import Session, check_ids
+from .sequence import TokenSequence, check_room
+from .session import DEFAULT_TOKENS, Session, check_ids, checked
 from .spec import ModelSpec
 from .store import Store
 from .streamer import Streamer
-from .tokenizer import Tokenizer
+from .tokenizer import ENCODING_BYTES, Tokenizer
 from .trace import COUNTERS, Trace
 
 DEFAULT_CONTEXT = 4096
@@ -32,30 +34,46 @@ CHUNK_TOKENS = 128
 """Tokens per forward pass in prefill."""
 STREAMING_CHUNK_TOKENS = 512
 """The same where bundles stream: each is read once for a chunk, so that large chunks read less."""
+STREAMING_LOGITS_TOKENS = 16
+"""Tokens per forward pass where bundles stream and every position's logits are wanted."""
+STREAMING_RESERVE_BYTES = 16 << 20
+"""What slots leave for texts and the like, beside those logits."""
 
 HEADROOM_BYTES = 4 * MIB
 """What the interpreter, its heap and the threads' stacks grow by while a model runs."""
+
+TEXT_BYTES = 2048
+"""A text up to this length is encoded within the headroom."""
+
+MAX_THREADS = 1024
+"""The core starts no more."""
 
 Progress = Callable[[int, int], None]
 
 
 def load(
     path: str | os.PathLike, memory: str | int = "auto", context: int | None = None,
-    threads: int | None = None, progress: Progress | None = None, *,
+    threads: int | None = None, progress: Progress | None = None,
+    ready: Callable[[Engine], None] | None = None, *,
     policy: str = policies.DEFAULT, io_engine: str | None = None, faults: dict | None = None,
 ) -> Engine:  # fmt: skip
     """Open a store and make its model ready to run.
 
+    What does not fit `memory` streams: `policy` (one of policies.POLICIES) ranks what stays,
+    `io_engine` is "io_uring" or "threads" (None: the best that works here), and `faults` (the
+    fields of em_faults) makes reads misbehave, for tests. None of them changes an answer.
+
     `memory` is the budget of the whole process: bytes, "4GiB", "50%" or "auto" (what is free here,
     less a reserve). `context` is the most tokens a session can hold, by default 4096 or what the
     model was made for, if that is less; more than `context_limit(spec)` is refused. `threads`
-    defaults to the cores that this process may use. `progress(done_bytes, total_bytes)` is called
-    while weights are read.
+    (at most 1024) defaults to the cores that this process may use. `progress(done_bytes,
+    total_bytes)` is called while weights are read; before that, `ready(engine)`, when all else is
+    known: `engine.check` works from then on, and what `ready` raises ends the loading.
 
     Raises StoreError for what is wrong with the store, and BudgetError, with the sum, before any
     weight is read; ValueError or TypeError for arguments.
     """
-    return Engine(path, memory, context, threads, progress, policy, io_engine, faults)
+    return Engine(path, memory, context, threads, progress, ready, policy, io_engine, faults)
 
 
 def context_limit(spec: ModelSpec) -> int:
@@ -75,19 +93,23 @@ class Engine:
 
     def __init__(
         self, path: str | os.PathLike, memory: str | int, context: int | None,
-        threads: int | None, progress: Progress | None, policy: str = policies.DEFAULT,
+        threads: int | None, progress: Progress | None = None,
+        ready: Callable[[Engine], None] | None = None, policy: str = policies.DEFAULT,
         io_engine: str | None = None, faults: dict | None = None,
     ):  # fmt: skip
         _check_count("context", context)
-        _check_count("threads", threads)
+        _check_count("threads", threads, MAX_THREADS)
+        _check_isa()
         if policy not in policies.POLICIES:
             raise ValueError(f"policy {policy!r} is none of {', '.join(policies.POLICIES)}")
         self._policy, self._io_engine, self._faults = policy, io_engine, faults
         self.budget = Budget(memory)
-        self.threads = usable_cpus() if threads is None else int(threads)
+        self.threads = min(usable_cpus(), MAX_THREADS) if threads is None else int(threads)
         self.store = Store.open(path)
         try:
             self._prepare(context)
+            if ready is not None:
+                ready(self)
             self._load(progress)
         except BaseException:
             self.store.close()
@@ -110,22 +132,39 @@ class Engine:
         self._lock = threading.RLock()
         self._model = self._streamer = None
         self._kv_item = Item(f"KV cache ({self.context} tokens)", cache_bytes(spec, self.context))
-        self._spare_kv = True
+        self._caches = 0
+        self._text_promise = 0
         self._all_logits_promised = False
         base = [
             Item("process before loading", current_bytes()),
             Item("headroom for Python", HEADROOM_BYTES),
             self._kv_item,
         ]
-        for chunk in (CHUNK_TOKENS, STREAMING_CHUNK_TOKENS, CHUNK_TOKENS):
-            self.chunk_tokens = min(chunk, self.context)
-            scratch = Item("scratch", scratch_bytes(spec, self.chunk_tokens, self.threads))
-            room = self.budget.limit - sum(item.bytes for item in [*base, scratch])
-            self._plan = planner.plan(*inventory.plannable(self.store), room)
-            streams = self._plan is not None and len(self._plan.streamed) > 0
-            if self._plan and streams == (chunk == STREAMING_CHUNK_TOKENS):
+        self.budget.take([*base, *self._plan_weights(base)], self._advise)
+
+    def _plan_weights(self, base: Sequence[Item]) -> list[Item]:
+        """Choose what streams and how many tokens a step takes; what both need of the budget.
+
+        Everything stays in memory where that fits. Otherwise slots take the room that is left but
+        for a reserve, and steps are large, or small again where even the floor is tight.
+        """
+        facts = inventory.plannable(self.store)
+        spare = self.budget.limit - sum(item.bytes for item in base)
+        reserve = 8 * STREAMING_LOGITS_TOKENS * self.spec.vocab_size + STREAMING_RESERVE_BYTES
+        for chunk, kept in (
+            (CHUNK_TOKENS, 0), (STREAMING_CHUNK_TOKENS, reserve), (CHUNK_TOKENS, reserve),
+            (CHUNK_TOKENS, 0),
+        ):  # fmt: skip
+            self.chunk_tokens = self.logits_tokens = min(chunk, self.context)
+            size = scratch_bytes(self.spec, self.chunk_tokens, self.threads)
+            self._plan = planner.plan(*facts, spare - size - kept)
+            if self._plan is None:
+                continue
+            if len(self._plan.streamed):
+                self.logits_tokens = min(STREAMING_LOGITS_TOKENS, self.context)
+            if kept or not len(self._plan.streamed):
                 break
-        self.budget.take([*base, scratch, *self._weight_items()], self._advise)
+        return [Item("scratch", size), *self._weight_items()]
 
     def _weight_items(self) -> list[Item]:
         """What the plan takes; without one, the least that a plan would take."""
@@ -164,17 +203,39 @@ class Engine:
         return self.session().generate(prompt, stream=stream, **options)
 
     def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Logits after each of `ids`, which start at position 0: float32 [n, vocab]."""
+        """Logits after each of `ids`, which start at position 0: float32 [n, vocab].
+
+        What is returned (n · vocab · 4 bytes) is the caller's own: it is in the budget only while
+        it is made. Raises BudgetError where it does not fit then.
+        """
         self._check_open()
         ids = check_ids(ids, self.spec.vocab_size)
-        sequence = TokenSequence(self)
-        sequence.check_room(len(ids))
-        out = np.empty((len(ids), self.spec.vocab_size), np.float32)
-        done = 0
-        for rows in sequence.each_logits(ids):
-            out[done : done + len(rows)] = rows
-            done += len(rows)
-        return out
+        check_room(self, 0, len(ids))
+        label = f"logits of {len(ids)} tokens, the caller's"
+        item = Item(label, 4 * len(ids) * self.spec.vocab_size)
+        self.budget.take([item], self._advise, f"what logits of {len(ids)} tokens need")
+        try:
+            out = np.empty((len(ids), self.spec.vocab_size), np.float32)
+            done = 0
+            for rows in TokenSequence(self).each_logits(ids):
+                out[done : done + len(rows)] = rows
+                done += len(rows)
+            return out
+        finally:
+            self.budget.give_back([item])
+
+    def check(
+        self, prompt: str | Sequence[int], *, max_tokens: int = DEFAULT_TOKENS,
+        stop: str | Iterable[str] | None = None, **sampling,
+    ) -> None:  # fmt: skip
+        """Raise what `generate` would raise for these arguments; needs no weights."""
+        checked(self, 0, prompt, max_tokens, stop, sampling)
+
+    def text_room(self, tokens: int | None = None) -> int:
+        """No text of more bytes can be encoded: it has over `tokens` tokens, or the budget ends."""
+        fits = TEXT_BYTES + (self.budget.spare + self._text_promise) // ENCODING_BYTES
+        longest = None if tokens is None else self.tokenizer.longest_token
+        return fits if longest is None else min(fits, tokens * longest)
 
     def close(self) -> None:
         """Free the weights and the store. Closing twice is fine; sessions cannot run afterwards."""
@@ -218,29 +279,50 @@ class Engine:
     def new_kv(self) -> KvCache:
         """A KV cache for a sequence. One is always in the budget; more are added to it."""
         with self._lock:
-            if not self._spare_kv:
-                self.budget.take([self._kv_item])
-            self._spare_kv = False
-        return KvCache(self.spec, self.context)
+            if self._caches:
+                self.budget.take([self._kv_item], self._advise, "another session")
+            self._caches += 1
+        try:
+            return KvCache(self.spec, self.context)
+        except BaseException:
+            self.free_kv()
+            raise
 
     def free_kv(self) -> None:
         """Says that a cache of `new_kv` is gone."""
         with self._lock:
-            if self._spare_kv:
+            self._caches -= 1
+            if self._caches:
                 self.budget.give_back([self._kv_item])
-            self._spare_kv = True
+
+    def promise_text(self, size: int) -> None:
+        """Put what encoding `size` bytes takes into the budget, where it stays, as memory does."""
+        with self._lock:
+            more = (size - TEXT_BYTES) * ENCODING_BYTES - self._text_promise
+            if more > 0:
+                item = Item(f"encoding text ({show_size(size)})", more)
+                self.budget.take([item], self._advise_text, f"encoding {show_size(size)} of text")
+                self._text_promise += more
 
     def promise_all_logits(self) -> None:
         """Put the logits of a whole chunk (the model's and the reader's) into the budget, once."""
         with self._lock:
             if not self._all_logits_promised:
-                size = 2 * 4 * self.chunk_tokens * self.spec.vocab_size
+                size = 2 * 4 * self.logits_tokens * self.spec.vocab_size
                 self.budget.take([Item("logits of every position", size)])
                 self._all_logits_promised = True
 
     def _check_open(self) -> None:
         if self._model is None:
             raise ValueError("the engine is closed")
+
+    def _advise_text(self, items: Sequence[Item], spare: int) -> list[str]:
+        fits = show_size(self.text_room())
+        needed = self.budget.promised + sum(item.bytes for item in items)
+        lines = [f"a text of {fits} would fit: shorten it (for perplexity: --limit)"]
+        if needed <= machine_bytes():
+            lines.append(f"this would fit with --memory {-(-needed // MIB)}M")
+        return lines
 
     def _advise(self, items: Sequence[Item], spare: int) -> list[str]:
         """What would fit where `items` do not: a shorter context, a smaller format, more memory."""
@@ -264,13 +346,25 @@ class Engine:
         return lines
 
 
-def _check_count(name: str, value: int | None) -> None:
+def _check_isa() -> None:
+    """Whoever forces an instruction set that is none learns of it before anything else happens."""
+    isa = os.environ.get("EDGEMEM_ISA")
+    if isa and isa not in isa_names():
+        raise UnsupportedError(
+            f"opening the core with EDGEMEM_ISA={isa}: not an instruction set that runs on this "
+            f"machine; unset it, or choose one of {', '.join(isa_names())}"
+        )
+
+
+def _check_count(name: str, value: int | None, most: int | None = None) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer or None, not {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, not {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, not {value}")
 
 
 def _eos_ids(store: Store) -> frozenset[int]:

@@ -92,6 +92,8 @@ class Generation:
 
     def _check_turn(self, added: int = 0) -> None:
         """A session goes on from its end: an older generation cannot resume after a newer one."""
+        if self._sequence.closed:
+            raise ValueError("the session was closed before this generation ended; start a new one")
         if len(self._sequence.tokens) != self._start + added:
             raise RuntimeError("the session has moved on since this generation; start a new one")
 

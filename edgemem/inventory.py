@@ -8,7 +8,7 @@ from .dtypes import BY_NAME, LANES, DType, matrix_bytes
 from .format import Kind, Segment
 from .store import Store
 
-STREAMED = (Kind.FFN, Kind.EXPERT)
+STREAMABLE = (Kind.FFN, Kind.EXPERT)
 """Kinds of which a step may need only some; all others are dense: every token needs them."""
 
 
@@ -73,4 +73,4 @@ def plannable(store: Store) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
     kinds = store.entries["kind"]
     sizes = store.entries["page_count"].astype(np.int64) * store.page_size
     at_once = np.where(kinds == Kind.EXPERT, max(store.spec.top_k, 1), 1)
-    return store.entries["layout"].astype(np.int64), sizes, np.isin(kinds, STREAMED), at_once
+    return store.entries["layout"].astype(np.int64), sizes, np.isin(kinds, STREAMABLE), at_once

@@ -19,11 +19,15 @@ import numpy as np
 from .errors import UnsupportedError
 from .sequence import TokenSequence
 from .session import check_ids
+from .tokenizer import byte_count, check_unicode
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 DEFAULT_WINDOW = 256
+
+_SPARE_TOKENS = 64
+"""Beyond a limit, so many more of the longest tokens are encoded."""
 
 _LARGEST_NLL = 700.0
 """e to the power of this is near the end of float64."""
@@ -53,20 +57,14 @@ def perplexity(
 ) -> PerplexityReport:  # fmt: skip
     """Measure the perplexity of `text` (or token ids), of its first `limit` tokens if given.
 
+    Of a text with a `limit` only the first `text_bytes(engine, limit)` bytes are encoded. What
+    encoding needs is taken from the budget: BudgetError where it does not fit.
+
     `progress(done_tokens, total_tokens)` is called after each window. Raises ValueError for a
     window below 2 or above the engine's context, and for a text of fewer than two tokens, before
     any work.
     """
-    if not 2 <= window <= engine.context:
-        raise ValueError(
-            f"window must be from 2 to the context of {engine.context} tokens, not {window}"
-        )
-    if limit is not None and limit < 2:
-        raise ValueError(f"limit must be at least 2 tokens, not {limit}")
-    ids = engine.tokenizer.encode(text, special=False) if isinstance(text, str) else text
-    ids = check_ids(ids, engine.spec.vocab_size)[:limit]
-    if len(ids) < 2:
-        raise ValueError(f"the text has {len(ids)} tokens; perplexity needs at least 2")
+    ids = check(engine, text, window, limit)
     started = perf_counter()
     losses = []
     for start in range(0, len(ids), window):
@@ -75,6 +73,44 @@ def perplexity(
         if progress is not None:
             progress(start + len(part), len(ids))
     return _report(np.concatenate(losses), len(ids), window, perf_counter() - started)
+
+
+def check(engine: Engine, text: str | Sequence[int], window: int, limit: int | None) -> np.ndarray:
+    """The ids that `perplexity` would run, or what is wrong with its arguments; needs no weights.
+
+    All that the measurement takes from the budget is promised here.
+    """
+    if not 2 <= window <= engine.context:
+        raise ValueError(
+            f"window must be from 2 to the context of {engine.context} tokens, not {window}"
+        )
+    if limit is not None and limit < 2:
+        raise ValueError(f"limit must be at least 2 tokens, not {limit}")
+    engine.promise_all_logits()
+    ids = _encode(engine, text, limit) if isinstance(text, str) else text
+    ids = check_ids(ids, engine.spec.vocab_size)[:limit]
+    if len(ids) < 2:
+        raise ValueError(f"the text has {len(ids)} tokens; perplexity needs at least 2")
+    return ids
+
+
+def text_bytes(engine: Engine, limit: int | None) -> int | None:
+    """The bytes of a text that are encoded for its first `limit` tokens; None for all of them.
+
+    They hold more tokens than that, so that where the text is cut does not touch the limit.
+    """
+    longest = None if limit is None else engine.tokenizer.longest_token
+    return None if longest is None else (limit + _SPARE_TOKENS) * longest
+
+
+def _encode(engine: Engine, text: str, limit: int | None) -> list[int]:
+    most = text_bytes(engine, limit)
+    if most is not None and len(text) > most // 4:
+        text = text[:most]
+        check_unicode(text)
+        text = text.encode()[:most].decode(errors="ignore")
+    engine.promise_text(byte_count(text))
+    return engine.tokenizer.encode(text, special=False)
 
 
 def _window_losses(engine: Engine, ids: np.ndarray) -> list[np.ndarray]:

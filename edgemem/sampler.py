@@ -8,8 +8,8 @@ the lowest ids, and top-k keeps every token that ties with the k-th. Equal seeds
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
 import numpy as np
@@ -22,8 +22,8 @@ _HEAD = 1024
 _BLOCK = 512
 """Weights that are summed at once when one is drawn."""
 
-_LARGEST = 1e30
-"""No setting makes sense above this, and float32 ends soon after."""
+_SMALLEST, _LARGEST = 1e-30, 1e30
+"""No setting makes sense beyond these, and float32 ends soon after."""
 
 _COLDEST = np.float32(1e-30)
 """Lower temperatures count as this: dividing by them would overflow float32."""
@@ -45,12 +45,30 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | None = 0
 
+    @classmethod
+    def of(cls, options: Mapping[str, object]) -> Sampling:
+        """From keyword arguments; TypeError names those that do not exist, and those that do."""
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise TypeError(
+                f"generating: there is no option {unknown[0]!r}; those of sampling are "
+                + ", ".join(known)
+            )
+        return cls(**options)
+
     def __post_init__(self):
-        _check("temperature", self.temperature, Real, lambda v: v >= 0, "zero or more")
+        _check(
+            "temperature", self.temperature, Real, lambda v: 0 <= v <= _LARGEST,
+            f"from 0 to {_LARGEST:g}",
+        )  # fmt: skip
         _check("top_k", self.top_k, Integral, lambda v: v >= 0, "zero (off) or more")
         _check("top_p", self.top_p, Real, lambda v: 0 <= v <= 1, "from 0 to 1")
         _check("min_p", self.min_p, Real, lambda v: 0 <= v <= 1, "from 0 to 1")
-        _check("repetition_penalty", self.repetition_penalty, Real, lambda v: v > 0, "above zero")
+        _check(
+            "repetition_penalty", self.repetition_penalty, Real,
+            lambda v: _SMALLEST <= v <= _LARGEST, f"from {_SMALLEST:g} to {_LARGEST:g}",
+        )  # fmt: skip
         if self.seed is not None:
             _check("seed", self.seed, Integral, lambda v: v >= 0, "zero or more")
 
@@ -59,7 +77,7 @@ def _check(name: str, value, kind: type, holds, wanted: str) -> None:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, kind):
         noun = "an integer" if kind is Integral else "a number"
         raise TypeError(f"{name} must be {noun}, not {value!r}")
-    if not holds(value) or (kind is Real and value > _LARGEST):
+    if not holds(value):
         raise ValueError(f"{name} must be {wanted}, not {value}")
 
 

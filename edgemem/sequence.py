@@ -20,6 +20,19 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 
+def check_room(engine: Engine, used: int, count: int, at_least: bool = False) -> None:
+    """Raises ContextError if `count` (or more) tokens do not fit a context with `used` tokens."""
+    if count <= engine.context - used:
+        return
+    limit, about = engine.context_limit, "at least " if at_least else ""
+    taken = f", {used} of them used" if used else ""
+    larger = f" or load with a larger one (up to {limit})" if limit > engine.context else ""
+    raise ContextError(
+        f"{about}{count} tokens do not fit the context of {engine.context} tokens{taken}; "
+        f"shorten the text{larger}"
+    )
+
+
 class TokenSequence:
     """Tokens, their KV cache and the logits after the last of them. Not for two threads at once."""
 
@@ -28,10 +41,21 @@ class TokenSequence:
         self.context = engine.context
         self._engine = engine
         self._kv = engine.new_kv()
-        weakref.finalize(self, engine.free_kv).atexit = False
+        self._free = weakref.finalize(self, engine.free_kv)
+        self._free.atexit = False
         self._logits = np.empty(engine.spec.vocab_size, np.float32)
         self._logits_at = 0
         """Number of tokens after which `_logits` are; 0 for none."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether its cache was given up; a closed sequence cannot run."""
+        return self._kv is None
+
+    def close(self) -> None:
+        """Give up the cache; a step that another thread is in still ends well."""
+        self._kv = None
+        self._free()
 
     @property
     def room(self) -> int:
@@ -40,15 +64,7 @@ class TokenSequence:
 
     def check_room(self, count: int) -> None:
         """Raises ContextError if `count` more tokens do not fit."""
-        if count <= self.room:
-            return
-        used = f", {len(self.tokens)} of them used" if self.tokens else ""
-        limit = self._engine.context_limit
-        larger = f" or load with a larger one (up to {limit})" if limit > self.context else ""
-        raise ContextError(
-            f"{count} tokens do not fit the context of {self.context} tokens{used}; "
-            f"shorten the text{larger}"
-        )
+        check_room(self._engine, len(self.tokens), count)
 
     def append(self, token: int) -> None:
         """Add a token, to be run with whatever runs next."""
@@ -69,7 +85,7 @@ class TokenSequence:
         """
         self._engine.promise_all_logits()
         self._run(np.array(self._level(), np.int32), "decode")
-        chunk_tokens = self._engine.chunk_tokens
+        chunk_tokens = self._engine.logits_tokens
         rows = np.empty((min(len(ids), chunk_tokens), len(self._logits)), np.float32)
         self._kv.rope_length = self._kv.position + len(ids)
         for start in range(0, len(ids), chunk_tokens):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,8 @@ import numpy as np
 
 from .generation import Generation
 from .sampler import Sampler, Sampling
-from .sequence import TokenSequence
+from .sequence import TokenSequence, check_room
+from .tokenizer import byte_count
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -70,23 +71,20 @@ class Session:
         before any work: ValueError, TypeError, or ContextError if the prompt does not fit.
         """
         sequence = self._open()
-        sampler = Sampler(Sampling(**sampling))
-        stops, stop_ids = self._stops(stop)
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, Integral):
-            raise TypeError(f"max_tokens must be an integer, not {max_tokens!r}")
-        if max_tokens < 0:
-            raise ValueError(f"max_tokens must be zero or more, not {max_tokens}")
-        ids = self._prompt_ids(prompt)
-        sequence.check_room(len(ids))
+        ids, settings, stops, stop_ids = checked(
+            self._engine, len(sequence.tokens), prompt, max_tokens, stop, sampling
+        )
         detokenizer = self._engine.tokenizer.detokenizer()
         detokenizer.skip(sequence.tokens + ids.tolist(), whole=isinstance(prompt, str))
         generation = Generation(
-            sequence, detokenizer, ids, sampler, int(max_tokens), stops, stop_ids
+            sequence, detokenizer, ids, Sampler(settings), int(max_tokens), stops, stop_ids
         )
         return generation if stream else "".join(generation)
 
     def close(self) -> None:
-        """Free the KV cache. Closing twice is fine."""
+        """Free the KV cache; a stream that has not ended then fails. Closing twice is fine."""
+        if self._sequence is not None:
+            self._sequence.close()
         self._sequence = None
 
     def __enter__(self) -> Session:
@@ -101,50 +99,85 @@ class Session:
             raise ValueError("the session is closed")
         return self._sequence
 
-    def _prompt_ids(self, prompt: str | Sequence[int] | None) -> np.ndarray:
-        engine, position = self._engine, self.position
-        if isinstance(prompt, str):
-            prompt = engine.tokenizer.encode(prompt, special=position == 0)
-        ids = check_ids(() if prompt is None else prompt, engine.spec.vocab_size)
-        if len(ids) or position:
-            return ids
-        if engine.bos_id is None:
-            raise ValueError(
-                "the prompt is empty and this model has no BOS token to start from; give it text"
-            )
-        return check_ids([engine.bos_id], engine.spec.vocab_size)
 
-    def _stops(self, stop: str | Iterable[str] | None) -> tuple[list[str], dict[int, str]]:
-        """Stop strings, and the reason for each id that ends a generation."""
-        if not isinstance(stop, (str, Iterable, type(None))):
-            raise TypeError(f"stop must be a str or several, not {stop!r}")
-        stops = [stop] if isinstance(stop, str) else list(stop or ())
-        ids = dict.fromkeys(self._engine.eos_ids, "eos")
-        for text in stops:
-            if not isinstance(text, str):
-                raise TypeError(f"a stop string must be a str, not {text!r}")
-            if not text:
-                raise ValueError("a stop string must not be empty")
-            # A special token has no text in which its name could be found.
-            special = self._engine.tokenizer.special_id(text)
-            if special is not None:
-                ids.setdefault(special, "stop")
-        return stops, ids
+def checked(
+    engine: Engine, position: int, prompt: str | Sequence[int] | None, max_tokens: int,
+    stop: str | Iterable[str] | None, sampling: Mapping[str, object],
+) -> tuple[np.ndarray, Sampling, list[str], dict[int, str]]:  # fmt: skip
+    """The arguments of `Session.generate` at `position`, or what is wrong; needs no weights.
+
+    Returns the prompt's ids, the settings, the stop strings, and why each id ends a generation.
+    """
+    settings = Sampling.of(sampling)
+    stops, stop_ids = _stops(engine, stop)
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, Integral):
+        raise TypeError(f"max_tokens must be an integer, not {max_tokens!r}")
+    if max_tokens < 0:
+        raise ValueError(f"max_tokens must be zero or more, not {max_tokens}")
+    ids = _prompt_ids(engine, position, prompt)
+    check_room(engine, position, len(ids))
+    return ids, settings, stops, stop_ids
+
+
+def _prompt_ids(engine: Engine, position: int, prompt: str | Sequence[int] | None) -> np.ndarray:
+    if isinstance(prompt, str):
+        check_length(engine, position, prompt)
+        engine.promise_text(byte_count(prompt))
+        prompt = engine.tokenizer.encode(prompt, special=position == 0)
+    ids = check_ids(() if prompt is None else prompt, engine.spec.vocab_size)
+    if len(ids) or position:
+        return ids
+    if engine.bos_id is None:
+        raise ValueError(
+            "the prompt is empty and this model has no BOS token to start from; give it text"
+        )
+    return check_ids([engine.bos_id], engine.spec.vocab_size)
+
+
+def check_length(engine: Engine, position: int, text: str) -> None:
+    """Raises ContextError for a text that is too long however it is encoded, without encoding."""
+    if len(text) <= engine.context - position:
+        return  # it may fit, and the vocabulary need not be looked at
+    longest = engine.tokenizer.longest_token
+    if longest is not None:
+        check_room(engine, position, -(-byte_count(text) // longest), at_least=True)
+
+
+def _stops(engine: Engine, stop: str | Iterable[str] | None) -> tuple[list[str], dict[int, str]]:
+    """Stop strings, and the reason for each id that ends a generation."""
+    if not isinstance(stop, (str, Iterable, type(None))):
+        raise TypeError(f"stop must be a str or several, not {stop!r}")
+    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    ids = dict.fromkeys(engine.eos_ids, "eos")
+    for text in stops:
+        if not isinstance(text, str):
+            raise TypeError(f"a stop string must be a str, not {text!r}")
+        if not text:
+            raise ValueError("a stop string must not be empty")
+        # A special token has no text in which its name could be found.
+        special = engine.tokenizer.special_id(text)
+        if special is not None:
+            ids.setdefault(special, "stop")
+    return stops, ids
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
     """Token ids as int32 [n]; TypeError or ValueError unless all are ids of the vocabulary."""
     if isinstance(ids, (str, bytes)):
         raise TypeError("token ids must be integers; encode text with engine.tokenizer.encode")
-    array = np.asarray(ids)
-    if array.ndim != 1:
+    try:
+        array = np.asarray(ids)
+    except (ValueError, OverflowError):  # ragged
+        array = None
+    if array is None or array.ndim != 1:
         raise TypeError(f"token ids must be a flat sequence of integers, not {ids!r:.40}")
     if not array.size:
         return np.empty(0, np.int32)
-    if array.dtype == object and all(isinstance(id, int) for id in ids):
-        array = np.clip(array, -1, vocab_size)  # beyond 64 bits, so out of range in any case
-    elif array.dtype.kind not in "iu":
-        raise TypeError(f"token ids must be integers, not {array.dtype.name}")
+    if array.dtype.kind not in "iu":
+        # Numpy makes something else of integers beyond 64 bits.
+        if isinstance(ids, np.ndarray) or not all(map(_is_integer, ids)):
+            raise TypeError(f"token ids must be integers, not {array.dtype.name}")
+        array = np.array(list(map(int, ids)), object)
     wrong = np.flatnonzero((array < 0) | (array >= vocab_size))
     if len(wrong):
         raise ValueError(
@@ -152,3 +185,7 @@ def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
             f"the vocabulary has ids 0 to {vocab_size - 1}"
         )
     return array.astype(np.int32)
+
+
+def _is_integer(id) -> bool:
+    return isinstance(id, Integral) and not isinstance(id, bool)

@@ -6,7 +6,6 @@ facts only; which code runs is decided by `model_type` (one file in `models/` ea
 
 from __future__ import annotations
 
-import math
 from dataclasses import MISSING, asdict, dataclass, fields
 
 from .errors import CorruptError, UnsupportedError
@@ -20,7 +19,10 @@ MAX_DIM = 1 << 24
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary position embedding; fields beyond `theta` are read by the types that define them."""
+    """Rotary position embedding; fields beyond `theta` are read by the types that define them.
+
+    All are bounded, generously, so that no frequency overflows or has no value.
+    """
 
     type: str = "default"
     theta: float = 10000.0
@@ -37,10 +39,10 @@ class RopeSpec:
         _check(self.type in ROPE_TYPES, "rope.type", self.type)
         positions, scaled = self.original_positions, self.type in ("llama3", "yarn")
         _check(scaled <= positions <= 1 << 40, "rope.original_positions", positions)
-        for name in _ROPE_POSITIVE:
+        _check(1 < self.theta <= 1e12, "rope.theta", self.theta)
+        for name in _ROPE_SCALES:
             value = getattr(self, name)
-            _check(math.isfinite(value) and value > 0, f"rope.{name}", value)
-        _check(self.theta > 1, "rope.theta", self.theta)
+            _check(1e-6 <= value <= 1e6, f"rope.{name}", value)
         ramp = self.high_freq_factor > self.low_freq_factor
         _check(ramp or self.type != "llama3", "rope.high_freq_factor", self.high_freq_factor)
 
@@ -89,8 +91,11 @@ class ModelSpec:
         _check(self.head_dim % 2 == 0, "head_dim", self.head_dim)
         _check(self.activation in ACTIVATIONS, "activation", self.activation)
         _check(self.qk_norm in QK_NORMS, "qk_norm", self.qk_norm)
-        _check(math.isfinite(self.norm_eps) and self.norm_eps >= 0, "norm_eps", self.norm_eps)
-        _check(math.isfinite(self.clip_qkv) and self.clip_qkv >= 0, "clip_qkv", self.clip_qkv)
+        _check(0 <= self.norm_eps <= 1, "norm_eps", self.norm_eps)
+        _check(0 <= self.clip_qkv <= 1e30, "clip_qkv", self.clip_qkv)
+        _check(self.head_dim > 2 or self.rope.type != "dynamic", "head_dim", self.head_dim)
+        for name, ids in (("bos_id", (self.bos_id or 0,)), ("eos_ids", self.eos_ids)):
+            _check(all(0 <= i < self.vocab_size for i in ids), name, getattr(self, name))
         _check(len(self.windows) == self.n_layers, "windows", len(self.windows))
         _check(all(0 <= w <= 1 << 40 for w in self.windows), "windows", self.windows)
         _check(len(self.routed) == self.n_layers, "routed", len(self.routed))
@@ -118,9 +123,8 @@ class ModelSpec:
 _POSITIVE = (
     "n_layers", "hidden", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_positions",
 )  # fmt: skip
-_ROPE_POSITIVE = (
-    "theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
-    "attention_factor",
+_ROPE_SCALES = (
+    "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor",
 )  # fmt: skip
 _COUNTS = ("intermediate", "n_experts", "top_k", "expert_intermediate", "shared_intermediate")
 _TYPES = {
@@ -153,11 +157,11 @@ def _typed(cls, data, where: str) -> dict:
             wrong = not all(type(v) is item for v in value)
             value = tuple(value)
         if wrong:
-            raise CorruptError(f"reading {where}.{name}: {value!r} is not a {kind}")
+            raise CorruptError(f"reading {where}.{name}: {value!r:.80} is not a {kind}")
         values[name] = float(value) if kind == "float" else value
     return values
 
 
 def _check(holds: bool, name: str, value) -> None:
     if not holds:
-        raise CorruptError(f"model spec: {name} = {value!r} is out of range")
+        raise CorruptError(f"model spec: {name} = {value!r:.80} is out of range")

@@ -73,8 +73,8 @@ class Store:
         try:
             size = os.fstat(file.fileno()).st_size
             page_size = fmt.decode_header(_read_at(file, 0, fmt.HEADER_BYTES), crc32c)
-            if size % page_size or size < 2 * page_size:
-                raise CorruptError(f"its {size} bytes are no whole number of pages: truncated?")
+            if size % page_size:
+                raise CorruptError(f"its {size} bytes are no whole number of pages: truncated")
             tail = _read_at(file, size - page_size, page_size)
             return cls(path, file, page_size, fmt.decode_footer(tail, page_size, size, crc32c))
         except BaseException as error:
@@ -209,6 +209,10 @@ def _runs(entries: np.ndarray) -> dict[tuple[int, int], tuple[int, int]]:
 
 def _open(path: Path):
     """An unbuffered regular file; opening a pipe would wait for ever."""
+    if path == Path():
+        raise StoreError(
+            "opening a store: its path is empty or '.', no file; give the path of an .edgemem file"
+        )
     try:
         if path.exists() and not path.is_file():
             raise StoreError(f"opening {path}: it is not a file; give the path of an .edgemem file")
@@ -218,7 +222,8 @@ def _open(path: Path):
             f"opening {path}: there is no such file; make one with 'edgemem convert'"
         ) from None
     except (OSError, ValueError) as error:
-        raise StoreError(f"opening {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise StoreError(f"opening {path}: {reason}; check its name and permissions") from error
 
 
 def _read_at(file, offset: int, count: int) -> bytes:

@@ -8,7 +8,11 @@ tokens is decoded as one). `Detokenizer` hides all of that; its pieces always ad
 
 from __future__ import annotations
 
+import json
+import threading
 from collections.abc import Sequence
+from functools import cached_property
+from numbers import Integral
 
 import numpy as np
 import tokenizers
@@ -20,6 +24,18 @@ REPLACEMENT = "\ufffd"
 
 _CONTEXT_TOKENS = 32
 """Ids before the present one that may matter to its text, with a wide margin."""
+
+ENCODING_BYTES = 512
+"""Memory that encoding takes for each byte of text; measured up to 440, where each is a token."""
+
+_LONG_TEXT = 1 << 16
+"""Encoding more characters takes so long that an interrupt must not wait for its end."""
+
+_SHRINKING = {"NFC": 4, "NFD": 4, "Prepend": 1, "ByteLevel": 1, "Replace": 1}
+"""Normalizers known to shorten text at most by this factor (NFC: 3.5, for one Greek letter)."""
+
+_KEEPING = ("ByteLevel", "Split", "Digits", "Metaspace")
+"""Pre-tokenizers that leave nothing of a text out (Split: unless it says so)."""
 
 
 class Tokenizer:
@@ -72,18 +88,56 @@ class Tokenizer:
         """The ids of `text`; with `special`, also what the model expects around it (mostly BOS)."""
         if not isinstance(text, str):
             raise TypeError(f"text is a {type(text).__name__}, not a str")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the text is not Unicode ({error.reason}); it was not UTF-8"
-            ) from None
-        ids = self._inner.encode(text, add_special_tokens=special and self._adds_special).ids
+        check_unicode(text)
+        ids = self._encode(text, special and self._adds_special)
         return self._prefix + ids if special else ids
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        """Encode a long text in a thread that can be left behind: Ctrl-C does not wait for it."""
+        if len(text) < _LONG_TEXT:
+            return self._inner.encode(text, add_special_tokens=special).ids
+        results = []
+
+        def work():
+            try:  # unlike `encode`, this lets other threads run
+                results.append(self._inner.encode_batch([text], add_special_tokens=special)[0].ids)
+            except BaseException as error:
+                results.append(error)
+
+        thread = threading.Thread(target=work, name="edgemem-encode", daemon=True)
+        thread.start()
+        thread.join()
+        if isinstance(results[0], BaseException):
+            raise results[0]
+        return results[0]
+
+    @cached_property
+    def longest_token(self) -> int | None:
+        """No token stands for more bytes of text than this; None where that cannot be known.
+
+        Known are byte-pair tokenizers that leave out nothing and know every byte; there `n` bytes
+        of text have at least `n / longest_token` tokens.
+        """
+        inner = self._inner
+        added = inner.get_added_tokens_decoder().values()
+        swallows = any(token.lstrip or token.rstrip for token in added)
+        kinds = [*_kinds(inner.normalizer), *_kinds(inner.pre_tokenizer)]
+        if swallows or not _knows_all_bytes(inner, kinds):
+            return None
+        shrinking = 1
+        for part in _kinds(inner.normalizer):
+            if not _keeps_length(part):
+                return None
+            shrinking *= _SHRINKING[part["type"]]
+        for part in _kinds(inner.pre_tokenizer):
+            if part["type"] not in _KEEPING or part.get("behavior") == "Removed":
+                return None
+        texts = map(inner.id_to_token, range(self.vocab_size))
+        return shrinking * max(len(text.encode()) for text in texts if text is not None)
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = True) -> str:
         """The text of `ids`. Ids that have no token (a padded vocabulary) have no text."""
-        return self._inner.decode([int(id) for id in ids], skip_special_tokens=skip_special)
+        return self._inner.decode(list(map(_id, ids)), skip_special_tokens=skip_special)
 
     def special_id(self, text: str) -> int | None:
         """The id of the special token written as `text`, which never shows up in decoded text."""
@@ -101,6 +155,56 @@ class Tokenizer:
     def detokenizer(self) -> Detokenizer:
         """A decoder for one growing sequence."""
         return Detokenizer(self)
+
+
+def byte_count(text: str) -> int:
+    """Bytes of a text in UTF-8; a str that is none has some, too."""
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+
+
+def check_unicode(text: str) -> None:
+    """Raises ValueError for a str that is no text: with halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text is not Unicode ({error.reason} at place {error.start}): it was decoded from "
+            "bytes that are not of its encoding; read them as UTF-8"
+        ) from None
+
+
+def _id(id) -> int:
+    if isinstance(id, (bool, np.bool_)) or not isinstance(id, Integral):
+        raise TypeError(f"a token id must be an integer, not {id!r}")
+    if not 0 <= id < 1 << 32:
+        raise ValueError(f"token id {id} is out of range: ids are not negative and below 2^32")
+    return int(id)
+
+
+def _kinds(part) -> list[dict]:
+    """What a normalizer or pre-tokenizer is made of, in order; nothing for None."""
+    state = [] if part is None else [json.loads(part.__getstate__())]
+    while any("normalizers" in s or "pretokenizers" in s for s in state):
+        state = [x for s in state for x in s.get("normalizers") or s.get("pretokenizers") or [s]]
+    return state
+
+
+def _keeps_length(normalizer: dict) -> bool:
+    """Whether a normalizer shortens no text by more than the factor of `_SHRINKING`."""
+    if normalizer["type"] == "Replace":
+        pattern = normalizer["pattern"].get("String")
+        return bool(pattern) and len(normalizer["content"].encode()) >= len(pattern.encode())
+    return normalizer["type"] in _SHRINKING
+
+
+def _knows_all_bytes(inner: tokenizers.Tokenizer, kinds: list[dict]) -> bool:
+    """Whether each byte has a token, so that no token stands for a run of unknown characters."""
+    if not isinstance(inner.model, tokenizers.models.BPE):
+        return False
+    names = [f"<0x{byte:02X}>" for byte in range(256)] if inner.model.byte_fallback else []
+    if any(kind["type"] == "ByteLevel" for kind in kinds):
+        names = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    return bool(names) and None not in map(inner.token_to_id, names)
 
 
 class Detokenizer:

@@ -1,13 +1,22 @@
-"""Writing a store: append-only to a temporary file beside the target, synced, then renamed.
+"""Writing a store: append-only to a file without a name, synced, then given its name.
 
-Until `finish` returns, the target is untouched; whatever goes wrong before, the temporary file is
-removed (and one that a killed process left behind lacks its footer, so it does not open).
+Until `finish` publishes, the target is untouched, and whatever goes wrong before, nothing is left.
+Nor does a killed process leave anything where the system has files without a name (Linux has, on
+most file systems), except in two instants: in the first, whether it has them is tried with an empty
+file; in the second, `force` replaces a file by one that is whole and synced.
+
+Then, and elsewhere all the time, the file has a hidden name beside the target, `.NAME.PID.N.tmp`,
+and a killed process leaves it. The footer, without which a store does not open, is written last,
+once all else is synced: what is left does not open, or is whole. The next writer for the same
+target removes it, if the process is gone and nobody holds the lock that a writer has on its file.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,18 +28,25 @@ from .errors import StoreError
 from .format import Footer, Kind, Layout, Meta, Section
 from .spec import ModelSpec
 
+try:
+    import fcntl
+except ImportError:  # Windows, which has no such locks
+    fcntl = None
+
 _ADVICE = {
     errno.ENOSPC: "free some space or choose another disk",
-    errno.EDQUOT: "your quota is used up: free some space or choose another disk",
-    errno.EFBIG: "the file would be larger than this system allows: choose another disk",
+    errno.EDQUOT: "free some space or choose another disk",
+    errno.EFBIG: "choose another disk, or raise the limit on file sizes (ulimit -f)",
     errno.EROFS: "choose a target that can be written to",
     errno.EACCES: "choose a directory that you may write to",
     errno.EPERM: "choose a directory that you may write to",
-    errno.ENOENT: "make the directory first",
+    errno.ENOENT: "choose a directory that takes files",
     errno.ENOTDIR: "choose a target inside a directory",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.EIO: "the device failed: check it, or choose another disk",
+    errno.EIO: "check the device, or choose another disk",
 }
+_NUMBERS = itertools.count()
+"""So that the threads of one process never choose the same hidden name."""
 
 
 class StoreWriter:
@@ -54,6 +70,7 @@ class StoreWriter:
         check_target(self.path, force)
         try:
             with _told(self.path):
+                _remove_leftovers(self.path)
                 self._create()
             self._write(fmt.encode_header(page_size, crc32c))
         except BaseException:
@@ -132,15 +149,16 @@ class StoreWriter:
                 temp.unlink(missing_ok=True)
 
     def _create(self) -> None:
-        """Make a hidden file beside the target; what a dead process of our id left is passed by."""
-        for attempt in range(100):
-            suffix = f".{attempt}" if attempt else ""
-            temp = self.path.with_name(f".{self.path.name}.{os.getpid()}{suffix}.tmp")
-            if not os.path.lexists(temp):
-                self._temp = temp
-                self._file = temp.open("xb", buffering=0)
-                return
-        raise StoreError(f"writing {self.path}: remove the old .tmp files beside it first")
+        """Open a file without a name in the target's directory, or one with a hidden name."""
+        self._file = _open_unnamed(self.path)
+        while self._file is None:
+            self._temp = _hidden_name(self.path)
+            file = self._temp.open("xb", buffering=0)
+            _lock(file.fileno())
+            if os.path.lexists(self._temp):
+                self._file = file
+            else:  # taken for a leftover before it was locked
+                file.close()
 
     def _section(self, data: bytes) -> Section:
         section = Section(self._end, len(data), crc32c(data))
@@ -166,13 +184,26 @@ class StoreWriter:
     def _publish(self) -> None:
         """Give the finished file its name in one step; without `force` never over another file."""
         with _told(self.path):
+            if self._temp is None:
+                self._name()
+            if self._temp is not None:
+                if fcntl is None:  # closing ends the lock, and Windows renames closed files only
+                    self._file.close()
+                (os.replace if self._force else _rename_new)(self._temp, self.path)
+            self._temp = None
             self._file.close()
-            if self._force:
-                os.replace(self._temp, self.path)
-            else:
-                _rename_new(self._temp, self.path)
-            self._file = self._temp = None
+            self._file = None
             _sync_directory(self.path.parent)
+
+    def _name(self) -> None:
+        """Give a file without a name that of the target, or a hidden one to replace it with."""
+        try:
+            _link(self._file.fileno(), self.path)
+        except FileExistsError:
+            if not self._force:
+                raise
+            self._temp = _hidden_name(self.path)
+            _link(self._file.fileno(), self._temp)
 
 
 class BundleWriter:
@@ -240,6 +271,80 @@ def _told(path: Path):
 
 def _exists(path: Path) -> str:
     return f"writing {path}: it exists; choose another name, or --force (force=True) to replace it"
+
+
+def _hidden_name(path: Path) -> Path:
+    """A name beside the target that nothing has; what a dead process of our id left is passed."""
+    names = (path.with_name(f".{path.name}.{os.getpid()}.{n}.tmp") for n in _NUMBERS)
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def _open_unnamed(path: Path):
+    """A file without a name beside `path`, None where it could not be given one later.
+
+    That is tried with an empty file, which cannot be used after: it had a name and lost it.
+    """
+    if not hasattr(os, "O_TMPFILE"):
+        return None
+    try:
+        trial, name = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY), _hidden_name(path)
+    except OSError:
+        return None
+    try:
+        _link(trial, name)
+        fd = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
+    except OSError:
+        return None
+    finally:
+        os.close(trial)
+        with suppress(OSError):
+            name.unlink(missing_ok=True)
+    _lock(fd)
+    return open(fd, "wb", buffering=0)
+
+
+def _link(fd: int, path: Path) -> None:
+    """Give an open file a name that nothing has; `src_dir_fd` makes Python follow /proc's link."""
+    os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
+
+
+def _lock(fd: int) -> None:
+    """Show that the file is in use, for as long as it is open; not every file system can."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove hidden files of writers for this target that are gone, where that is certain."""
+    if fcntl is None:
+        return
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.([1-9]\d{{0,9}})(\.\d+)?\.tmp")
+    with suppress(OSError), os.scandir(path.parent) as found:
+        for entry in found:
+            match = pattern.fullmatch(entry.name)
+            if match and entry.is_file(follow_symlinks=False) and not _alive(int(match[1])):
+                _unlink_unlocked(entry.path)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass  # it belongs to somebody else
+    return True
+
+
+def _unlink_unlocked(path: str) -> None:
+    with suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+        finally:
+            os.close(fd)
 
 
 def _rename_new(temp: Path, path: Path) -> None:

@@ -43,11 +43,11 @@ static pthread_once_t probed = PTHREAD_ONCE_INIT;
 /* ---- the self-test -----------------------------------------------------------------------------
  */
 
-enum { COLS = 64, ROWS = 16, TOKENS = 3, MATRIX_BYTES = ROWS * COLS * 4 };
+enum { COLS = 64, GROUPS = 5, ROWS = 16 * GROUPS, TOKENS = 7, MATRIX_BYTES = ROWS * COLS * 4 };
 
 typedef struct {
-    float products[5][TOKENS * ROWS];
-    float vectors[4][COLS];
+    float products[5][(TOKENS + 1) * ROWS];
+    float vectors[7][COLS];
     int8_t q[TOKENS * COLS];
     uint16_t halves[COLS];
     uint64_t sum;
@@ -59,9 +59,11 @@ static uint32_t next_random(uint32_t *state) { return *state = *state * 1664525u
 static void fill_matrix(int32_t dtype, uint8_t *data) {
     uint32_t state = 7;
     for (int i = 0; i < MATRIX_BYTES; i++) data[i] = (uint8_t)(next_random(&state) >> 24);
-    int step = dtype == EM_F32 ? 4 : 2, top = step - 1;
-    int end = em_dtype_is_block(dtype) ? (int)em_scale_bytes(dtype, COLS, ROWS) : MATRIX_BYTES;
-    for (int i = 0; i < end; i += step) data[i + top] = (uint8_t)((data[i + top] & 0x83) | 0x38);
+    int64_t group = em_group_bytes(dtype, COLS, EM_LANES), step = dtype == EM_F32 ? 4 : 2;
+    int64_t end = em_dtype_is_block(dtype) ? em_scale_bytes(dtype, COLS, EM_LANES) : group;
+    for (int64_t g = 0; g < GROUPS; g++)
+        for (int64_t i = step - 1; i < end; i += step)
+            data[g * group + i] = (uint8_t)((data[g * group + i] & 0x83) | 0x38);
 }
 
 static void self_test(const em_kernels *k, test_result *r) {
@@ -76,7 +78,10 @@ static void self_test(const em_kernels *k, test_result *r) {
     for (int32_t dtype = EM_F32; dtype <= EM_Q4_0; dtype++) {
         em_out out = {r->products[dtype], NULL, ROWS, ROWS, 0};
         fill_matrix(dtype, matrix);
-        k->product[dtype](matrix, 0, 1, &acts, TOKENS, &out);
+        k->product[dtype](matrix, 0, GROUPS, &acts, TOKENS, &out);
+        out.out += TOKENS * ROWS;
+        k->product[dtype](matrix, 0, GROUPS, &acts, 1, &out); /* one token takes other tiles */
+        k->unpack_row(matrix, dtype, EM_LANES, COLS, 21, r->vectors[dtype % 2 + 4]);
     }
     memcpy(r->vectors[0], x, sizeof r->vectors[0]);
     k->softmax(r->vectors[0], COLS);
@@ -86,6 +91,9 @@ static void self_test(const em_kernels *k, test_result *r) {
     k->gate(r->vectors[3], x + COLS, COLS, EM_GELU);
     k->store_f16(x, COLS, r->halves);
     k->attend(x, r->halves, r->halves, 0, 4, 16, r->vectors[1]);
+    k->sigmoid(r->vectors[4], COLS);
+    memcpy(r->vectors[6], x, sizeof r->vectors[6]);
+    k->axpy(r->vectors[6], 0.3f, r->vectors[5], COLS);
     r->sum = k->read_bytes(matrix, sizeof matrix);
 }
 
@@ -118,7 +126,7 @@ static void probe(void) {
     sigaction(SIGILL, &before, NULL);
 }
 
-/* ---- choosing -------------------------------------------------------------------------------- */
+/* ---- choosing ---------------------------------------------------------------------------- */
 
 const char *em_isa_name(int32_t i) { return i >= 0 && i < N_TABLES ? best_first[i]->name : NULL; }
 

@@ -4,8 +4,10 @@
  * nothing prints, aborts or exits; after em_core_reserve nothing is allocated; pointers are
  * borrowed for the length of the call; all arrays are dense and row-major unless a stride is named.
  *
- * Every result is the same bytes for every instruction set, thread count and split of tokens over
- * calls: each output element is one chain of operations in an order that only its own inputs fix.
+ * Every finite result is the same bytes for every instruction set, thread count and split of tokens
+ * over calls: each output element is one chain of operations in an order that only its own inputs
+ * fix. Numbers that overflow become infinite or NaN and stay so to the end; they are never replaced
+ * by something finite. Indices that come in arrays (ids, tokens, first) are the caller's to check.
  */
 #ifndef EDGEMEM_H
 #define EDGEMEM_H

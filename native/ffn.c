@@ -5,7 +5,7 @@
 #include <sched.h>
 #include <string.h>
 
-/* ---- routing --------------------------------------------------------------------------------- */
+/* ---- routing ----------------------------------------------------------------------------- */
 
 uint64_t em_route_scratch(int32_t n_tokens, int32_t n_experts, int32_t top_k) {
     uint64_t pairs = (uint64_t)n_tokens * (uint64_t)top_k;
@@ -66,7 +66,7 @@ int32_t em_route(em_core *core, const float *logits, int32_t n_tokens, int32_t n
     return n_chosen;
 }
 
-/* ---- gated FFN ------------------------------------------------------------------------------- */
+/* ---- gated FFN --------------------------------------------------------------------------- */
 
 uint64_t em_ffn_scratch(int32_t n_tokens, int32_t n_pairs, int32_t hidden, int32_t intermediate) {
     uint64_t pairs = (uint64_t)n_pairs;

@@ -39,7 +39,7 @@ EM_INLINE void store_part(float *p, int64_t n, vf a) {
     for (int i = 0; i < n; i++) p[i] = lane[i];
 }
 
-/* ---- products -------------------------------------------------------------------------------- */
+/* ---- products ---------------------------------------------------------------------------- */
 
 EM_INLINE void finish(vf sum, const em_out *o, int64_t token, int64_t row) {
     float *p = o->out + token * o->stride + row;
@@ -155,6 +155,8 @@ static void quantize(const float *x, int32_t cols, int8_t *q, float *scale, int3
         vf b =
             cols - k > EM_LANES ? load_part(x + k + EM_LANES, cols - k - EM_LANES, 0) : vf_set1(0);
         float amax = vf_max_lane(vf_max(vf_abs(a), vf_abs(b)));
+        /* Zero for finite numbers, NaN otherwise: what overflowed must not look like a result. */
+        float poison = vf_sum(vf_fma(a, vf_set1(0), vf_mul(b, vf_set1(0))));
         vf inverse = vf_set1(amax > 0 ? 127.0f / amax : 0), limit = vf_set1(127);
         vf low = vf_set1(-127);
         a = vf_round(vf_min(vf_max(vf_mul(a, inverse), low), limit));
@@ -162,7 +164,7 @@ static void quantize(const float *x, int32_t cols, int8_t *q, float *scale, int3
         vi qa = vi_from_vf(a), qb = vi_from_vf(b);
         vi_store_i8(q + k, qa);
         vi_store_i8(q + k + EM_LANES, qb);
-        *scale++ = amax / 127.0f;
+        *scale++ = amax / 127.0f + poison;
         *sum++ = vi_sum(vi_add(qa, qb));
     }
 }
@@ -170,10 +172,10 @@ static void quantize(const float *x, int32_t cols, int8_t *q, float *scale, int3
 /* ---- element-wise ------------------------------------------------------------------------------
  */
 
-/* e^x within 2 ulp; the argument is clamped to where the result is a normal float. Range reduction
- * and polynomial as in Cephes' expf (S. Moshier). */
+/* e^x within 2 ulp; the argument is clamped to where the result is a normal float, NaN stays NaN.
+ * Range reduction and polynomial as in Cephes' expf (S. Moshier). */
 EM_INLINE vf vf_exp(vf x) {
-    x = vf_min(vf_max(x, vf_set1(-87.0f)), vf_set1(88.0f));
+    x = vf_min(vf_set1(88.0f), vf_max(vf_set1(-87.0f), x)); /* in this order NaN stays NaN */
     vf n = vf_round(vf_mul(x, vf_set1(1.44269504088896341f)));
     vf r = vf_fma(n, vf_set1(-0.693359375f), x);
     r = vf_fma(n, vf_set1(2.12194440e-4f), r);
@@ -225,7 +227,7 @@ EM_INLINE vf activate(vf x, int32_t activation) {
     }
     case EM_GELU_QUICK: return vf_mul(x, vf_sigmoid(vf_mul(vf_set1(1.702f), x)));
     default:
-        positive = vf_max(x, vf_set1(0));
+        positive = vf_max(vf_set1(0), x); /* in this order NaN stays NaN */
         return activation == EM_RELU2 ? vf_mul(positive, positive) : positive;
     }
 }
@@ -276,7 +278,7 @@ static void axpy(float *out, float weight, const float *x, int32_t n) {
     }
 }
 
-/* ---- attention ------------------------------------------------------------------------------- */
+/* ---- attention --------------------------------------------------------------------------- */
 
 static void rotate(const float *x, const float *cos_t, const float *sin_t, int32_t n, float *out) {
     int32_t half = n / 2;
@@ -335,7 +337,7 @@ static void attend(const float *q, const uint16_t *k, const uint16_t *v, int64_t
         vf_store(out + d, vf_div(vf_load(out + d), vf_set1(total)));
 }
 
-/* ---- tables and memory ----------------------------------------------------------------------- */
+/* ---- tables and memory ------------------------------------------------------------------- */
 
 EM_INLINE float load_f16(const uint8_t *p) {
     uint16_t lane[EM_LANES] = {(uint16_t)(p[0] | p[1] << 8)};

@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- the core -------------------------------------------------------------------------------- */
+/* ---- the core ---------------------------------------------------------------------------- */
 
 int32_t em_core_open(int32_t n_threads, const char *isa, em_core **out) {
     int32_t status;
@@ -59,7 +59,7 @@ void em_core_run(em_core *core, em_task *task, void *arg, int64_t n_items, int64
         for (int64_t item = 0; item < n_items; item++) task(arg, item, 0);
 }
 
-/* ---- store matrices -------------------------------------------------------------------------- */
+/* ---- store matrices ---------------------------------------------------------------------- */
 
 int64_t em_scale_bytes(int32_t dtype, int32_t cols, int32_t lanes) {
     if (!em_dtype_is_block(dtype)) return 0;
@@ -77,7 +77,7 @@ int64_t em_group_bytes(int32_t dtype, int32_t cols, int32_t lanes) {
     return em_scale_bytes(dtype, cols, lanes) + em_round_up(quants, 4LL * lanes);
 }
 
-/* ---- products -------------------------------------------------------------------------------- */
+/* ---- products ---------------------------------------------------------------------------- */
 
 int64_t em_chunk_groups(const em_core *core, int64_t groups) {
     int64_t threads = em_pool_threads(core->pool);
@@ -170,7 +170,7 @@ int32_t em_linears(em_core *core, const em_linear *linears, int32_t n_linears, c
     return EM_OK;
 }
 
-/* ---- norms, tables, small things ------------------------------------------------------------- */
+/* ---- norms, tables, small things --------------------------------------------------------- */
 
 typedef struct {
     const em_kernels *kernels;

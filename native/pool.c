@@ -6,6 +6,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 /* About 50 us: longer than the gap between two regions of a step, shorter than a nap is worth. */
 #define SPINS 8000
@@ -17,6 +18,7 @@ struct em_pool {
     pthread_t *threads;
     int32_t n_threads; /* the caller included */
     int32_t n_started;
+    pid_t owner; /* workers do not follow a fork */
 
     _Alignas(64) _Atomic uint64_t claim;
     _Atomic(em_task *) task;
@@ -82,8 +84,10 @@ static void *work(void *start_arg) {
     em_pool *pool = start.pool;
     for (uint32_t seen = 0;;) {
         wait_for_region(pool, seen);
-        if (atomic_load(&pool->closing)) return NULL;
+        /* In this order: closing is set before the last region begins, so whoever has seen that
+         * region knows. */
         seen = region_of(atomic_load(&pool->claim));
+        if (atomic_load(&pool->closing)) return NULL;
         take_items(pool, start.index);
     }
 }
@@ -133,7 +137,7 @@ int32_t em_pool_open(int32_t n_threads, em_pool **out) {
     if (n_threads < 1 || n_threads > 1024) return EM_INVALID;
     em_pool *pool = aligned_alloc(64, (size_t)em_round_up(sizeof *pool, 64));
     if (!pool) return EM_NO_MEMORY;
-    *pool = (em_pool){.n_threads = n_threads};
+    *pool = (em_pool){.n_threads = n_threads, .owner = getpid()};
     pool->threads = calloc((size_t)n_threads, sizeof *pool->threads);
     if (!pool->threads) {
         free(pool);
@@ -154,7 +158,8 @@ void em_pool_close(em_pool *pool) {
     if (!pool) return;
     atomic_store(&pool->closing, true);
     begin_region(pool, 0);
-    for (int32_t i = 1; i <= pool->n_started; i++) pthread_join(pool->threads[i], NULL);
+    for (int32_t i = 1; i <= pool->n_started && pool->owner == getpid(); i++)
+        pthread_join(pool->threads[i], NULL);
     pthread_mutex_destroy(&pool->mutex);
     pthread_cond_destroy(&pool->wake);
     free(pool->threads);

@@ -95,7 +95,7 @@ EM_INLINE int32_t vi_sum(vi a) {
 /* 2^n for whole n in -126..127 */
 EM_INLINE vf vf_pow2(vf n) {
     EACH {
-        uint32_t bits = (uint32_t)((int32_t)n.v[i] + 127) << 23;
+        uint32_t bits = n.v[i] == n.v[i] ? (uint32_t)((int32_t)n.v[i] + 127) << 23 : 0;
         memcpy(&n.v[i], &bits, 4);
     }
     return n;

@@ -7,6 +7,7 @@ replay it.
 """
 
 import os
+import signal
 import sys
 import zlib
 from pathlib import Path
@@ -20,6 +21,10 @@ sys.path.insert(0, str(TESTS))  # so that tests in any folder say `import tiny`
 sys.path.append(str(ROOT))  # and `import bench`, after an installed edgemem
 
 SEED = int(os.environ.get("EDGEMEM_SEED", "0"))
+
+
+# Whoever starts the tests in the background has them ignore Ctrl-C, which some of them send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header(config):

@@ -19,7 +19,8 @@ def opened(path, share: float, chunk: int | None = None, **options):
     with mock.patch.object(planner, "plan", lambda *facts: plan(*facts[:-1], room)):
         engine = edgemem.load(path, **options)
     try:
-        engine.chunk_tokens = chunk or engine.chunk_tokens
+        if chunk:
+            engine.chunk_tokens = engine.logits_tokens = chunk
         yield engine
     finally:
         engine.close()

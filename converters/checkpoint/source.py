@@ -93,6 +93,9 @@ class Checkpoint:
         data = self._read("tokenizer.json", _MAX_TOKENIZER_BYTES)
         if data:
             return data
+        if data is not None:
+            file = self.path / "tokenizer.json"
+            raise CheckpointError(f"reading {file}: it is empty; fetch it again")
         others = [
             n for n in ("tokenizer.model", "vocab.json", "tekken.json") if (self.path / n).exists()
         ]

@@ -166,4 +166,5 @@ def _open(path: Path) -> int:
     except FileNotFoundError:
         raise CheckpointError(f"reading {path}: there is no such file; fetch it") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"reading {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"reading {path}: {reason}; check its permissions") from error

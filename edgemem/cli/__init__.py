@@ -1,8 +1,8 @@
 """The commands of `edgemem`: results on stdout, everything else on stderr.
 
-Exit codes: 0 done, 1 an error that its message explains, 2 wrong usage, 130 interrupted, 141 the
-reader of stdout left. What runs a model is imported when a command runs, so that `edgemem --help`
-answers at once.
+Exit codes: 0 done, 1 an error that its message explains, 2 wrong usage, 128 + n ended by signal n:
+130 interrupted, 141 the reader of stdout left. What runs a model is imported when a command runs,
+so that `edgemem --help` answers at once.
 """
 
 from __future__ import annotations
@@ -21,6 +21,15 @@ from .perplexity import perplexity
 from .run import run
 from .verify import verify
 
+_LESS = "a smaller --context, or a store converted with a smaller --dtype"
+_ENOUGH_MEMORY = {
+    "convert": "a machine with more memory, or a checkpoint whose largest tensor is smaller",
+    "run": _LESS,
+    "demo": "a smaller --context",
+    "perplexity": f"a shorter text (--limit), {_LESS}",
+}
+"""What each command can do about a lack of memory."""
+
 FAILED, INTERRUPTED, READER_LEFT = 1, 130, 141
 
 
@@ -37,7 +46,7 @@ class Commands(click.Group):
         except EdgeMemError as error:
             _fail(context, str(error))
         except MemoryError as error:
-            _fail(context, f"out of memory: {error}; try a smaller --context or store")
+            _fail(context, _out_of_memory(context.invoked_subcommand, error))
         except (KeyboardInterrupt, EOFError, click.Abort):
             print("\nedgemem: interrupted", file=sys.stderr)
             context.exit(INTERRUPTED)
@@ -48,6 +57,12 @@ class Commands(click.Group):
             # Stores and checkpoints turn theirs into EdgeMemError: this is a stream of our own.
             _drop_output()
             _fail(context, f"writing the output: {error.strerror or error}")
+
+
+def _out_of_memory(command: str | None, error: MemoryError) -> str:
+    reason = f" ({error})" if str(error) else ""
+    advice = _ENOUGH_MEMORY.get(command, "a machine with more memory")
+    return f"{command}: the system has no more memory{reason}; try {advice}"
 
 
 def _fail(context: click.Context, message: str) -> None:
@@ -65,7 +80,7 @@ def _drop_output() -> None:
 )
 @click.version_option(__version__, prog_name="edgemem", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Run language models that are bigger than memory, inside a memory budget that you set."""
+    """Run language models inside a memory budget that you set; stores are ready for streaming."""
 
 
 for command in (convert, run, inspect, verify, perplexity, demo):
@@ -79,4 +94,9 @@ def main(arguments: list[str] | None = None) -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         # A model's text may hold anything; what a terminal cannot show becomes a "?".
         getattr(sys, name).reconfigure(errors="replace")
-    cli.main(arguments, prog_name="edgemem")
+    try:
+        cli.main(arguments, prog_name="edgemem")
+    except OSError as error:  # of what click itself prints: help, and errors of usage
+        _drop_output()
+        print(f"edgemem: writing the output: {error.strerror or error}", file=sys.stderr)
+        sys.exit(FAILED)

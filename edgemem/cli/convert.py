@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from pathlib import Path
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
 
 import click
 
@@ -18,10 +23,33 @@ stays within a small multiple of the largest tensor.
 """
 
 
+@contextlib.contextmanager
+def _cleaned_up_when_ended() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind like Ctrl-C, so that no half of a store stays behind."""
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names]
+    # What is ignored (nohup) stays so, and only the main thread may ask for signals.
+    is_main = threading.current_thread() is threading.main_thread()
+    taken = [n for n in numbers if is_main and signal.getsignal(n) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _end(number: int, _frame) -> None:
+    with contextlib.suppress(OSError):  # a terminal that hung up takes no message
+        os.write(2, f"\nedgemem: ended by {signal.Signals(number).name}\n".encode())
+    sys.exit(128 + number)
+
+
 @click.command(help=_HELP, short_help="Make a store from a checkpoint.")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=options.PATH)
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, metavar="OUT.edgemem",
+    "-o", "--output", type=options.PATH, required=True, metavar="OUT.edgemem",
     help="The store to write.",
 )  # fmt: skip
 @click.option(
@@ -38,10 +66,16 @@ def convert(source, output, dtype, page_size, force, as_json):
     from .. import converters
     from ..budget import show_size
 
-    with options.usage_errors(), options.progress_bar("converting", "B") as progress:
+    with (
+        _cleaned_up_when_ended(),
+        options.usage_errors(),
+        options.progress_bar("converting", "B") as progress,
+    ):
         report = converters.convert(
             source, output, dtype=dtype, page_size=page_size, force=force, progress=progress
         )
+    for note in report.notes:
+        print(f"edgemem: {note}", file=sys.stderr)
     if as_json:
         options.print_json(dataclasses.asdict(report))
         return

@@ -8,7 +8,7 @@ import click
 
 from ..errors import StoreError
 from . import options
-from .run import generate
+from .run import generate, generation_arguments
 
 DEMO_STORE = "demo.edgemem"
 DEMO_PROMPT = "Natasha opened the door."
@@ -31,10 +31,12 @@ and an account of the run on stderr; --json prints one object instead, as 'edgem
     help="Generate at most N tokens.",
 )  # fmt: skip
 @options.sampling_options
-@options.engine_options
+@options.STOP
+@options.engine_options()
 @options.JSON
-def demo(prompt, max_tokens, memory, context, threads, as_json, **sampling):
-    given = {name: value for name, value in sampling.items() if value is not None}
+def demo(prompt, max_tokens, stop, memory, context, threads, as_json, **sampling):
+    arguments = DEMO_SAMPLING | generation_arguments(max_tokens, stop, sampling)
+    prompt = options.argument_text(prompt)
     resource = importlib.resources.files("edgemem") / DEMO_STORE
     if not resource.is_file():
         raise StoreError(
@@ -42,7 +44,10 @@ def demo(prompt, max_tokens, memory, context, threads, as_json, **sampling):
             "convert a checkpoint with 'edgemem convert'"
         )
     with importlib.resources.as_file(resource) as store:
-        engine = options.load_engine(store, memory, context, threads)
-        if not as_json:
-            print(prompt, end="", flush=True)
-        generate(engine, prompt, as_json, max_tokens=max_tokens, **(DEMO_SAMPLING | given))
+        opened = options.load_engine(
+            store, memory, context, threads, lambda engine: engine.check(prompt, **arguments)
+        )
+        with opened as engine:
+            if not as_json:
+                print(prompt, end="", flush=True)
+            generate(engine, prompt, as_json, **arguments)

@@ -12,8 +12,8 @@ from ..tokenizer import Tokenizer
 def describe(store: Store) -> dict:
     """All facts about an open store, as plain JSON types."""
     kinds = inventory.by_kind(store)
-    streamed_names = {kind.name.lower() for kind in inventory.STREAMED}
-    streamed = sum(k["payload_bytes"] for name, k in kinds.items() if name in streamed_names)
+    streamable_names = {kind.name.lower() for kind in inventory.STREAMABLE}
+    streamable = sum(k["payload_bytes"] for name, k in kinds.items() if name in streamable_names)
     tokenizer = Tokenizer(store.tokenizer_json, store.tokenizer_config)
     return {
         "path": str(store.path),
@@ -21,8 +21,8 @@ def describe(store: Store) -> dict:
         "page_size": store.page_size,
         "spec": store.spec.to_dict(),
         "parameters": inventory.parameter_count(store),
-        "dense_bytes": sum(k["payload_bytes"] for k in kinds.values()) - streamed,
-        "streamed_bytes": streamed,
+        "dense_bytes": sum(k["payload_bytes"] for k in kinds.values()) - streamable,
+        "streamable_bytes": streamable,
         "kv_bytes_per_token": cache_bytes(store.spec, 1),
         "bundles": kinds,
         "dtype_bytes": inventory.by_dtype(store),
@@ -52,7 +52,10 @@ def summarize(facts: dict) -> list[tuple[str, str]]:
         ("tokenizer", _tokenizer(tokenizer, spec)),
         ("formats", sizes),
         ("dense", f"{show_size(facts['dense_bytes'])} that every token needs at hand"),
-        ("streamed", f"{show_size(facts['streamed_bytes'])} of experts and feed-forward networks"),
+        (
+            "streamable",
+            f"{show_size(facts['streamable_bytes'])} of experts and feed-forward networks",
+        ),
         ("bundles", " · ".join(_bundles(name, kind) for name, kind in facts["bundles"].items())),
         ("file", f"{show_size(facts['file_bytes'])} in pages of {facts['page_size']} bytes"),
         ("recipe", recipe),

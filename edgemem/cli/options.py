@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 
-STORE = click.argument("store", type=click.Path(path_type=Path))
+PATH = click.Path(path_type=Path, readable=False)
+"""Any path: what cannot be opened is for the library to say."""
+
+STORE = click.argument("store", type=PATH)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+STOP = click.option(
+    "--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable."
+)
+
+_MORE_BYTES = 16
+"""A byte order mark, a newline at the end and the part of a character leave more than `most`."""
 
 _ENGINE = (
     click.option(
         "--memory", metavar="SIZE", default="auto", show_default=True,
         help="Memory budget of the whole process: 4GiB, 512M, 50%, or auto (what is free here).",
-    ),
-    click.option(
-        "--context", type=click.IntRange(min=1), metavar="N",
-        help="Most tokens of prompt and text together.  [default: 4096, or the model's if less]",
     ),
     click.option(
         "--threads", type=click.IntRange(min=1), metavar="N",
@@ -44,9 +51,12 @@ _SAMPLING = (
 )
 
 
-def engine_options(command: Callable) -> Callable:
-    """--memory, --context and --threads."""
-    return _apply(_ENGINE, command)
+def engine_options(
+    help: str = "Most tokens of prompt and text together.  [default: 4096, or the model's if less]",
+) -> Callable:
+    """--memory, --context and --threads; `help` is that of --context."""
+    context = click.option("--context", type=click.IntRange(min=1), metavar="N", help=help)
+    return lambda command: _apply((_ENGINE[0], context, *_ENGINE[1:]), command)
 
 
 def sampling_options(command: Callable) -> Callable:
@@ -69,12 +79,17 @@ def usage_errors() -> Iterator[None]:
         raise click.UsageError(str(error)) from error
 
 
-def load_engine(store: Path, memory: str, context: int | None, threads: int | None):
-    """The engine that the options ask for, with a progress bar while weights are read."""
+def load_engine(
+    store: Path, memory: str, context: int | None, threads: int | None, ready: Callable
+):  # fmt: skip
+    """The engine that the options ask for, with a progress bar while weights are read.
+
+    `ready(engine)` is called before that, and may refuse what comes later.
+    """
     from .. import engine
 
     with usage_errors(), progress_bar("reading weights", "B") as progress:
-        return engine.load(store, memory, context, threads, progress)
+        return engine.load(store, memory, context, threads, progress, ready)
 
 
 @contextlib.contextmanager
@@ -96,8 +111,9 @@ def progress_bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def print_json(data: dict) -> None:
-    """One object on one line of stdout; paths become strings."""
-    print(json.dumps(data, ensure_ascii=False, default=str), flush=True)
+    """One object on one line of stdout; paths become strings, and nothing becomes a "?"."""
+    is_utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+    print(json.dumps(data, ensure_ascii=not is_utf8, default=str), flush=True)
 
 
 def note(message: str) -> None:
@@ -105,13 +121,34 @@ def note(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def read_text(path: Path | None) -> str:
-    """All of a UTF-8 file, or of stdin (None or "-")."""
+def argument_text(text: str) -> str:
+    """A text of the command line, which Python may have taken for another encoding than UTF-8."""
+    if text.isascii():
+        return text
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        return text
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a file; 0 where they are known only once it is read, like those of stdin."""
+    return path.stat().st_size if str(path) != "-" and path.is_file() else 0
+
+
+def read_text(path: Path | None, most: int | None = None) -> str:
+    """A UTF-8 file, or stdin (None or "-"): all, or a little more than its first `most` bytes."""
     path = None if str(path) == "-" else path
     name = "stdin" if path is None else str(path)
+    if path is None and sys.stdin is None:
+        raise click.UsageError("reading stdin: it is closed; give the text with an option")
+    size = -1 if most is None else most + _MORE_BYTES
     try:
-        data = sys.stdin.buffer.read() if path is None else path.read_bytes()
-        return data.decode("utf-8-sig")
+        with contextlib.ExitStack() as stack:
+            file = sys.stdin.buffer if path is None else stack.enter_context(path.open("rb"))
+            data = file.read(size)
+        # A character that is cut by the end of what is read is no fault of the text's.
+        return codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=len(data) != size)
     except OSError as error:
         raise click.UsageError(f"reading {name}: {error.strerror}") from error
     except UnicodeDecodeError as error:

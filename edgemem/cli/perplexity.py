@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-
 import click
 
 from . import options
@@ -14,13 +12,16 @@ _HELP = """Measure the perplexity of a text.
 The text is encoded without special tokens and cut into windows that do not overlap (the last may be
 shorter). In each window every token but the first is predicted from those before it. Perplexity is
 e to the mean negative log likelihood of all predicted tokens.
+
+All of the text is encoded at once, which takes 512 bytes of memory for each of its bytes, out of
+the budget; with --limit only about as much of it as so many of the longest tokens have.
 """
 
 
 @click.command(help=_HELP, short_help="Measure how well a model predicts a text.")
 @options.STORE
 @click.option(
-    "-f", "--file", type=click.Path(path_type=Path), required=True, metavar="TEXT",
+    "-f", "--file", type=options.PATH, required=True, metavar="TEXT",
     help="The text, in UTF-8; - for stdin.",
 )  # fmt: skip
 @click.option(
@@ -30,15 +31,26 @@ e to the mean negative log likelihood of all predicted tokens.
 @click.option(
     "--limit", type=click.IntRange(min=2), metavar="N", help="Use the first N tokens of the text."
 )
-@options.engine_options
+@options.engine_options("Most tokens of a window.  [default: --window]")
 @options.JSON
 def perplexity(store, file, window, limit, memory, context, threads, as_json):
-    text = options.read_text(file)
-    engine = options.load_engine(store, memory, context or window, threads)
     from .. import perplexity as measure
 
-    with options.usage_errors(), options.progress_bar("measuring", " tokens") as progress:
-        report = measure.perplexity(engine, text, window, limit, progress)
+    text = None
+
+    def ready(engine):
+        nonlocal text
+        most = measure.text_bytes(engine, limit)
+        size = options.file_size(file) if most is None else min(most, options.file_size(file))
+        engine.promise_text(size)  # of a file, before it is read
+        fits = max(size, engine.text_room())
+        text = options.read_text(file, fits if most is None else min(fits, most))
+        measure.check(engine, text, window, limit)
+
+    opened = options.load_engine(store, memory, context or window, threads, ready)
+    with opened as engine, options.usage_errors():
+        with options.progress_bar("measuring", " tokens") as progress:
+            report = measure.perplexity(engine, text, window, limit, progress)
     if as_json:
         options.print_json(dataclasses.asdict(report))
         return

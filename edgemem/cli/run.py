@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -23,38 +24,44 @@ peak_rss_bytes, threads, isa.
 @click.command(help=_HELP, short_help="Generate text from a prompt.")
 @options.STORE
 @click.option("-p", "--prompt", metavar="TEXT", help="The prompt.")
-@click.option("-f", "--file", type=click.Path(path_type=Path), help="Read the prompt from a file.")
+@click.option("-f", "--file", type=options.PATH, help="Read the prompt from a file.")
 @click.option(
     "-n", "--max-tokens", type=click.IntRange(min=0), default=256, show_default=True, metavar="N",
     help="Generate at most N tokens.",
 )  # fmt: skip
 @options.sampling_options
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
-@options.engine_options
+@options.STOP
+@options.engine_options()
 @options.JSON
 def run(store, prompt, file, max_tokens, stop, memory, context, threads, as_json, **sampling):
-    from ..budget import parse_size
-    from ..sampler import Sampling
-
-    sampling = {name: value for name, value in sampling.items() if value is not None}
-    with options.usage_errors():
-        Sampling(**sampling)
-        if memory.strip().lower() != "auto":
-            parse_size(memory)
-    text = read_prompt(prompt, file)
-    engine = options.load_engine(store, memory, context, threads)
-    generate(engine, text, as_json, max_tokens=max_tokens, stop=stop, **sampling)
-
-
-def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The prompt from -p, from -f or from stdin."""
     if prompt is not None and file is not None:
         raise click.UsageError("give the prompt with -p or with -f, not both")
+    arguments = generation_arguments(max_tokens, stop, sampling)
+    text = None
+
+    def ready(engine):
+        nonlocal text
+        engine.check([0], **arguments)  # before anybody types a prompt
+        text = read_prompt(prompt, file, engine.text_room(engine.context))
+        engine.check(text, **arguments)
+
+    with options.load_engine(store, memory, context, threads, ready) as engine:
+        generate(engine, text, as_json, **arguments)
+
+
+def generation_arguments(max_tokens: int, stop: Sequence[str], sampling: dict) -> dict:
+    """The arguments of `Engine.generate` that were given."""
+    given = {name: value for name, value in sampling.items() if value is not None}
+    return {"max_tokens": max_tokens, "stop": list(map(options.argument_text, stop)), **given}
+
+
+def read_prompt(prompt: str | None, file: Path | None, most: int) -> str:
+    """The prompt from -p, from -f or from stdin; of one of over `most` bytes at least so many."""
     if prompt is not None:
-        return prompt
+        return options.argument_text(prompt)
     if file is None and sys.stdin is not None and sys.stdin.isatty():
         options.note("edgemem: type the prompt, then Ctrl-D (or give it with -p TEXT)")
-    return options.read_text(file).removesuffix("\n")
+    return options.read_text(file, most).removesuffix("\n")
 
 
 def generate(engine, prompt: str, as_json: bool, **arguments) -> None:

@@ -6,7 +6,7 @@ nothing after that has to ask whether a weight is there or how big it is.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 
 import numpy as np
 
@@ -108,6 +108,7 @@ def bundle_order(spec: ModelSpec, layers: Iterable[int]) -> Iterator[tuple[Kind,
 def check_bundles(entries: np.ndarray, meta: Meta) -> None:
     """Hold a directory to the spec: these bundles, in this order, with these segments and shapes.
 
+    The bundles of one kind in one layer share one layout class, so that the first speaks for all.
     Raises CorruptError. The work is bounded by the number of entries, whatever the spec claims.
     """
     spec = meta.spec
@@ -121,7 +122,12 @@ def check_bundles(entries: np.ndarray, meta: Meta) -> None:
     found = zip(kinds, layers, indices, strict=True)
     if not all(a == b for a, b in zip_longest(found, expected)):
         raise CorruptError("the directory does not list the bundles of its model")
-    for kind, layer, layout in sorted(set(zip(kinds, layers, layouts, strict=True))):
+    classes = sorted(set(zip(kinds, layers, layouts, strict=True)))
+    for (kind, layer, _), (next_kind, next_layer, _) in pairwise(classes):
+        if (kind, layer) == (next_kind, next_layer):
+            what = Kind(kind).name.lower()
+            raise CorruptError(f"the {what} bundles of layer {layer} are not of one layout class")
+    for kind, layer, layout in classes:
         _check_layout(meta.layouts[layout], bundle_parts(spec, Kind(kind), layer), layer)
     _check_table(entries[:embeds], Kind.EMBED, meta, expected=not spec.tied)
     _check_table(entries[len(entries) - heads :], Kind.HEAD, meta, expected=True)

@@ -1,6 +1,7 @@
 """The meta section: what a store says about itself in JSON; strict reading of untrusted JSON."""
 
 import json
+import math
 from dataclasses import dataclass, field
 
 from ..errors import CorruptError, EdgeMemError
@@ -63,7 +64,8 @@ def _meta_of(parsed) -> Meta:
 
 
 def parse_json(data: bytes, unique_keys: bool = False):
-    """Strict JSON from untrusted bytes: UTF-8, no NaN or Infinity, no absurd nesting.
+    """Strict JSON from untrusted bytes: UTF-8, no NaN or Infinity (not as 1e999 either), no absurd
+    nesting.
 
     With `unique_keys` an object that names a key twice is refused. Raises ValueError only.
     """
@@ -71,10 +73,18 @@ def parse_json(data: bytes, unique_keys: bool = False):
         return json.loads(
             data.decode("utf-8"),
             parse_constant=_no_constant,
+            parse_float=_finite,
             object_pairs_hook=_unique if unique_keys else None,
         )
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text:.40} is too large")
+    return value
 
 
 def _no_constant(name: str):

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .._native import check, lib, pointer
+from ..errors import CorruptError
 from ..format import Kind
 from ..kernels import Array, Core, Table
 from ..spec import ModelSpec
-from .layers import Attention, Norm
+from .layers import Attention, Experts, Norm, SharedExpert
 from .rope import inverse_frequencies
 from .workspace import Workspace
 
@@ -76,7 +77,7 @@ class Decoder(ABC):
     def __init__(self, store, streamer, core: Core, max_tokens: int):
         self.spec: ModelSpec = store.spec
         self._work = work = Workspace(store, streamer, core, max_tokens)
-        self._layers = [Layer(work, i, self.feed_forward(i)) for i in range(self.spec.n_layers)]
+        self._layers = [Layer(work, i, self._parts(i)) for i in range(self.spec.n_layers)]
         self._final_id, final = work.bundles(Kind.DENSE, self.spec.n_layers)
         self._final_norm = Norm(core, final[0], "norm", self.spec.norm_eps, self.spec.hidden)
         self._head = Vocabulary(work, Kind.HEAD)
@@ -87,6 +88,17 @@ class Decoder(ABC):
     @abstractmethod
     def feed_forward(self, index: int) -> list[type]:
         """The classes of layer `index`'s feed-forward parts, in the order in which they add up."""
+
+    def _parts(self, index: int) -> list[type]:
+        """`feed_forward`, held to the spec, which comes from a file."""
+        parts, routed = self.feed_forward(index), self.spec.routed[index]
+        shared = routed and self.spec.shared_intermediate > 0
+        if (Experts in parts, SharedExpert in parts) != (routed, shared):
+            raise CorruptError(
+                f"building a model: layer {index} of a {self.spec.model_type} model is not "
+                f"{'routed' if routed else 'dense'} in this way; convert the checkpoint again"
+            )
+        return parts
 
     def step(self, ids: np.ndarray, kv: KvCache, n_logits: int = 1) -> np.ndarray:
         """Append tokens to a cache; float32 [n_logits, vocab] after the last, a view of scratch.

@@ -189,6 +189,37 @@ static void rows_unpack(const em_kernels *k) {
         }
 }
 
+/* What is not finite must not come out finite, from any kernel that could hide it. */
+static void nothing_hides_overflow(const em_kernels *k) {
+    const float bad[] = {NAN, -NAN, INFINITY, -INFINITY};
+    for (int i = 0; i < 4; i++)
+        for (int at = 0; at < 48; at += 7) {
+            float x[48], up[48], scale[2], out[16];
+            int8_t q[64];
+            int32_t sum[2];
+            uint16_t keys[3 * 16], values[3 * 16];
+            fill_unit(x, 48, 3);
+            fill_unit(up, 48, 4);
+            k->store_f16(x, 48, values);
+            x[at] = bad[i];
+            k->quantize(x, 48, q, scale, sum);
+            CHECK(isnan(scale[at / 32]) && !isnan(scale[1 - at / 32]), "%s quantises %g", k->name,
+                  bad[i]);
+            k->store_f16(x, 48, keys);
+            float query[16];
+            fill_unit(query, 16, 5);
+            k->attend(query, keys, values, 0, 3, 16, out);
+            if (isnan(bad[i]) || query[at % 16] * bad[i] > 0)
+                CHECK(isnan(out[0]), "%s attends to %g", k->name, bad[i]);
+            for (int32_t kind = EM_SILU; kind <= EM_RELU2 && isnan(bad[i]); kind++) {
+                float g[48];
+                memcpy(g, x, sizeof g);
+                k->gate(g, up, 48, kind);
+                CHECK(isnan(g[at]), "%s activation %d hides NaN", k->name, kind);
+            }
+        }
+}
+
 static void crc_is_castagnoli(void) {
     uint8_t data[40000];
     uint32_t state = 5;
@@ -216,5 +247,6 @@ int main(void) {
     for_each_isa(halves_round_trip);
     for_each_isa(same_bytes);
     for_each_isa(rows_unpack);
+    for_each_isa(nothing_hides_overflow);
     return check_report();
 }

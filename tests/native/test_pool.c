@@ -68,8 +68,11 @@ int main(void) {
     CHECK(em_pool_open(1025, &pool) == EM_INVALID, "%d threads", 1025);
     for (int32_t n = 1; n <= 5; n++) each_item_once(n);
     regions_are_ordered();
-    for (int i = 0; i < 50; i++) { /* open and close at once: no lost wake-up */
+    for (int i = 0; i < 400; i++) { /* open, perhaps run, close at once: no lost wake-up */
+        static tally t;
+        t.n_threads = 3;
         CHECK(em_pool_open(3, &pool) == EM_OK, "round %d", i);
+        if (i % 2) em_pool_run(pool, count_item, &t, 1 + i % 7);
         em_pool_close(pool);
     }
     return check_report();

@@ -195,3 +195,9 @@ def test_the_peak_is_that_of_this_process_alone():
     if sys.platform == "linux":
         assert peak < 100 * MIB
     del ballast
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 400 + "G", "1" + "0" * 30, "9" * 400 + "%"])
+def test_sizes_beyond_all_machines(text):
+    with pytest.raises(ValueError, match="at most .* TiB"):
+        parse_size(text)

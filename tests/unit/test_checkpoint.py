@@ -81,6 +81,7 @@ GOOD = {"a": entry(0, 8), "b": entry(8, 24, [2, 2])}
         (safetensors(b"[]"), "not a JSON object"),
         (safetensors(b"\xff{}"), "header is wrong"),
         (safetensors(b'{"a": NaN}'), "header is wrong: NaN"),
+        (safetensors(b'{"a": 1e999}'), "header is wrong: the number 1e999 is too large"),
         (safetensors(b"[" * 100_000), "nested too deeply"),
         (safetensors(b'{"a": 1, "a": 2}'), "'a' is given twice"),
         (safetensors({"a": 7}), "other fields"),

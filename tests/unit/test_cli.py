@@ -129,9 +129,9 @@ def test_inspect(tiny_moe_store):
     facts = json.loads(run("inspect", tiny_moe_store, "--json")[0])
     assert facts["parameters"] == 22007424
     assert facts["bundles"]["expert"]["bundle_count"] == 192
-    assert facts["streamed_bytes"] == facts["bundles"]["expert"]["payload_bytes"]
+    assert facts["streamable_bytes"] == facts["bundles"]["expert"]["payload_bytes"]
     assert facts["spec"]["n_experts"] == 32
-    assert sum(facts["dtype_bytes"].values()) <= facts["dense_bytes"] + facts["streamed_bytes"]
+    assert sum(facts["dtype_bytes"].values()) <= facts["dense_bytes"] + facts["streamable_bytes"]
 
 
 def test_verify(stories_store, tmp_path):
@@ -201,6 +201,9 @@ def test_demo():
         (["-p", "x", "--context", "0"], "context"),
         (["-p", "x", "--context", "100000"], "512"),
         (["-p", "x", "--threads", "0"], "threads"),
+        (["-p", "x", "--threads", "1025"], "at most 1024"),
+        (["-p", "x", "--memory", "9" * 400], "TiB"),
+        (["-p", "x", "--temperature", "inf"], "from 0 to 1e"),
         (["-p", "x", "--frobnicate"], "frobnicate"),
         (["-p", "x", "extra"], "extra"),
     ],
@@ -315,3 +318,130 @@ def test_ctrl_c_in_a_generation(stories_store, more, text):
     assert result.returncode == 130
     assert result.stdout.startswith(text) and len(result.stdout) < 24
     assert result.stderr == "\nedgemem: interrupted\n"
+
+
+def shell(script, *arguments, **environment):
+    return subprocess.run(
+        ["bash", "-c", script, "bash", *edgemem_command(*arguments)], text=True,
+        capture_output=True, env=ENVIRONMENT | environment, timeout=120,
+    )  # fmt: skip
+
+
+def test_stdin_that_is_closed(stories_store):
+    result = shell('"$@" <&-', "run", stories_store)
+    assert result.returncode == 2 and "stdin: it is closed" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_help_on_a_full_disk():
+    result = shell('"$@" > /dev/full', "--help")
+    assert result.returncode == 1 and "writing the output" in one_line(result.stderr)
+
+
+def test_ctrl_c_while_the_commands_are_imported():
+    code = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'click': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from edgemem.__main__ import main\n"
+        "main(['--help'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 130 and result.stderr == "\nedgemem: interrupted\n"
+
+
+def test_nothing_is_said_of_streaming_that_this_version_cannot_do(tiny_moe_store):
+    assert "bigger than" not in run("--help")[0] + edgemem.__doc__
+    assert "streamable" in run("inspect", tiny_moe_store)[0]
+
+
+def test_json_loses_nothing_in_any_encoding(stories_store, tmp_path):
+    store = shutil.copy(stories_store, tmp_path / "né.edgemem")
+    result = shell('"$@"', "inspect", store, "--json", PYTHONIOENCODING="ascii")
+    assert json.loads(result.stdout)["path"] == str(store)
+    assert "né" in run("inspect", store, "--json")[0]
+
+
+def test_a_prompt_in_utf8_is_that_in_any_locale(stories_store):
+    arguments = ("run", stories_store, "-p", "Café", "-n", 4, "--json")
+    expected = json.loads(run(*arguments)[0])["token_ids"]
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = shell('"$@"', *arguments, **plain)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["token_ids"] == expected
+
+
+def test_what_is_no_store_is_told_before_stdin_is_read(tmp_path):
+    with subprocess.Popen(
+        edgemem_command("run", tmp_path / "nosuch"), stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.wait(60) == 1
+        assert b"no such file" in process.stderr.read()
+
+
+def test_demo_checks_its_arguments_before_it_prints():
+    for wrong in (("--temperature", -1), ("--stop", "")):
+        assert run("demo", *wrong, code=2)[0] == ""
+    assert run("demo", "-p", "word " * 9000, code=1)[0] == ""
+    assert json.loads(run("demo", "--stop", "e", "--json")[0])["finish_reason"] == "stop"
+
+
+def test_a_text_of_any_length_is_refused_at_once(stories_store, tmp_path):
+    text = tmp_path / "long"
+    text.write_bytes(b"a" * 30_000_000)
+    for arguments in (("run", stories_store, "-f", text), ("run", stories_store, "-f", "-")):
+        with text.open() as stdin:
+            stderr = run(*arguments, "--memory", "70M", code=1, stdin=stdin)[1]
+        assert "at least" in one_line(stderr)
+    measure = ("perplexity", stories_store, "-f", text, "--memory", "70M")
+    assert "encoding 28.6 MiB of text does not fit the memory budget" in run(*measure, code=1)[1]
+    run(*measure, "--limit", 100)
+
+
+def test_the_engine_is_closed(stories_store):
+    command = [sys.executable, "-X", "dev", *edgemem_command("run", stories_store, "-p", "x")[1:]]
+    for more, code in (([], 0), (["--stop", ""], 2)):
+        result = subprocess.run([*command, *more], capture_output=True, text=True)
+        assert result.returncode == code and "ResourceWarning" not in result.stderr
+
+
+ENDS_ITSELF = """
+import os, signal, sys
+from edgemem.writer import StoreWriter
+finish = StoreWriter.finish
+StoreWriter.finish = lambda *a, **k: os.kill(os.getpid(), int(sys.argv[1])) or finish(*a, **k)
+from edgemem.__main__ import main
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signals on this system")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_conversion_that_is_ended_leaves_nothing(name, shared, tmp_path):
+    number, source = getattr(signal, name), shared / "models" / "stories260k"
+    command = [sys.executable, "-c", ENDS_ITSELF, str(int(number)), "convert", str(source)]
+    target = tmp_path / "x.edgemem"
+    result = subprocess.run([*command, "-o", target], capture_output=True, text=True)
+    assert result.returncode == 128 + number and "Traceback" not in result.stderr
+    assert result.stderr.startswith("\nedgemem: ") and not list(tmp_path.iterdir())
+
+
+def test_a_lack_of_memory_says_of_what_and_what_to_try():
+    from edgemem.cli import _out_of_memory, cli
+
+    for name in cli.commands:
+        assert _out_of_memory(name, MemoryError()).startswith(f"{name}: the system has no more")
+    message = _out_of_memory("run", MemoryError("reserving"))
+    assert "(reserving); try" in message and "--context" in message
+
+
+def test_what_cannot_be_read_is_for_the_library_to_say():
+    from edgemem.cli import cli
+
+    paths = [
+        p.type for c in cli.commands.values() for p in c.params if p.type.name in ("path", "file")
+    ]
+    assert len(paths) >= 6 and not any(path.readable for path in paths)

@@ -125,6 +125,52 @@ def test_fused_experts_give_the_same_store(tmp_path):
     assert payloads[0] == payloads[1]
 
 
+def mixed_experts(model: tiny.Tiny, fused: bool) -> tuple[dict, dict, dict]:
+    """The tensors as (odd ones of the experts, other experts, the rest); any float holds the first
+    two. Odd are expert 0's `up` and, with `fused`, the tensors that hold all `down`."""
+    odd, experts = {}, {}
+    for layer in (i for i, on in enumerate(model.spec.routed) if on):
+        stem = f"model.layers.{layer}.mlp.experts."
+        for expert in range(model.spec.n_experts):
+            for name, value in model.weights.expert(layer, expert).items():
+                held = tiny._rounded(tiny._rounded(value, "BF16"), "F16")
+                home = odd if (name, expert) == ("up", 0) else experts
+                home[f"{stem}{expert}.{name}_proj.weight"] = held
+        if fused:
+            names = [f"{stem}{i}.down_proj.weight" for i in range(model.spec.n_experts)]
+            odd[f"{stem}down_proj"] = np.stack([experts.pop(name) for name in names])
+    return odd, experts, {n: v for n, v in model.tensors.items() if ".experts." not in n}
+
+
+@pytest.mark.parametrize("dtype", ["keep", "f16", "q8_0"])
+@pytest.mark.parametrize("formats", [("F16", "F32"), ("F16", "BF16"), ("F32", "BF16")])
+@pytest.mark.parametrize("fused", [False, True])
+def test_experts_of_one_layer_are_of_one_format(tmp_path, dtype, formats, fused):
+    """Experts of mixed floats are widened, exactly: the values of an all-f32 conversion."""
+    model = tiny.write(tmp_path / "model", "qwen3_moe", 2, dtype="F32")
+    parts = mixed_experts(model, fused)
+    rewrite(model, parts[0] | parts[1] | parts[2])
+    converters.convert(model.folder, tmp_path / "wide", dtype)
+    (model.folder / "model.safetensors").unlink()
+    weight_map = {}
+    for i, (tensors, source) in enumerate(zip(parts, (*formats, "F32"), strict=True)):
+        tiny.write_safetensors(model.folder / f"{i}.safetensors", tensors, list(tensors), source)
+        weight_map |= dict.fromkeys(tensors, f"{i}.safetensors")
+    index = model.folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    converters.convert(model.folder, tmp_path / "mixed", dtype)
+    with Store.open(tmp_path / "mixed") as mixed, Store.open(tmp_path / "wide") as wide:
+        layout = mixed.layout_of(int(mixed.find(Kind.EXPERT, model.spec.routed.index(True))[0]))
+        if dtype == "keep":  # only what differs is widened
+            down = formats[0] if fused else formats[1]
+            expected = {"gate": formats[1].lower(), "up": "f32", "down": down.lower()}
+            assert {s.name: s.dtype.name for s in layout.segments} == expected
+        found, expected = StoreWeights(mixed), StoreWeights(wide)
+        for i in range(len(wide.entries)):
+            for name, value in expected.bundle(i).items():
+                np.testing.assert_array_equal(found.bundle(i)[name], value)
+
+
 def test_a_bare_model_without_prefix(llama, tmp_path):
     tensors = {n.removeprefix("model."): v for n, v in llama.tensors.items()}
     rewrite(llama, tensors)
@@ -274,7 +320,7 @@ def test_an_existing_target_is_refused_before_the_source_is_read(tmp_path):
 
 
 def test_a_disk_without_room_is_refused_before_writing(llama, tmp_path, monkeypatch):
-    usage = type("usage", (), {"free": 1000})
+    usage = type("usage", (), {"free": 1000, "total": 5000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     refused(llama, tmp_path, "the disk has 1,000 free", StoreError)
 
@@ -290,7 +336,66 @@ def test_integers_are_no_weights(llama, tmp_path):
         converters.convert(llama.folder, tmp_path / "a")
 
 
+def test_messages_about_files(llama, tmp_path, monkeypatch):
+    tokenizer = llama.folder / "tokenizer.json"
+    good = tokenizer.read_bytes()
+    tokenizer.write_bytes(b"")
+    refused(llama, tmp_path, "tokenizer.json: it is empty; fetch it again")
+    tokenizer.write_bytes(good)
+    with pytest.raises(StoreError) as caught:
+        converters.convert(llama.folder, "/proc/a.edgemem")
+    assert "0 free" not in str(caught.value) and "writing /proc/a.edgemem: " in str(caught.value)
+    rewrite(llama, llama.tensors)
+
+    def denied(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("edgemem.converters.checkpoint.tensors.os.open", denied)
+    refused(llama, tmp_path, "model.safetensors: Permission denied; check its permissions$")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_numbers_beyond_any_float_are_refused(llama, tmp_path, name):
+    (llama.folder / name).write_text('{"temperature": -1e999}')
+    refused(llama, tmp_path, f"{name}: the number -1e999 is too large")
+
+
+def test_configs_that_make_no_model_are_errors_of_the_checkpoint(llama, tmp_path):
+    configure(llama, head_dim=2, rope_scaling={"type": "dynamic", "factor": 2.0})
+    refused(llama, tmp_path, "^config.json: head_dim = 2 is out of range; correct it")
+
+
+def test_ids_outside_the_vocabulary_are_left_out_and_told(llama, tmp_path):
+    configure(llama, eos_token_id=[99999, 2], bos_token_id=-7)
+    report = converters.convert(llama.folder, tmp_path / "a")
+    vocab = llama.spec.vocab_size
+    assert sorted(report.notes) == [
+        f"bos_token_id -7 is outside the vocabulary of {vocab}, and is left out",
+        f"eos_token_id 99999 is outside the vocabulary of {vocab}, and is left out",
+    ]
+    with Store.open(tmp_path / "a") as store:
+        assert store.spec.eos_ids == (2,) and store.spec.bos_id is None
+    configure(llama, eos_token_id=2, bos_token_id=1)
+    assert converters.convert(llama.folder, tmp_path / "b").notes == ()
+
+
 # ---- memory ------------------------------------------------------------------------------------
+
+PEAK = """
+import sys
+from edgemem import converters
+print(converters.convert(sys.argv[1], sys.argv[2]).peak_rss_bytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a peak starts with the parent's")
+def test_the_peak_is_that_of_this_process_alone(llama, tmp_path):
+    ballast = b"x" * (300 << 20)
+    command = [sys.executable, "-c", PEAK, llama.folder, tmp_path / "a"]
+    peak = int(subprocess.run(command, check=True, capture_output=True).stdout)
+    assert 10 << 20 < peak < 200 << 20
+    del ballast
+
 
 MEASURE = """
 import sys, resource

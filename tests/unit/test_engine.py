@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import edgemem
-from edgemem import BudgetError, ContextError, StoreError
+from edgemem import BudgetError, ContextError, StoreError, UnsupportedError
 from edgemem.budget import Item, show_size
 from edgemem.engine import context_limit
 from edgemem.inventory import resident_bytes
@@ -158,6 +158,7 @@ def test_scaled_rope_stretches_the_limit(engine):
         ({"threads": 0}, ValueError),
         ({"threads": "all"}, TypeError),
         ({"threads": True}, TypeError),
+        ({"threads": 1025}, ValueError),
         ({"memory": "much"}, ValueError),
         ({"memory": 0}, ValueError),
         ({"memory": None}, TypeError),
@@ -215,6 +216,54 @@ print(engine.budget.promised - peak_bytes())
 perplexity(engine, [5] * 300)
 print(engine.budget.promised - peak_bytes())
 """
+
+
+def test_logits_are_in_the_budget_while_they_are_made(tiny_moe_store):
+    with edgemem.load(tiny_moe_store) as engine:
+        engine.logits([5])
+        promised = engine.budget.promised
+        engine.budget.limit = promised + 4 * 10 * engine.spec.vocab_size
+        engine.logits([5] * 10)
+        with pytest.raises(BudgetError, match="logits of 11 tokens"):
+            engine.logits([5] * 11)
+        assert engine.budget.promised == promised
+
+
+def test_a_cache_that_the_system_refuses_is_not_promised(stories_store, monkeypatch):
+    def refuse(*_):
+        raise MemoryError("reserving")
+
+    with edgemem.load(stories_store) as engine:
+        promised = engine.budget.promised
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr("edgemem.engine.KvCache", refuse)
+            engine.session()
+        session = engine.session()
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr("edgemem.engine.KvCache", refuse)
+            engine.session()
+        assert engine.budget.promised == promised and session.position == 0
+
+
+def test_a_prompt_is_checked_before_weights_are_read(stories_store):
+    def read(done, total):
+        raise AssertionError("weights were read")
+
+    def ready(engine):
+        with pytest.raises(ValueError, match="stop string"):
+            engine.check("x", stop="")
+        with pytest.raises(TypeError, match="temprature"):
+            engine.check("x", temprature=1)
+        engine.check("x" * 40_000_000)
+
+    with pytest.raises(ContextError, match="at least"):
+        edgemem.load(stories_store, progress=read, ready=ready)
+
+
+def test_an_instruction_set_that_is_none_is_refused_with_those_that_run(stories_store, monkeypatch):
+    monkeypatch.setenv("EDGEMEM_ISA", "abacus")
+    with pytest.raises(UnsupportedError, match="abacus.*scalar"):
+        edgemem.load(stories_store)
 
 
 @pytest.mark.parametrize("name", ["stories_store", "tiny_moe_store"])

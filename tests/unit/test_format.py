@@ -1,5 +1,6 @@
 """The bytes of a store: what is written is read back, and nothing else is accepted."""
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -14,7 +15,10 @@ from edgemem import format as fmt
 from edgemem._native import crc32c
 from edgemem.errors import CorruptError, EdgeMemError, StoreError, UnsupportedError
 from edgemem.format import Kind, Layout
+from edgemem.models.rope import inverse_frequencies
 from edgemem.spec import ModelSpec, RopeSpec
+from edgemem.store import Store
+from edgemem.writer import StoreWriter
 
 FORMAT = Path(fmt.__file__).parents[1] / "FORMAT.md"
 
@@ -171,6 +175,7 @@ def test_a_number_format_of_the_future_is_unsupported():
 @pytest.mark.parametrize(
     "data",
     [
+        b"1e999", b"[-1e400]", b"1.5E+99999",
         b"", b"{", b"NaN", b"[Infinity]", b"-Infinity", b'{"a": NaN}', b"\xff\xfe", b'"\xc3"',
         b"[" * 100_000, b'{"a":' * 50_000, b"1" * 10_000, b'{"a": 1, "a": 2}', b"\xef\xbb\xbf{}",
     ],
@@ -227,6 +232,43 @@ def test_a_hostile_meta_is_an_error_or_a_valid_model():
             assert isinstance(decoded.spec, ModelSpec) and isinstance(decoded.spec.rope, RopeSpec)
 
 
+FAR = [1e-300, 1e-7, 1e-6, 0.5, 1.0, 1 + 1e-12, 1e6, 1e7, 1e12, 1e13, 1e300]
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "llama3", "yarn"])
+def test_what_passes_has_finite_frequencies(kind):
+    """Every number of a rope at its bounds and far beyond: refused, or it computes."""
+    names = ["theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"]
+    passed = 0
+    for a, b in itertools.combinations([*names, "attention_factor", "original_positions"], 2):
+        for x, y in itertools.product(FAR, FAR):
+            values = {"original_positions": 64, a: x, b: y}
+            values["original_positions"] = int(values["original_positions"])
+            try:
+                rope = RopeSpec(type=kind, **values)
+            except CorruptError:
+                continue
+            passed += 1
+            for head_dim in (4, 128, 1 << 12):
+                with np.errstate(all="raise", under="ignore"):
+                    found = inverse_frequencies(rope, head_dim, 64, 1 << 24)
+                assert np.isfinite(found).all()
+    assert passed > 100
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bos_id": 40}, {"bos_id": -1}, {"eos_ids": (2, 40)}, {"eos_ids": (-1,)},
+        {"norm_eps": 1e300}, {"norm_eps": float("nan")}, {"clip_qkv": 1e39},
+        {"head_dim": 2, "rope": RopeSpec("dynamic", factor=2.0)},
+    ],
+)  # fmt: skip
+def test_specs_that_would_fail_later_are_refused(change):
+    with pytest.raises(CorruptError, match="is out of range"):
+        replace(painted.SPEC, **change)
+
+
 # ---- directory ---------------------------------------------------------------------------------
 
 
@@ -260,6 +302,24 @@ def test_every_field_of_every_entry_is_checked(directory, field):
             changed[position][field] = value
             with pytest.raises(CorruptError):
                 fmt.check_directory(changed, meta, 4096, end)
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_experts_of_one_layer_share_a_layout(tmp_path, monkeypatch, changed):
+    """A store whose bundles are all well-formed, but one expert is in another number format."""
+    everything = painted.bundles(painted.ROUTED, dtypes.F32)
+    other = painted.bundles(painted.ROUTED, dtypes.F16)
+    position = [kind for kind, *_ in everything].index(Kind.EXPERT) + changed
+    everything[position] = other[position]
+    with monkeypatch.context() as patched:
+        patched.setattr("edgemem.format.directory.check_bundles", lambda *_: None)
+        with StoreWriter(tmp_path / "a") as writer:
+            for i, (kind, layer, index, layout) in enumerate(everything):
+                with writer.bundle(kind, layer, index, layout) as bundle:
+                    bundle.write(painted.payload(i, layout))
+            writer.finish(painted.ROUTED, painted.TOKENIZER)
+    with pytest.raises(CorruptError, match="the expert bundles of layer 0 are not of one layout"):
+        Store.open(tmp_path / "a")
 
 
 def test_missing_repeated_and_swapped_bundles(directory):

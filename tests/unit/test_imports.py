@@ -55,6 +55,19 @@ def test_generating_imports_nothing_heavy(stories_store, tmp_path):
     assert not {*HEAVY, *CLI_ONLY} & set(loaded)
 
 
+def test_loading_and_generating_stays_small(stories_store, tmp_path):
+    """All but the slab, which is weights: under 60 MiB, whatever the machine's speed."""
+    code = (
+        "import sys, edgemem\n"
+        "engine = edgemem.load(sys.argv[1], context=64)\n"
+        "engine.generate('Once', max_tokens=3)\n"
+        "from edgemem.budget import peak_bytes\n"
+        "from edgemem.inventory import resident_bytes\n"
+        "print(peak_bytes() - resident_bytes(engine.store))"
+    )
+    assert int(run(code, str(stories_store), cwd=tmp_path)) < 60 << 20
+
+
 def test_help_imports_no_engine(tmp_path):
     code = (
         "import sys\nfrom edgemem.__main__ import main\n"

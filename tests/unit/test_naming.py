@@ -182,6 +182,19 @@ def test_which_layers_are_routed(model_type):
     assert spec_of(small(model_type, num_experts=0)).n_experts == 0
 
 
+@pytest.mark.parametrize("model_type", DEFAULTS)
+def test_null_key_value_heads(model_type):
+    """As many as attention heads, where the configuration class says so in its __post_init__."""
+    config = small(model_type, num_key_value_heads=None, num_attention_heads=16)
+    if model_type in ("qwen2_moe", "qwen3_moe"):
+        with pytest.raises(CheckpointError, match="num_key_value_heads = null has no meaning"):
+            spec_of(config)
+        return
+    assert spec_of(config).n_kv_heads == 16
+    if model_type not in ("mistral", "mixtral"):  # whose field is declared as never None
+        assert transformers_config(config).num_key_value_heads == 16
+
+
 def test_a_saved_config_of_transformers_5_is_read():
     """It says num_local_experts where the class says num_experts, and rope_parameters."""
     from transformers import Qwen3MoeConfig
@@ -258,6 +271,11 @@ def test_unsupported_features_are_named(more, words):
         {"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 1.5}},
         {"rope_scaling": {"type": "yarn", "factor": 2, "mscale": -99.0, "mscale_all_dim": 1.0}},
         {"rope_scaling": {"type": "yarn", "factor": 2, "attention_factor": "1"}},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2},
+        {"rope_scaling": {"type": "linear", "factor": 1e300}}, {"rope_theta": 1e300},
+        {"rope_scaling": {"type": "yarn", "factor": 2, "beta_slow": 1e-300}},
+        {"rope_scaling": {"type": "yarn", "factor": 2, "attention_factor": 1e200}},
+        {"rope_scaling": {"type": "yarn", "factor": 2, "rope_theta": 1.0}},
         {"num_attention_heads": 0}, {"num_hidden_layers": 0}, {"num_hidden_layers": 1 << 20},
         {"num_key_value_heads": 3}, {"head_dim": 63}, {"hidden_size": 1 << 30}, {"vocab_size": 0},
         {"rms_norm_eps": "1e-5"}, {"rms_norm_eps": -1.0}, {"tie_word_embeddings": 1},

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import edgemem
-from edgemem.perplexity import perplexity
+from edgemem.errors import BudgetError
+from edgemem.perplexity import perplexity, text_bytes
 
 TEXT = "Once upon a time there was a little dog. " * 12
 
@@ -75,3 +76,24 @@ def test_perplexity_of_a_trained_model_on_wikitext(tiny_moe_store, wikitext):
     with edgemem.load(tiny_moe_store, context=256) as engine:
         report = perplexity(engine, wikitext[:8000], limit=1000)
     assert 100 < report.perplexity < 400
+
+
+def test_a_limit_encodes_only_what_it_could_need(engine, monkeypatch):
+    ids = engine.tokenizer.encode(TEXT, special=False)[:20]
+    encode, seen = engine.tokenizer.encode, []
+    monkeypatch.setattr(
+        engine.tokenizer, "encode", lambda text, **more: seen.append(text) or encode(text, **more)
+    )
+    text = TEXT + "é" * 5_000_000
+    assert perplexity(engine, text, limit=20).mean_nll == perplexity(engine, ids).mean_nll
+    most = text_bytes(engine, 20)
+    assert len(seen[0].encode()) in (most, most - 1) and most < 5000
+
+
+def test_a_text_beyond_the_budget_is_refused_before_it_is_encoded(stories_store):
+    with edgemem.load(stories_store) as engine:
+        engine.budget.limit = engine.budget.promised + (10 << 20)
+        with pytest.raises(BudgetError, match="encoding 1.0 MiB of text does not fit") as refusal:
+            perplexity(engine, "x" * (1 << 20))
+        assert "--limit" in str(refusal.value) and "--memory" in str(refusal.value)
+        assert perplexity(engine, "x" * (1 << 20), limit=100).tokens == 100

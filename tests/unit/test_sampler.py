@@ -182,3 +182,23 @@ def test_a_penalty_changes_greedy_choice_too():
 def test_refusals_name_the_field(options, error):
     with pytest.raises(error, match=next(iter(options))):
         Sampling(**options)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"repetition_penalty": 1e-40}, "from 1e-30 to 1e"),
+        ({"repetition_penalty": 0}, "from 1e-30 to 1e"),
+        ({"temperature": float("inf")}, "from 0 to 1e"),
+        ({"temperature": float("nan")}, "from 0 to 1e"),
+    ],
+)
+def test_both_bounds_are_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        Sampling(**options)
+
+
+def test_an_unknown_option_is_named_with_those_that_exist():
+    with pytest.raises(TypeError, match="'temprature'.*temperature, top_k"):
+        Sampling.of({"temprature": 1})
+    assert Sampling.of({"top_k": 3}) == Sampling(top_k=3)

@@ -355,3 +355,33 @@ def test_ids_in_many_shapes():
 def test_feeding_nothing_is_refused():
     with pytest.raises(ValueError, match="no ids"):
         Session(FakeEngine(BYTES)).feed([])
+
+
+@pytest.mark.parametrize("id", [10**30, -(10**30), 2**63])
+def test_huge_ids_are_named(id):
+    with pytest.raises(ValueError, match=f"token id {id} at place 1 is out of range"):
+        check_ids([-0, id], 257)
+
+
+def test_ragged_ids_are_of_a_wrong_type():
+    with pytest.raises(TypeError, match="flat sequence"):
+        check_ids([[1], [1, 2]], 257)
+
+
+def test_a_stream_of_a_closed_session_says_so():
+    engine = scripted("hello")
+    session = Session(engine)
+    stream = session.generate("say:", stream=True)
+    next(stream)
+    session.close()
+    assert engine.caches == 0
+    with pytest.raises(ValueError, match="the session was closed"):
+        next(stream)
+
+
+def test_a_text_that_cannot_fit_is_refused_without_being_encoded(monkeypatch):
+    engine = FakeEngine(BYTES, context=16)
+    monkeypatch.setattr(engine.tokenizer, "_inner", None)
+    least = -(-40_000_000 // BYTES.longest_token)
+    with pytest.raises(ContextError, match=f"at least {least} tokens .* context of 16"):
+        Session(engine).generate("x" * 40_000_000)

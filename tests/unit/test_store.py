@@ -158,10 +158,38 @@ def test_what_is_no_store(tmp_path, shared):
         (shared / "models" / "stories260k" / "model.safetensors", "not an edgemem store"),
         (tmp_path / ("x" * 300), "opening"),
         ("a\0b", "opening"),
+        ("", "opening a store: its path is empty"),
     ]:
         with pytest.raises(StoreError, match=words) as caught:
             Store.open(path)
         assert "\n" not in str(caught.value)
+
+
+def test_what_ends_early_is_said_to(tmp_path):
+    path = painted.write(tmp_path / "a.edgemem")
+    for size, words in ((4096, "the end of the store is missing"), (5000, "no whole number")):
+        os.truncate(path, size)
+        with pytest.raises(CorruptError, match=words) as caught:
+            Store.open(path)
+        assert "?" not in str(caught.value)
+        painted.write(path, force=True)
+
+
+def test_numbers_beyond_any_float_are_refused(tmp_path):
+    path = painted.write(tmp_path / "a.edgemem")
+    painted.rewrite(path, meta=lambda data: data.replace(b'"theta":10000.0', b'"theta":1e999'))
+    with pytest.raises(CorruptError, match=r"a\.edgemem: .*the number 1e999 is too large"):
+        Store.open(path)
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    def denied(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    path = painted.write(tmp_path / "a.edgemem")
+    monkeypatch.setattr(type(path), "open", denied)
+    with pytest.raises(StoreError, match=r"a\.edgemem: Permission denied; check"):
+        Store.open(path)
 
 
 def test_a_newer_version_is_named(tmp_path):

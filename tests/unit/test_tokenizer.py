@@ -1,16 +1,17 @@
 """Tokenizer and Detokenizer: pieces add up to the whole, whatever the ids and the decoder."""
 
 import json
+import signal
 
 import pytest
 from fake_engine import byte_fallback, byte_level
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Inner
-from tokenizers import decoders, models
 
 from edgemem.errors import UnsupportedError
-from edgemem.tokenizer import REPLACEMENT, Tokenizer
+from edgemem.tokenizer import REPLACEMENT, Tokenizer, byte_count
 
 
 def metaspace(scheme):
@@ -137,6 +138,71 @@ def test_truncation_and_padding_of_training_are_switched_off():
     inner.enable_truncation(4)
     inner.enable_padding(length=16)
     assert len(Tokenizer(inner.to_str().encode()).encode("abcdefgh")) == 8
+
+
+@given(text=st.text(alphabet="ab é€😀\n", max_size=60), name=st.sampled_from(sorted(DECODERS)))
+def test_no_token_stands_for_more_than_the_longest(text, name):
+    tokenizer = DECODERS[name]
+    if tokenizer.longest_token is not None:
+        ids = tokenizer.encode(text, special=False)
+        assert byte_count(text) <= len(ids) * tokenizer.longest_token
+
+
+@pytest.mark.parametrize(
+    "change, longest",
+    [
+        ({}, 4),
+        ({"normalizer": normalizers.NFC()}, 16),
+        ({"normalizer": normalizers.Sequence([normalizers.Prepend("x"), normalizers.NFD()])}, 16),
+        ({"normalizer": normalizers.Replace(" ", "▁")}, 4),
+        ({"normalizer": normalizers.Replace("aa", "a")}, None),
+        ({"normalizer": normalizers.Replace(Regex("a+"), "a")}, None),
+        ({"normalizer": normalizers.Strip()}, None),
+        ({"normalizer": normalizers.NFKC()}, None),
+        ({"pre_tokenizer": pre_tokenizers.Whitespace()}, None),
+    ],
+)
+def test_the_longest_token_is_known_where_nothing_is_left_out(change, longest):
+    inner = Inner.from_str(byte_level(merges=[("Ã", "©")], special=())._inner.to_str())
+    for name, part in change.items():
+        setattr(inner, name, part)
+    assert Tokenizer(inner.to_str().encode()).longest_token == longest
+
+
+def test_tokens_that_swallow_what_is_around_them_have_no_longest():
+    inner = Inner.from_str(byte_level()._inner.to_str())
+    inner.add_tokens([AddedToken("<mask>", lstrip=True)])
+    assert Tokenizer(inner.to_str().encode()).longest_token is None
+    assert DECODERS["word pieces"].longest_token is None
+
+
+def test_a_long_text_lets_other_threads_run_and_has_the_same_ids():
+    tokenizer, text = DECODERS["byte fallback"], "ab é😀 " * 20000
+    assert tokenizer.encode(text) == tokenizer._inner.encode(text).ids
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers on this system")
+def test_an_interrupt_ends_the_encoding_of_a_long_text():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            DECODERS["byte fallback"].encode("ab é😀 " * 200000)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(
+    "ids, error",
+    [([-1], ValueError), ([1 << 32], ValueError), ([1.5], TypeError), ([True], TypeError)],
+)
+def test_decoding_what_is_no_id(ids, error):
+    with pytest.raises(error, match="token id"):
+        DECODERS["byte level"].decode(ids)
 
 
 def test_bad_text_and_bad_files_are_named():

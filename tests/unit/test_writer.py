@@ -1,10 +1,14 @@
 """Writing a store: all of it under its name, or nothing at all."""
 
+import itertools
 import os
+import subprocess
+import sys
 
 import painted
 import pytest
 
+from edgemem import writer as writer_module
 from edgemem.errors import CorruptError, StoreError
 from edgemem.format import Kind, Layout
 from edgemem.store import Store
@@ -15,13 +19,23 @@ def files(folder) -> list[str]:
     return sorted(os.listdir(folder))
 
 
-def test_the_same_input_gives_the_same_bytes(tmp_path):
+@pytest.fixture(params=["unnamed", "hidden"])
+def temporary(request, monkeypatch) -> str:
+    """Files without a name until they are whole, or systems that have none such."""
+    if request.param == "hidden":
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    elif not hasattr(os, "O_TMPFILE"):
+        pytest.skip("the system has no files without a name")
+    return request.param
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path, temporary):
     a, b = (painted.write(tmp_path / name) for name in ("a", "b"))
     assert a.read_bytes() == b.read_bytes() and files(tmp_path) == ["a", "b"]
     assert Store.open(a).verify().ok
 
 
-def test_an_existing_target_is_kept_without_force(tmp_path):
+def test_an_existing_target_is_kept_without_force(tmp_path, temporary):
     target = tmp_path / "a.edgemem"
     target.write_text("precious")
     with pytest.raises(StoreError, match="--force"):
@@ -31,7 +45,7 @@ def test_an_existing_target_is_kept_without_force(tmp_path):
     assert Store.open(target).verify().ok and files(tmp_path) == ["a.edgemem"]
 
 
-def test_a_link_is_replaced_by_force_and_what_it_names_is_kept(tmp_path):
+def test_a_link_is_replaced_by_force_and_what_it_names_is_kept(tmp_path, temporary):
     precious, link = tmp_path / "precious", tmp_path / "link"
     precious.write_text("precious")
     link.symlink_to(precious)
@@ -42,7 +56,7 @@ def test_a_link_is_replaced_by_force_and_what_it_names_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_a_target_that_appears_meanwhile_is_kept(tmp_path, monkeypatch, links):
+def test_a_target_that_appears_meanwhile_is_kept(tmp_path, monkeypatch, temporary, links):
     if not links:
         monkeypatch.setattr(os, "link", refuse_links)
     target = tmp_path / "a.edgemem"
@@ -54,7 +68,7 @@ def test_a_target_that_appears_meanwhile_is_kept(tmp_path, monkeypatch, links):
     assert target.read_text() == "precious" and files(tmp_path) == ["a.edgemem"]
 
 
-def refuse_links(*_):
+def refuse_links(*_, **__):
     raise PermissionError(1, "Operation not permitted")
 
 
@@ -92,11 +106,12 @@ def test_page_sizes_are_checked_before_anything_is_made(tmp_path):
     assert files(tmp_path) == []
 
 
-def test_leaving_early_leaves_nothing(tmp_path):
+def test_leaving_early_leaves_nothing(tmp_path, temporary):
     for error in (RuntimeError, KeyboardInterrupt, SystemExit):
         with pytest.raises(error), StoreWriter(tmp_path / "a") as writer:
             write_bundles(writer)
-            assert len(files(tmp_path)) == 1 and files(tmp_path)[0].startswith(".a.")
+            assert len(files(tmp_path)) == (temporary == "hidden")
+            assert all(name.startswith(".a.") for name in files(tmp_path))
             raise error
         assert files(tmp_path) == []
     with StoreWriter(tmp_path / "a") as writer:
@@ -104,11 +119,61 @@ def test_leaving_early_leaves_nothing(tmp_path):
     assert files(tmp_path) == []
 
 
-def test_what_a_dead_process_left_is_stepped_over(tmp_path):
-    stale = tmp_path / f".a.{os.getpid()}.tmp"
+def test_what_a_dead_process_of_our_id_left_is_stepped_over(tmp_path, temporary, monkeypatch):
+    monkeypatch.setattr(writer_module, "_NUMBERS", itertools.count())
+    stale = tmp_path / f".a.{os.getpid()}.0.tmp"
     stale.write_text("stale")
     painted.write(tmp_path / "a")
     assert Store.open(tmp_path / "a").verify().ok and stale.read_text() == "stale"
+
+
+def dead_pid() -> int:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return process.pid
+
+
+def test_what_dead_writers_of_the_target_left_is_removed(tmp_path, temporary):
+    fcntl, dead = pytest.importorskip("fcntl"), dead_pid()
+    kept = {f".b.{dead}.0.tmp", f".a.{os.getpid()}.0.tmp", ".a.tmp", f"a.{dead}.0.tmp",
+            f".a.{dead}.0.tmp.b", f".a.{dead}.7.tmp"}  # fmt: skip
+    for name in kept | {f".a.{dead}.tmp", f".a.{dead}.3.tmp"}:
+        (tmp_path / name).write_text("left")
+    os.mkfifo(tmp_path / f".a.{dead}.8.tmp")
+    (tmp_path / f".a.{dead}.9.tmp").symlink_to("a")
+    with (tmp_path / f".a.{dead}.7.tmp").open() as used:  # of a container that shares the folder
+        fcntl.flock(used, fcntl.LOCK_EX)
+        painted.write(tmp_path / "a")
+    kept |= {"a", f".a.{dead}.8.tmp", f".a.{dead}.9.tmp"}
+    assert set(files(tmp_path)) == kept
+
+
+def test_a_writer_locks_its_file(tmp_path, monkeypatch):
+    """So that another process, which may not see its id, does not take it for a leftover."""
+    pytest.importorskip("fcntl")
+    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    monkeypatch.setattr(writer_module, "_alive", lambda pid: False)
+    with StoreWriter(tmp_path / "a") as writer:
+        write_bundles(writer)
+        StoreWriter(tmp_path / "a").abort()
+        writer.finish(painted.SPEC, painted.TOKENIZER)
+    assert files(tmp_path) == ["a"]
+
+
+def test_a_file_taken_for_a_leftover_is_made_again(tmp_path, monkeypatch):
+    """Another process may come between making the file and locking it."""
+    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    lock, calls = writer_module._lock, []
+
+    def late(fd: int) -> None:
+        if not calls:
+            (tmp_path / files(tmp_path)[0]).unlink()
+        calls.append(fd)
+        lock(fd)
+
+    monkeypatch.setattr(writer_module, "_lock", late)
+    assert Store.open(painted.write(tmp_path / "a")).verify().ok
+    assert files(tmp_path) == ["a"] and len(calls) == 2
 
 
 @pytest.mark.parametrize("skip", [(0,), (1,), (3,), (0, 1, 2, 3)])
