@@ -224,10 +224,6 @@ int32_t em_residency_wait(em_residency *residency, const uint32_t *ids, int32_t 
 const int32_t *em_residency_ready(const em_residency *residency);
 em_read_failure em_residency_failure(em_residency *residency);
 em_residency_stats em_residency_statistics(em_residency *residency);
-/* Takes slots of a class out of use for good, the highest first, once they are unpinned; returns
- * how many it could take. Their memory may be given back to the system. */
-int32_t em_residency_shrink(em_residency *residency, int32_t slot_class, int32_t n_slots);
-
 /* Adds up 8-byte words: the plain read that kernels are measured against. */
 uint64_t em_read_bytes(em_core *core, const void *data, uint64_t bytes);
 

@@ -16,7 +16,7 @@
 #include <unistd.h>
 
 enum { ABSENT, LOADING, RESIDENT };
-enum { NO_SLOT = -1, EMPTY = -1, OUT_OF_USE = -2 };
+enum { NO_SLOT = -1, EMPTY = -1 };
 
 typedef struct {
     int32_t slot; /* of its class */
@@ -46,7 +46,7 @@ struct em_residency {
     uint64_t piece_bytes;
     const em_bundle *bundles;
     em_slot_class *classes;
-    int32_t **occupant; /* [class][slot]: the bundle, EMPTY or OUT_OF_USE */
+    int32_t **occupant; /* [class][slot]: the bundle, or EMPTY */
     bundle_state *states;
     int32_t *ready;
     piece *flying; /* [depth], by tag */
@@ -208,7 +208,7 @@ static int32_t take_slot(em_residency *r, int32_t slot_class, const float *ranks
     for (int32_t slot = 0; slot < r->classes[slot_class].n_slots; slot++) {
         int32_t bundle = occupant[slot];
         if (bundle == EMPTY) return slot;
-        if (bundle == OUT_OF_USE || r->states[bundle].pins > 0) continue;
+        if (r->states[bundle].pins > 0) continue;
         if (r->states[bundle].state == LOADING) {
             *loading = true;
             continue;
@@ -349,26 +349,6 @@ int32_t em_residency_wait(em_residency *r, const uint32_t *ids, int32_t n) {
     r->stats.stall_us += em_now_us() - since;
     pthread_mutex_unlock(&r->mutex);
     return status;
-}
-
-int32_t em_residency_shrink(em_residency *r, int32_t slot_class, int32_t n_slots) {
-    int32_t taken = 0;
-    if (slot_class < 0 || slot_class >= r->n_classes) return 0;
-    pthread_mutex_lock(&r->mutex);
-    em_slot_class *c = &r->classes[slot_class];
-    while (taken < n_slots && c->n_slots > 0) {
-        int32_t *occupant = &r->occupant[slot_class][c->n_slots - 1];
-        if (*occupant >= 0) {
-            bundle_state *s = &r->states[*occupant];
-            if (s->pins > 0 || s->state == LOADING) break;
-            vacate(r, (uint32_t)*occupant);
-        }
-        *occupant = OUT_OF_USE;
-        c->n_slots--;
-        taken++;
-    }
-    pthread_mutex_unlock(&r->mutex);
-    return taken;
 }
 
 const int32_t *em_residency_ready(const em_residency *r) { return r->ready; }
