@@ -33,10 +33,9 @@ from edgemem.format import (
 from edgemem.spec import ModelSpec
 from edgemem.writer import StoreWriter
 
-from . import naming
+from . import blocks, naming, quantize
 from .checkpoint import Tensor
 from .configuration import Description
-from .quantize import BITS, pack
 
 DTYPES = ("keep", "f16", "q8_0", "q4_0")
 _WEIGHTS = {"f16": F16, "q8_0": Q8_0, "q4_0": Q4_0}
@@ -209,7 +208,7 @@ class _Planner:
                     f"{list(tensor.shape)}, config.json asks for {list(source.shape)}"
                 )
             self.used.add(source.tensor)
-            assert tensor.dtype in BITS  # asked now, since it raises for what is no float
+            assert tensor.dtype  # asked now, since it raises for what a store cannot hold
             return tensor, source.first_row
         self.missing.append(candidates[0].tensor)
         if len(self.missing) > _MANY_MISSING:
@@ -266,8 +265,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _chunk_rows(tensor: Tensor, lanes: int) -> int:
     """Rows to read at a time: whole groups, a few MiB."""
-    row_bytes = max(1, tensor.shape[-1] * BITS[tensor.dtype].itemsize)
-    return max(1, _CHUNK_BYTES // (row_bytes * lanes)) * lanes
+    return max(1, _CHUNK_BYTES // (max(1, tensor.row_bytes) * lanes)) * lanes
 
 
 # --- Writing --------------------------------------------------------------------------------------
@@ -301,11 +299,12 @@ class _Chunk:
 
     @property
     def source_bytes(self) -> int:
-        return self.count * self.piece.segment.cols * BITS[self.piece.tensor.dtype].itemsize
+        return self.count * self.piece.tensor.row_bytes
 
     def pack(self) -> np.ndarray:
         tensor, segment = self.piece.tensor, self.piece.segment
         bits = tensor.read_rows(self.piece.first_row + self.first, self.count)
+        pack = blocks.pack if tensor.dtype.is_block else quantize.pack
         try:
             return pack(bits, tensor.dtype, segment.dtype, segment.lanes)
         except ValueError as error:

@@ -19,7 +19,7 @@ from edgemem.tokenizer import Tokenizer
 from edgemem.writer import StoreWriter, check_target
 
 from . import bundler
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
 from .configuration import describe
 
 
@@ -52,7 +52,7 @@ def convert(
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConversionReport:
-    """Convert the checkpoint directory `source` into the store `target`.
+    """Convert a checkpoint, a Hugging Face folder or a GGUF file, into the store `target`.
 
     `dtype` is "keep" (weights as they are), "f16", "q8_0" or "q4_0": it applies to the matrices of
     attention and FFN; norms and biases become f32, routers stay as they are, vocabulary tables
@@ -67,7 +67,7 @@ def convert(
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(bundler.DTYPES)}")
     check_page_size(page_size)
     check_target(target, force)
-    with Checkpoint(source) as checkpoint:
+    with open_checkpoint(source) as checkpoint:
         description = describe(checkpoint.config, checkpoint.generation)
         plan = bundler.plan(description, checkpoint.tensors, dtype)
         _check_tokenizer(checkpoint)
@@ -99,7 +99,7 @@ def convert(
         )
 
 
-def _check_tokenizer(checkpoint: Checkpoint) -> None:
+def _check_tokenizer(checkpoint: Checkpoint | GgufCheckpoint) -> None:
     try:
         Tokenizer(checkpoint.tokenizer_json, checkpoint.tokenizer_config)
     except UnsupportedError as error:
@@ -120,7 +120,7 @@ def _check_space(target: Path, needed_bytes: int) -> None:
         )
 
 
-def _provenance(checkpoint: Checkpoint, plan: bundler.Plan) -> dict:
+def _provenance(checkpoint: Checkpoint | GgufCheckpoint, plan: bundler.Plan) -> dict:
     types = Counter(tensor.type_name for tensor in checkpoint.tensors.values())
     return {
         "checkpoint": checkpoint.path.resolve().name,

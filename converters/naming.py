@@ -63,7 +63,8 @@ def sources(
 
 
 def _expert_sources(spec: ModelSpec, base: str, expert: int, part: Part) -> list[Source]:
-    """One tensor an expert, or one for all of them (gate above up), as transformers 5 has it."""
+    """One tensor an expert, or one for all of them: gate above up as transformers 5 has it, or
+    apart as GGUF has it."""
     shape, experts, rows = (part.rows, part.cols), spec.n_experts, part.rows
     if part.name == "down":
         fused, fused_shape, first = "down_proj", (experts, *shape), expert * rows
@@ -76,4 +77,7 @@ def _expert_sources(spec: ModelSpec, base: str, expert: int, part: Part) -> list
         found.append(Source(f"{own}{part.name}_proj.weight", shape))
         found.append(Source(f"{own}{_MIXTRAL[part.name]}.weight", shape))
         found.append(Source(f"{base}{block}.experts.{fused}", fused_shape, first))
+        if part.name != "down":
+            apart = f"{base}{block}.experts.{part.name}_proj"
+            found.append(Source(apart, (experts, *shape), expert * rows))
     return found

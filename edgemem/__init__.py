@@ -3,7 +3,7 @@
     engine = edgemem.load("model.edgemem")
     print(engine.generate("Once upon a time"))
 
-This version holds all weights in memory; its stores are ready for streaming them from flash.
+What does not fit streams from flash, with the answer of a run in which everything fits.
 Importing this package loads nothing but this file; what a name needs is imported at its first use.
 """
 

@@ -9,7 +9,7 @@ import mmap
 import numpy as np
 
 from ._core import ffi, lib
-from .errors import EdgeMemError, UnsupportedError
+from .errors import EdgeMemError, FlashError, UnsupportedError
 
 
 def crc32c(data, crc: int = 0) -> int:
@@ -28,6 +28,8 @@ def check(status: int, doing: str) -> None:
         raise EdgeMemError(f"{doing}: the system refused to start a thread; ask for fewer threads")
     if status == lib.EM_UNSUPPORTED:
         raise UnsupportedError(f"{doing}: not an instruction set that runs on this machine")
+    if status == lib.EM_FLASH:
+        raise FlashError(f"{doing}: a read failed")
     raise AssertionError(f"{doing}: the core refused its arguments (status {status})")
 
 

@@ -11,7 +11,7 @@ from time import perf_counter
 
 import numpy as np
 
-from . import inventory, models
+from . import inventory, models, planner, policies
 from ._native import isa_names
 from .budget import MIB, Budget, Item, current_bytes, machine_bytes, show_size, usable_cpus
 from .dtypes import BY_NAME
@@ -20,18 +20,24 @@ from .generation import Generation
 from .kernels import Core
 from .kvcache import KvCache, cache_bytes
 from .models.workspace import scratch_bytes
-from .residency import Residency
+from .residency import Residency, Slots
 from .sequence import TokenSequence, check_room
 from .session import DEFAULT_TOKENS, Session, check_ids, checked
 from .spec import ModelSpec
 from .store import Store
 from .streamer import Streamer
 from .tokenizer import ENCODING_BYTES, Tokenizer
-from .trace import Trace
+from .trace import COUNTERS, Trace
 
 DEFAULT_CONTEXT = 4096
 CHUNK_TOKENS = 128
 """Tokens per forward pass in prefill."""
+STREAMING_CHUNK_TOKENS = 512
+"""The same where bundles stream: each is read once for a chunk, so that large chunks read less."""
+STREAMING_LOGITS_TOKENS = 16
+"""Tokens per forward pass where bundles stream and every position's logits are wanted."""
+STREAMING_RESERVE_BYTES = 16 << 20
+"""What slots leave for texts and the like, beside those logits."""
 
 HEADROOM_BYTES = 4 * MIB
 """What the interpreter, its heap and the threads' stacks grow by while a model runs."""
@@ -48,9 +54,14 @@ Progress = Callable[[int, int], None]
 def load(
     path: str | os.PathLike, memory: str | int = "auto", context: int | None = None,
     threads: int | None = None, progress: Progress | None = None,
-    ready: Callable[[Engine], None] | None = None,
+    ready: Callable[[Engine], None] | None = None, *,
+    policy: str = policies.DEFAULT, io_engine: str | None = None, faults: dict | None = None,
 ) -> Engine:  # fmt: skip
     """Open a store and make its model ready to run.
+
+    What does not fit `memory` streams: `policy` (one of policies.POLICIES) ranks what stays,
+    `io_engine` is "io_uring" or "threads" (None: the best that works here), and `faults` (the
+    fields of em_faults) makes reads misbehave, for tests. None of them changes an answer.
 
     `memory` is the budget of the whole process: bytes, "4GiB", "50%" or "auto" (what is free here,
     less a reserve). `context` is the most tokens a session can hold, by default 4096 or what the
@@ -62,7 +73,7 @@ def load(
     Raises StoreError for what is wrong with the store, and BudgetError, with the sum, before any
     weight is read; ValueError or TypeError for arguments.
     """
-    return Engine(path, memory, context, threads, progress, ready)
+    return Engine(path, memory, context, threads, progress, ready, policy, io_engine, faults)
 
 
 def context_limit(spec: ModelSpec) -> int:
@@ -83,11 +94,15 @@ class Engine:
     def __init__(
         self, path: str | os.PathLike, memory: str | int, context: int | None,
         threads: int | None, progress: Progress | None = None,
-        ready: Callable[[Engine], None] | None = None,
+        ready: Callable[[Engine], None] | None = None, policy: str = policies.DEFAULT,
+        io_engine: str | None = None, faults: dict | None = None,
     ):  # fmt: skip
         _check_count("context", context)
         _check_count("threads", threads, MAX_THREADS)
         _check_isa()
+        if policy not in policies.POLICIES:
+            raise ValueError(f"policy {policy!r} is none of {', '.join(policies.POLICIES)}")
+        self._policy, self._io_engine, self._faults = policy, io_engine, faults
         self.budget = Budget(memory)
         self.threads = min(usable_cpus(), MAX_THREADS) if threads is None else int(threads)
         self.store = Store.open(path)
@@ -112,30 +127,68 @@ class Engine:
         self.tokenizer = Tokenizer(self.store.tokenizer_json, self.store.tokenizer_config)
         self.bos_id = self.tokenizer.bos_id if spec.bos_id is None else spec.bos_id
         self.eos_ids = _eos_ids(self.store)
-        self.chunk_tokens = min(CHUNK_TOKENS, self.context)
         self.trace = Trace()
         # Reentrant: a sequence may be freed by the garbage collector in the middle of anything.
         self._lock = threading.RLock()
-        self._model = None
+        self._model = self._streamer = None
         self._kv_item = Item(f"KV cache ({self.context} tokens)", cache_bytes(spec, self.context))
         self._caches = 0
         self._text_promise = 0
         self._all_logits_promised = False
-        self.budget.take(
-            [
-                Item("process before loading", current_bytes()),
-                Item("headroom for Python", HEADROOM_BYTES),
-                Item("weights", inventory.resident_bytes(self.store)),
-                Item("scratch", scratch_bytes(spec, self.chunk_tokens, self.threads)),
-                self._kv_item,
-            ],
-            self._advise,
-        )
+        base = [
+            Item("process before loading", current_bytes()),
+            Item("headroom for Python", HEADROOM_BYTES),
+            self._kv_item,
+        ]
+        self.budget.take([*base, *self._plan_weights(base)], self._advise)
+
+    def _plan_weights(self, base: Sequence[Item]) -> list[Item]:
+        """Choose what streams and how many tokens a step takes; what both need of the budget.
+
+        Everything stays in memory where that fits. Otherwise slots take the room that is left but
+        for a reserve, and steps are large, or small again where even the floor is tight.
+        """
+        facts = inventory.plannable(self.store)
+        spare = self.budget.limit - sum(item.bytes for item in base)
+        reserve = 8 * STREAMING_LOGITS_TOKENS * self.spec.vocab_size + STREAMING_RESERVE_BYTES
+        for chunk, kept in (
+            (CHUNK_TOKENS, 0), (STREAMING_CHUNK_TOKENS, reserve), (CHUNK_TOKENS, reserve),
+            (CHUNK_TOKENS, 0),
+        ):  # fmt: skip
+            self.chunk_tokens = self.logits_tokens = min(chunk, self.context)
+            size = scratch_bytes(self.spec, self.chunk_tokens, self.threads)
+            self._plan = planner.plan(*facts, spare - size - kept)
+            if self._plan is None:
+                continue
+            if len(self._plan.streamed):
+                self.logits_tokens = min(STREAMING_LOGITS_TOKENS, self.context)
+            if kept or not len(self._plan.streamed):
+                break
+        return [Item("scratch", size), *self._weight_items()]
+
+    def _weight_items(self) -> list[Item]:
+        """What the plan takes; without one, the least that a plan would take."""
+        if self._plan is None:
+            least = planner.floor_bytes(*inventory.plannable(self.store))
+            return [Item("weights that every token needs, and one step's bundles", least)]
+        items = [Item("weights", self._plan.resident_bytes)]
+        if self._plan.slots:
+            count, of = sum(self._plan.slots.values()), len(self._plan.streamed)
+            items.append(Item(f"slab ({count} slots for {of} bundles)", self._plan.slab_bytes))
+        return items
 
     def _load(self, progress: Progress | None) -> None:
         self._core = Core(self.threads)
         self.isa = self._core.isa
-        self._streamer = Streamer(Residency(self.store, progress))
+        slots = [Slots(layout, count) for layout, count in self._plan.slots.items()]
+        streamed = self._plan.streamed
+        residency = Residency(self.store, streamed, slots, progress, self._io_engine, self._faults)
+        policy = None
+        if len(streamed):
+            layers = self.store.entries["layer"][streamed]
+            policy = policies.build(self._policy, layers, self.spec.n_layers)
+        self._streamer = Streamer(residency, policy)
+        self._counted = dict.fromkeys(COUNTERS, 0)
         self._model = models.build(self.store, self._streamer, self._core, self.chunk_tokens)
 
     def session(self) -> Session:
@@ -187,6 +240,8 @@ class Engine:
     def close(self) -> None:
         """Free the weights and the store. Closing twice is fine; sessions cannot run afterwards."""
         with self._lock:
+            if self._streamer is not None:
+                self._streamer.close()
             self._model = self._streamer = self._core = None
         self.store.close()
         gc.collect()  # parts of a model refer to each other, and weights are too large to linger
@@ -212,7 +267,14 @@ class Engine:
             if out is not None:
                 np.copyto(np.atleast_2d(out), logits)
             seconds, demand = perf_counter() - started, self._streamer.take_demand()
-            self.trace.record(phase, len(ids), seconds, demand)
+            self.trace.record(phase, len(ids), seconds, demand, **self._take_counters())
+
+    def _take_counters(self) -> dict[str, int]:
+        """What streaming did since this was last asked."""
+        now = self._streamer.statistics() or dict.fromkeys(COUNTERS, 0)
+        now["stall_us"] = self._counted["stall_us"] + self._core.take_stall_us()
+        then, self._counted = self._counted, now
+        return {name: now[name] - then[name] for name in COUNTERS}
 
     def new_kv(self) -> KvCache:
         """A KV cache for a sequence. One is always in the budget; more are added to it."""
@@ -246,7 +308,7 @@ class Engine:
         """Put the logits of a whole chunk (the model's and the reader's) into the budget, once."""
         with self._lock:
             if not self._all_logits_promised:
-                size = 2 * 4 * self.chunk_tokens * self.spec.vocab_size
+                size = 2 * 4 * self.logits_tokens * self.spec.vocab_size
                 self.budget.take([Item("logits of every position", size)])
                 self._all_logits_promised = True
 

@@ -65,3 +65,12 @@ def _bytes_as(segment: Segment, dtype: DType) -> int:
     if segment.name == "rows" and dtype.name == "q4_0":
         dtype = BY_NAME["q8_0"]
     return matrix_bytes(dtype, segment.rows, segment.cols, segment.lanes)
+
+
+def plannable(store: Store) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """For each bundle: layout class, bytes in memory, whether it may stream, and how many of its
+    kind one token wants of a layer; what `planner.plan` takes."""
+    kinds = store.entries["kind"]
+    sizes = store.entries["page_count"].astype(np.int64) * store.page_size
+    at_once = np.where(kinds == Kind.EXPERT, max(store.spec.top_k, 1), 1)
+    return store.entries["layout"].astype(np.int64), sizes, np.isin(kinds, STREAMABLE), at_once

@@ -85,7 +85,7 @@ class TokenSequence:
         """
         self._engine.promise_all_logits()
         self._run(np.array(self._level(), np.int32), "decode")
-        chunk_tokens = self._engine.chunk_tokens
+        chunk_tokens = self._engine.logits_tokens
         rows = np.empty((min(len(ids), chunk_tokens), len(self._logits)), np.float32)
         self._kv.rope_length = self._kv.position + len(ids)
         for start in range(0, len(ids), chunk_tokens):

@@ -115,7 +115,7 @@ class Store:
         view = memoryview(out).cast("B")
         if len(view) not in (payload, run):
             raise ValueError(f"a buffer of {len(view)} bytes is neither {payload} nor {run} bytes")
-        self._read_into(int(entry["page_first"]) * self.page_size, view, self._name(bundle_id))
+        self._read_into(int(entry["page_first"]) * self.page_size, view, self.describe(bundle_id))
         if check and crc32c(view[:payload]) != entry["crc32c"]:
             raise CorruptError(self._fault(bundle_id))
         return len(view)
@@ -152,11 +152,11 @@ class Store:
         start, payload = int(entry["page_first"]) * self.page_size, int(entry["payload_bytes"])
         while done < payload:
             part = scratch[: min(payload - done, len(scratch))]
-            self._read_into(start + done, part, self._name(bundle_id))
+            self._read_into(start + done, part, self.describe(bundle_id))
             crc, done = crc32c(part, crc), done + len(part)
         faults = [] if crc == entry["crc32c"] else [self._fault(bundle_id)]
         if not self._zero(start + payload, start + int(entry["page_count"]) * self.page_size):
-            faults.append(f"{self._name(bundle_id)} is not padded with zeros")
+            faults.append(f"{self.describe(bundle_id)} is not padded with zeros")
         return faults
 
     def _zero(self, start: int, stop: int) -> bool:
@@ -186,14 +186,15 @@ class Store:
             raise CorruptError(f"the {what} section does not match its checksum")
         return data
 
-    def _name(self, bundle_id: int) -> str:
+    def describe(self, bundle_id: int) -> str:
+        """A bundle's kind, index and layer, for messages."""
         entry = self.entries[bundle_id]
         kind = Kind(int(entry["kind"])).name.lower()
         layer = "" if entry["layer"] == NO_LAYER else f" of layer {entry['layer']}"
         return f"{kind} bundle {entry['index']}{layer}"
 
     def _fault(self, bundle_id: int) -> str:
-        return f"{self._name(bundle_id)} of {self.path} does not match its checksum; {_AGAIN}"
+        return f"{self.describe(bundle_id)} of {self.path} does not match its checksum; {_AGAIN}"
 
 
 def _runs(entries: np.ndarray) -> dict[tuple[int, int], tuple[int, int]]:

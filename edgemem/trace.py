@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PHASES = ("prefill", "decode")
+COUNTERS = ("hits", "misses", "read_bytes", "stall_us", "busy_us")
+"""What streaming did in a step: bundles, bytes that arrived, and times that reads took."""
 RECENT_STEPS = 4096
 """Steps kept one by one; older ones live on in the totals only."""
 
@@ -19,6 +21,7 @@ class Step:
     tokens: int
     seconds: float
     demand_bytes: int
+    counters: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -27,6 +30,7 @@ class _Total:
     tokens: int = 0
     seconds: float = 0.0
     demand_bytes: int = 0
+    counters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
 
 
 class Trace:
@@ -37,11 +41,15 @@ class Trace:
         self._lock = threading.Lock()
         self._totals = {phase: _Total() for phase in PHASES}
 
-    def record(self, phase: str, tokens: int, seconds: float, demand_bytes: int = 0) -> None:
-        """Add one step; `phase` is one of PHASES."""
+    def record(
+        self, phase: str, tokens: int, seconds: float, demand_bytes: int = 0, **counters: int
+    ) -> None:
+        """Add one step; `phase` is one of PHASES, `counters` are of COUNTERS."""
         with self._lock:
-            self.recent.append(Step(phase, tokens, seconds, demand_bytes))
+            self.recent.append(Step(phase, tokens, seconds, demand_bytes, counters))
             total = self._totals[phase]
+            for name, value in counters.items():
+                total.counters[name] += value
             total.steps += 1
             total.tokens += tokens
             total.seconds += seconds
@@ -54,7 +62,8 @@ class Trace:
             self._totals = {phase: _Total() for phase in PHASES}
 
     def summary(self) -> dict:
-        """For each phase: steps, tokens, seconds, tokens_per_second, demand_bytes_per_token."""
+        """For each phase: steps, tokens, seconds, tokens_per_second, demand_bytes_per_token; and of
+        streaming hits, misses, read_bytes_per_token, stall_seconds and device_seconds."""
         with self._lock:
             return {phase: _summarize(total) for phase, total in self._totals.items()}
 
@@ -66,4 +75,11 @@ def _summarize(total: _Total) -> dict:
         "seconds": total.seconds,
         "tokens_per_second": total.tokens / total.seconds if total.seconds > 0 else 0.0,
         "demand_bytes_per_token": total.demand_bytes / total.tokens if total.tokens else 0.0,
+        "hits": total.counters["hits"],
+        "misses": total.counters["misses"],
+        "read_bytes_per_token": total.counters["read_bytes"] / total.tokens
+        if total.tokens
+        else 0.0,
+        "stall_seconds": total.counters["stall_us"] / 1e6,
+        "device_seconds": total.counters["busy_us"] / 1e6,
     }

@@ -9,6 +9,7 @@
 #include <arm_acle.h>
 #endif
 #include <string.h>
+#include <time.h>
 
 void *em_arena_take(em_arena *arena, uint64_t bytes) {
     uint64_t cost = em_arena_cost(bytes);
@@ -16,6 +17,12 @@ void *em_arena_take(em_arena *arena, uint64_t bytes) {
     void *piece = arena->base + arena->used;
     arena->used += cost;
     return piece;
+}
+
+int64_t em_now_us(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
 }
 
 /* CRC-32C, polynomial 0x1EDC6F41 reflected (RFC 3720, section 12.1). */

@@ -10,6 +10,7 @@ struct em_core {
     const em_kernels *kernels;
     uint8_t *scratch;
     uint64_t scratch_bytes;
+    int64_t stall_us;
 };
 
 EM_INLINE em_arena em_core_arena(const em_core *core) {

@@ -23,6 +23,7 @@ enum {
     EM_UNSUPPORTED = 2, /* the named instruction set is unknown, not built in, or not run here */
     EM_NO_MEMORY = 3,   /* an allocation failed, or the reserved scratch is too small */
     EM_NO_THREADS = 4,  /* the system refused to start a thread */
+    EM_FLASH = 5,       /* a bundle could not be read, or its checksum is wrong */
 };
 
 /* Number formats; the codes are those of the store. */
@@ -54,6 +55,8 @@ void em_core_close(em_core *core);
 const char *em_core_isa(const em_core *core);
 /* Grows scratch to at least `bytes`; called when a model is opened, never in a step. */
 int32_t em_core_reserve(em_core *core, uint64_t bytes);
+/* Microseconds that em_ffn_run has waited for bundles since this was last asked. */
+int64_t em_core_take_stall_us(em_core *core);
 
 /* out[t, r] (+)= bias[r] + sum over c of weights[r, c] * x[t, c]. `weights` is a store matrix of 16
  * lanes, 64-byte aligned. */
@@ -84,13 +87,15 @@ typedef struct {
 uint64_t em_ffn_scratch(int32_t n_tokens, int32_t n_pairs, int32_t hidden, int32_t intermediate);
 /* out[t] += sum over t's pairs, in bundle order, of weight * ffn(bundle, x[t]).
  * A pair says that a bundle computes a token: pairs [first[b], first[b+1]) belong to bundle b, and
- * pair p takes token tokens[p] with weight weights[p]. ready[b], where given, is waited for until
- * it is nonzero (set it with release order after the bundle's bytes are in place): bundles are
- * computed in the order in which they become ready, and summed in their own order all the same. A
- * negative ready[b] ends the call with EM_INVALID before `out` is touched. */
+ * pair p takes token tokens[p] with weight weights[p]. Where `ready` is given, ready[ids[b]] is
+ * waited for until it is nonzero (whoever sets it does so in release order, after the bundle's
+ * bytes are in place): bundles are computed in the order in which they become ready, and summed in
+ * their own order all the same. A negative flag ends the call with EM_FLASH before `out` is
+ * touched. */
 int32_t em_ffn_run(em_core *core, const em_ffn *ffn, int32_t n_bundles, const uint64_t *addresses,
-                   const int32_t *ready, const int32_t *first, const int32_t *tokens,
-                   const float *weights, const float *x, int32_t n_tokens, float *out);
+                   const int32_t *ready, const uint32_t *ids, const int32_t *first,
+                   const int32_t *tokens, const float *weights, const float *x, int32_t n_tokens,
+                   float *out);
 
 /* Softmax over each token's n_experts logits, the top_k largest (ties: the lower id), weights
  * optionally scaled to sum 1. Gives pairs for em_ffn_run: `experts` [<= n_experts] ascending,
@@ -135,6 +140,90 @@ int32_t em_attention_run(em_core *core, const em_attention *a, const float *q, i
 int32_t em_clamp(float *x, int64_t n, float limit);
 int32_t em_sigmoid(em_core *core, float *x, int32_t n);
 
+/* ---- residency: which bundles are in memory, and where --------------------------------------- */
+
+/* What the fault engine does to reads [first, first + count), counted from 0 as they start. */
+enum {
+    EM_FAULT_NONE = 0,
+    EM_FAULT_ERROR = 1, /* the device says EIO */
+    EM_FAULT_SHORT = 2, /* about half of the bytes arrive */
+    EM_FAULT_LATE = 3,  /* late_us after they should */
+    EM_FAULT_FLIP = 4,  /* with one bit flipped, chosen by the seed */
+};
+
+typedef struct {
+    int32_t kind;
+    int64_t first, count;
+    int64_t late_us;
+    int64_t bytes_per_s; /* a slow device, whatever the kind; 0 for as fast as it is */
+    uint64_t seed;
+} em_faults;
+
+typedef struct {
+    uint64_t offset;        /* in the file, at a page */
+    uint64_t bytes;         /* whole pages */
+    uint64_t payload_bytes; /* what crc32c covers */
+    uint32_t crc32c;
+    int32_t slot_class;
+} em_bundle;
+
+/* Slots of one size: n_slots of slot_bytes each, back to back from `start`, page-aligned. */
+typedef struct {
+    void *start;
+    uint64_t slot_bytes;
+    int32_t n_slots;
+} em_slot_class;
+
+typedef struct {
+    int64_t hits, misses;               /* of bundles acquired; a bundle still loading is a miss */
+    int64_t read_bytes, reads;          /* arrived from the device */
+    int64_t demand_bytes;               /* read because they were acquired */
+    int64_t prefetch_bytes;             /* read because they were prefetched */
+    int64_t useful_bytes, wasted_bytes; /* of those: acquired later, or evicted before */
+    int64_t dropped_bytes;              /* prefetches cancelled before they started */
+    int64_t stall_us;                   /* em_residency_wait waited */
+    int64_t busy_us;                    /* at least one read was in flight */
+} em_residency_stats;
+
+/* Why the last read failed: which bundle, and the errno (0 for a wrong checksum). */
+typedef struct {
+    uint32_t bundle;
+    int32_t error;
+} em_read_failure;
+
+typedef struct em_residency em_residency;
+
+/* A file descriptor (kept by the caller), a slab (likewise), and how to read: engine "io_uring",
+ * "threads" or NULL for the best that opens; `depth` reads in flight of at most `piece_bytes` each.
+ */
+int32_t em_residency_open(int32_t fd, const em_bundle *bundles, int32_t n_bundles,
+                          const em_slot_class *classes, int32_t n_classes, const char *engine,
+                          int32_t depth, uint64_t piece_bytes, const em_faults *faults,
+                          em_residency **residency);
+/* Waits for reads in flight. */
+void em_residency_close(em_residency *residency);
+const char *em_residency_engine(const em_residency *residency);
+
+/* Pins bundles and gives their addresses; starts reading those that are absent, in this order, and
+ * does not wait for them. Where a class has no free slot, the unpinned bundle with the lowest
+ * ranks[bundle] leaves. EM_NO_MEMORY if more are pinned than there are slots: then nothing is
+ * pinned. */
+int32_t em_residency_acquire(em_residency *residency, const uint32_t *ids, int32_t n,
+                             const float *ranks, uint64_t *addresses);
+/* Undoes one acquire of the same bundles. */
+void em_residency_release(em_residency *residency, const uint32_t *ids, int32_t n);
+/* Starts reading absent bundles behind all demand, into free slots or over bundles of lower rank;
+ * returns how many were started or queued. */
+int32_t em_residency_prefetch(em_residency *residency, const uint32_t *ids, int32_t n,
+                              const float *ranks);
+/* Forgets prefetches that have not started yet. */
+void em_residency_cancel(em_residency *residency);
+/* Waits until acquired bundles are there. EM_FLASH if one is not to be had: see failure. */
+int32_t em_residency_wait(em_residency *residency, const uint32_t *ids, int32_t n);
+/* int32 for each bundle: 1 when its bytes are in place, 0 before, -1 after a failed read. */
+const int32_t *em_residency_ready(const em_residency *residency);
+em_read_failure em_residency_failure(em_residency *residency);
+em_residency_stats em_residency_statistics(em_residency *residency);
 /* Adds up 8-byte words: the plain read that kernels are measured against. */
 uint64_t em_read_bytes(em_core *core, const void *data, uint64_t bytes);
 

@@ -80,7 +80,8 @@ typedef struct {
     const em_kernels *kernels;
     const em_ffn *ffn;
     const uint64_t *addresses;
-    const int32_t *first;               /* bundle -> its first pair */
+    const int32_t *first;               /* bundle -> its first pair, counted from `before` */
+    int32_t before;                     /* pairs of bundles that belong to other calls */
     const int32_t *tokens;              /* pair -> token */
     const float *weights;               /* pair -> weight */
     const int32_t *batch;               /* the bundles of this round */
@@ -96,6 +97,8 @@ static const float *vector_at(const uint8_t *bundle, int64_t offset) {
     return offset < 0 ? NULL : (const float *)(bundle + offset);
 }
 
+static int32_t pair_of(const ffn_task *t, int32_t b) { return t->first[b] - t->before; }
+
 static const uint8_t *bundle_at(const ffn_task *t, int32_t b) {
     return (const uint8_t *)(uintptr_t)t->addresses[b];
 }
@@ -104,7 +107,7 @@ static void gate_up_item(void *arg, int64_t item, int32_t thread) {
     (void)thread;
     const ffn_task *t = arg;
     const em_ffn *f = t->ffn;
-    int32_t b = t->batch[item / t->chunks], first = t->first[b], n = t->first[b + 1] - first;
+    int32_t b = t->batch[item / t->chunks], first = pair_of(t, b), n = pair_of(t, b + 1) - first;
     int64_t group = item % t->chunks * t->chunk, width = f->intermediate;
     int64_t groups = em_min(t->chunk, (width + EM_LANES - 1) / EM_LANES - group);
     const uint8_t *bundle = bundle_at(t, b);
@@ -127,7 +130,7 @@ static void down_item(void *arg, int64_t item, int32_t thread) {
     (void)thread;
     const ffn_task *t = arg;
     const em_ffn *f = t->ffn;
-    int32_t b = t->batch[item / t->chunks], first = t->first[b], n = t->first[b + 1] - first;
+    int32_t b = t->batch[item / t->chunks], first = pair_of(t, b), n = pair_of(t, b + 1) - first;
     int64_t group = item % t->chunks * t->chunk;
     int64_t groups = em_min(t->chunk, (f->hidden + EM_LANES - 1) / EM_LANES - group);
     const uint8_t *bundle = bundle_at(t, b);
@@ -169,13 +172,13 @@ static void group_by_token(ffn_task *t, int32_t n_tokens, int32_t n_pairs) {
 
 /* Moves the bundles that are ready from `pending` to `batch`; waits until there is one. Returns how
  * many, or -1 if a bundle failed. */
-static int32_t take_ready(const int32_t *ready, int32_t *pending, int32_t *n_pending,
-                          int32_t *batch) {
+static int32_t take_ready(const int32_t *ready, const uint32_t *ids, int32_t *pending,
+                          int32_t *n_pending, int32_t *batch) {
     for (;;) {
         int32_t taken = 0, left = 0;
         for (int32_t i = 0; i < *n_pending; i++) {
             int32_t b = pending[i];
-            int32_t flag = ready ? __atomic_load_n(&ready[b], __ATOMIC_ACQUIRE) : 1;
+            int32_t flag = ready ? __atomic_load_n(&ready[ids[b]], __ATOMIC_ACQUIRE) : 1;
             if (flag < 0) return -1;
             if (flag > 0)
                 batch[taken++] = b;
@@ -199,8 +202,8 @@ static void run_batch(em_core *core, ffn_task *t, int32_t n) {
         for (int32_t i = 0; i < n; i++) {
             int32_t b = t->batch[i];
             em_acts part = t->h;
-            int64_t skip = (int64_t)t->first[b] * part.blocks;
-            part.x += (int64_t)t->first[b] * part.cols;
+            int64_t skip = (int64_t)pair_of(t, b) * part.blocks;
+            part.x += (int64_t)pair_of(t, b) * part.cols;
             part.q += skip * EM_BLOCK;
             part.scale += skip;
             part.sum += skip;
@@ -219,12 +222,20 @@ static bool valid_ffn(const em_ffn *f) {
 }
 
 int32_t em_ffn_run(em_core *core, const em_ffn *f, int32_t n_bundles, const uint64_t *addresses,
-                   const int32_t *ready, const int32_t *first, const int32_t *tokens,
-                   const float *weights, const float *x, int32_t n_tokens, float *out) {
+                   const int32_t *ready, const uint32_t *ids, const int32_t *first,
+                   const int32_t *tokens, const float *weights, const float *x, int32_t n_tokens,
+                   float *out) {
     if (!valid_ffn(f) || n_bundles < 0 || n_tokens < 0) return EM_INVALID;
     if (n_bundles == 0 || n_tokens == 0) return EM_OK;
-    int32_t pairs = first[n_bundles];
-    ffn_task t = {core->kernels, f, addresses, first, tokens, weights, .out = out};
+    const int32_t before = first[0], pairs = first[n_bundles] - before;
+    ffn_task t = {.kernels = core->kernels,
+                  .ffn = f,
+                  .addresses = addresses,
+                  .first = first,
+                  .before = before,
+                  .tokens = tokens + before,
+                  .weights = weights + before,
+                  .out = out};
     em_arena arena = em_core_arena(core);
     t.x = (em_acts){.x = x, .cols = f->hidden, .blocks = (f->hidden + EM_BLOCK - 1) / EM_BLOCK};
     t.gate = em_arena_take(&arena, (uint64_t)pairs * (uint64_t)f->intermediate * 4);
@@ -249,8 +260,10 @@ int32_t em_ffn_run(em_core *core, const em_ffn *f, int32_t n_bundles, const uint
     int32_t *batch = t.token_pairs; /* free until the sums */
     t.batch = batch;
     while (n_pending > 0) {
-        int32_t n = take_ready(ready, pending, &n_pending, batch);
-        if (n < 0) return EM_INVALID;
+        int64_t since = em_now_us();
+        int32_t n = take_ready(ready, ids, pending, &n_pending, batch);
+        core->stall_us += em_now_us() - since;
+        if (n < 0) return EM_FLASH;
         run_batch(core, &t, n);
     }
     group_by_token(&t, n_tokens, pairs);

@@ -43,6 +43,12 @@ int32_t em_core_reserve(em_core *core, uint64_t bytes) {
     return EM_OK;
 }
 
+int64_t em_core_take_stall_us(em_core *core) {
+    int64_t stall = core->stall_us;
+    core->stall_us = 0;
+    return stall;
+}
+
 /* Some microseconds of one thread's work, about what it takes to share it with another. */
 #define WORTH_SHARING 100000
 

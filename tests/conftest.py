@@ -18,6 +18,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 sys.path.insert(0, str(TESTS))  # so that tests in any folder say `import tiny`
+sys.path.append(str(ROOT))  # and `import bench`, after an installed edgemem
 
 SEED = int(os.environ.get("EDGEMEM_SEED", "0"))
 

@@ -38,7 +38,8 @@ class FakeEngine:
         self.tokenizer = tokenizer
         self.spec = SimpleNamespace(vocab_size=tokenizer.vocab_size)
         self.context, self.context_limit = context, 4 * context
-        self.chunk_tokens, self.eos_ids, self.bos_id = chunk_tokens, frozenset(eos_ids), bos_id
+        self.chunk_tokens = self.logits_tokens = chunk_tokens
+        self.eos_ids, self.bos_id = frozenset(eos_ids), bos_id
         self.follow = follow
         self.fail = lambda: None
         self.steps = []

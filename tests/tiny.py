@@ -279,7 +279,7 @@ def write_tokenizer(folder: Path) -> None:
         for i, text in enumerate(special)
     ]  # fmt: skip
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    vocab = {text: i for i, text in enumerate(special + _byte_letters())}
+    vocab = {text: i for i, text in enumerate(special + byte_letters())}
     model = {
         "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
         "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
@@ -297,7 +297,7 @@ def write_tokenizer(folder: Path) -> None:
     )
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The printable letter that GPT-2's byte-level BPE writes for each byte, in order of bytes."""
     kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = iter(range(0x100, 0x200))

@@ -169,6 +169,10 @@ class Checkpoint:
 
     def _no_tensors(self) -> CheckpointError:
         found = [f.name for pattern in _FOREIGN for f in sorted(self.path.glob(pattern))]
+        if found and found[0].endswith(".gguf"):
+            return CheckpointError(
+                f"reading {self.path}: its weights are in {found[0]}; give that file itself"
+            )
         if found:
             return CheckpointError(
                 f"reading {self.path}: its weights are in {found[0]}; only safetensors can be "

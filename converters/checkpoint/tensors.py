@@ -52,6 +52,11 @@ class Tensor:
     def elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, with all axes but the last taken as one."""
+        return self.shape[-1] * BITS[self.dtype].itemsize
+
     def read_rows(self, first: int, count: int) -> np.ndarray:
         """Raw bits [count, cols] of rows of the tensor, its leading axes taken as one.
 

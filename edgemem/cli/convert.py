@@ -14,8 +14,9 @@ import click
 
 from . import options
 
-_HELP = """Convert a Hugging Face checkpoint (a folder with config.json, tokenizer.json and
-safetensors) into a store, a single file that holds all that a run needs.
+_HELP = """Convert a checkpoint into a store, a single file that holds all that a run needs. A
+checkpoint is a Hugging Face folder (config.json, tokenizer.json and safetensors) or a GGUF file
+(of a split one, any part).
 
 --dtype keep leaves the weights as they are; f16, q8_0 and q4_0 convert the matrices. Memory use
 stays within a small multiple of the largest tensor.

@@ -54,6 +54,10 @@ class Core:
         self.threads = threads
         self.isa = ffi.string(lib.em_core_isa(self.handle)).decode()
 
+    def take_stall_us(self) -> int:
+        """Microseconds that products waited for bundles since this was last asked."""
+        return lib.em_core_take_stall_us(self.handle)
+
     def reserve(self, size: int) -> None:
         """Make scratch at least `size` bytes. Not while a step runs."""
         check(lib.em_core_reserve(self.handle, size), f"reserving {size} bytes of scratch")

@@ -110,13 +110,16 @@ class GatedFfn:
             "activation": ACTIVATION_CODES[work.spec.activation],
         })  # fmt: skip
 
-    def run(self, addresses: np.ndarray, first, tokens, weights, n: int) -> None:
+    def run(self, bundles, first, tokens, weights, n: int) -> None:
         """Bundle b computes pairs first[b]… of (token, weight); see em_ffn_run."""
-        s = self._work.scratch
+        s, addresses = self._work.scratch, bundles.addresses
         status = lib.em_ffn_run(
             self._work.core.handle, self._ffn, len(addresses), pointer(addresses, "uint64_t *"),
-            ffi.NULL, first, tokens, weights, s.h.pointer, n, s.x.pointer,
+            bundles.ready, bundles.ids, first + bundles.first, tokens, weights, s.h.pointer, n,
+            s.x.pointer,
         )  # fmt: skip
+        if status == lib.EM_FLASH:
+            raise self._work.streamer.error()
         check(status, "computing a feed-forward network")
 
 
@@ -127,7 +130,7 @@ class Dense:
 
     def __init__(self, work: Workspace, index: int, dense_layout):
         spec = work.spec
-        self._work = work
+        self._work, self._index = work, index
         self._id, layout = work.bundles(self.kind, index)
         shared = self.kind == Kind.SHARED
         width = spec.shared_intermediate if shared else spec.intermediate
@@ -143,11 +146,10 @@ class Dense:
         """Nothing of this part lies in the layer's dense bundle."""
 
     def run(self, n: int) -> None:
-        self._first.array[1] = n
-        with self._work.streamer.hold(self._id) as addresses:
-            self._ffn.run(
-                addresses, self._first.pointer, self._tokens.pointer, self._weights.pointer, n
-            )
+        first, tokens, weights = self._first, self._tokens, self._weights
+        first.array[1] = n
+        for bundles in self._work.streamer.rounds(self._index, self._id, None, n):
+            self._ffn.run(bundles, first.pointer, tokens.pointer, weights.pointer, n)
 
 
 class SharedExpert(Dense):
@@ -170,7 +172,7 @@ class Experts:
     """A mixture of experts: each token takes its top k, weighted by the router's softmax."""
 
     def __init__(self, work: Workspace, index: int, dense_layout):
-        self._work = work
+        self._work, self._index = work, index
         self._ids, layouts = work.bundles(Kind.EXPERT, index)
         self._ffn = GatedFfn(work, layouts[0], work.spec.expert_intermediate)
         router = [("router", None, work.scratch.router, 0)]
@@ -191,5 +193,7 @@ class Experts:
 
     def run(self, n: int) -> None:
         s = self._work.scratch
-        with self._work.streamer.hold(self.route(n)) as addresses:
-            self._ffn.run(addresses, s.first.pointer, s.tokens.pointer, s.weights.pointer, n)
+        wanted = self.route(n)
+        uses = np.diff(s.first.array[: len(wanted) + 1]) if n > 1 else None
+        for bundles in self._work.streamer.rounds(self._index, wanted, uses, n):
+            self._ffn.run(bundles, s.first.pointer, s.tokens.pointer, s.weights.pointer, n)

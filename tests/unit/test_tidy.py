@@ -25,7 +25,7 @@ FLOORS = {
     "store": 3, "writer": 3, "kernels": 3, "tokenizer": 3, "chat": 3, "sampler": 3,
     "window": 3, "predictors": 3, "planner": 3, "policies": 3,
     "format": 2, "_native": 2,
-    "spec": 1, "dtypes": 1, "trace": 1, "memory": 1,
+    "spec": 1, "dtypes": 1, "trace": 1, "tracefile": 1, "memory": 1,
     "errors": 0,
 }  # fmt: skip
 SEES_ALL = {"__init__", "__main__", "cli", "doctor", "plan", "profile"}

@@ -4,12 +4,17 @@ import threading
 
 from edgemem.trace import RECENT_STEPS, Step, Trace
 
+NOTHING_STREAMED = {
+    "hits": 0, "misses": 0, "read_bytes_per_token": 0.0, "stall_seconds": 0.0,
+    "device_seconds": 0.0,
+}  # fmt: skip
+
 
 def test_an_empty_trace_has_no_rates():
     summary = Trace().summary()
     assert summary["decode"] == {
         "steps": 0, "tokens": 0, "seconds": 0.0, "tokens_per_second": 0.0,
-        "demand_bytes_per_token": 0.0,
+        "demand_bytes_per_token": 0.0, **NOTHING_STREAMED,
     }  # fmt: skip
 
 
@@ -21,12 +26,22 @@ def test_phases_are_summed_apart():
     summary = trace.summary()
     assert summary["prefill"] == {
         "steps": 2, "tokens": 10, "seconds": 5.0, "tokens_per_second": 2.0,
-        "demand_bytes_per_token": 80.0,
+        "demand_bytes_per_token": 80.0, **NOTHING_STREAMED,
     }  # fmt: skip
     assert summary["decode"]["tokens_per_second"] == 2.0
     assert trace.recent[-1] == Step("decode", 1, 0.5, 0)
     trace.clear()
     assert trace.summary() == Trace().summary() and not trace.recent
+
+
+def test_streaming_is_counted():
+    trace = Trace()
+    trace.record("decode", 2, 1.0, 50, hits=3, misses=1, read_bytes=40, stall_us=500000)
+    trace.record("decode", 2, 1.0, 50, hits=4, busy_us=250000)
+    assert trace.summary()["decode"].items() >= {
+        "hits": 7, "misses": 1, "read_bytes_per_token": 10.0, "stall_seconds": 0.5,
+        "device_seconds": 0.25,
+    }.items()  # fmt: skip
 
 
 def test_old_steps_live_on_in_the_totals():

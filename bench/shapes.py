@@ -1,0 +1,68 @@
+"""Shapes of real models, as the config.json that their checkpoints have.
+
+Token ids of the special tokens are those of the synthetic tokenizer (`synth`), not the model's own.
+"""
+
+import json
+from pathlib import Path
+
+_LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072,
+    "vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8,
+}  # fmt: skip
+_LLAMA3_ROPE = {
+    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+SHAPES = {
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048,
+        "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+        "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "vocab_size": 151936, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "max_position_embeddings": 40960, "tie_word_embeddings": False,
+    },
+    "olmoe-1b-7b": {
+        "model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "hidden_size": 2048,
+        "intermediate_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
+        "norm_topk_prob": False, "vocab_size": 50304, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+    },
+    "mixtral-8x7b": {
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "vocab_size": 32000, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
+        "max_position_embeddings": 32768, "sliding_window": None, "tie_word_embeddings": False,
+    },
+    "llama-3.2-1b": _LLAMA | {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
+        "rope_scaling": _LLAMA3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True,
+    },
+    "llama-3.1-8b": _LLAMA | {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128,
+        "rope_scaling": _LLAMA3_ROPE | {"factor": 8.0}, "tie_word_embeddings": False,
+    },
+    "llama-0.6b": _LLAMA | {
+        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128,
+        "num_attention_heads": 16, "vocab_size": 151936, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "max_position_embeddings": 32768, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+def config_of(shape: str, layers: int | None = None) -> dict:
+    """The config of a named shape, or of a config.json given by its path; with fewer layers if
+    asked. Raises ValueError where there is no such shape."""
+    if shape in SHAPES:
+        config = SHAPES[shape]
+    elif Path(shape).is_file():
+        config = json.loads(Path(shape).read_text())
+    else:
+        raise ValueError(f"{shape} is neither a config.json nor one of {', '.join(SHAPES)}")
+    specials = {"bos_token_id": 0, "eos_token_id": 1, "torch_dtype": "bfloat16"}
+    return config | specials | ({"num_hidden_layers": layers} if layers else {})

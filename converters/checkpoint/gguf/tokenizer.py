@@ -1,0 +1,265 @@
+"""A tokenizer.json from GGUF metadata, which gives the ids that the original tokenizer gives.
+
+Two kinds, told apart by `tokenizer.ggml.model`. "gpt2": byte-level BPE with merges in the file,
+whose splitting of text into words goes by a name, `tokenizer.ggml.pre`; the patterns behind the
+names are those of the tokenizers that llama.cpp's convert_hf_to_gguf_update.py took them from.
+"llama": SentencePiece's BPE, which has scores instead of merges: it joins, again and again, the
+neighbours whose union has the highest score, the leftmost first. That is BPE with the merges of
+each piece into two pieces, ranked by the score of the whole, and it is how transformers'
+convert_slow_tokenizer.py reads such models (`generate_merges`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgemem.errors import CheckpointError
+
+from .metadata import Metadata
+
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+_SPECIAL = (_UNKNOWN, _CONTROL)
+_NORMAL = 1
+_PADDING = re.compile(r"\[PAD([0-9]+)\]")
+"""What converters write for ids that have no token; the id stands in the name."""
+_MAX_PIECE = 256
+_SPACE = "\u2581"
+
+_GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_WORDS = {
+    "llama-bpe": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "qwen2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
+_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "olmo": "gpt-2"}
+_NFC = ("qwen2", "olmo")
+"""Whose original tokenizer composes characters first."""
+_WHOLE_WORDS = ("llama-bpe",)
+"""Where a word that is a token is taken as such, whatever the merges say."""
+_ADDS_BOS = ("llama-bpe", "llama")
+"""Where BOS comes first unless the file says otherwise."""
+
+_ENDS = frozenset({
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>",
+    "<end_of_turn>", "</s>", "<EOT>",
+})  # fmt: skip
+"""Control tokens that end a turn or a text wherever they are in a vocabulary, as in llama.cpp's
+llama-vocab.cpp: the file names only one of them."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a checkpoint carries about text. `size` is 1 more than the highest id of a token."""
+
+    tokenizer_json: bytes
+    config: dict
+    bos_id: int | None
+    eos_ids: list[int]
+    size: int
+
+
+def vocabulary_of(metadata: Metadata) -> Vocabulary:
+    """Raises UnsupportedError for a kind of tokenizer or of words that is not known here."""
+    kind = metadata.text("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        raise metadata.unsupported("tokenizer.ggml.model", "gpt2, llama")
+    tokens = _Tokens(metadata)
+    data = _byte_level(metadata, tokens) if kind == "gpt2" else _sentence_piece(metadata, tokens)
+    data |= {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": tokens.added(),
+        "post_processor": _ends_of_text(metadata, tokens, kind),
+    }
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    names = {name: tokens.special(name) for name in ("bos", "eos", "unknown", "padding")}
+    config = {
+        {"unknown": "unk", "padding": "pad"}.get(name, name) + "_token": tokens.texts[id]
+        for name, id in names.items()
+        if id is not None
+    }
+    return Vocabulary(text.encode(), config, names["bos"], tokens.ends(), tokens.size)
+
+
+class _Tokens:
+    """The list of tokens and their types; ids that only pad the list have no token."""
+
+    def __init__(self, metadata: Metadata):
+        self._metadata = metadata
+        self.texts = metadata.texts("tokenizer.ggml.tokens")
+        count = len(self.texts)
+        if "tokenizer.ggml.token_type" in metadata:
+            self.types = metadata.numbers("tokenizer.ggml.token_type", "iu", count).tolist()
+        else:
+            self.types = [_NORMAL] * count
+        named = [(t, id) for id, t in enumerate(self.texts) if t and not _pads(t, id)]
+        self.ids = dict(named)
+        if len(self.ids) < len(named):
+            raise CheckpointError(
+                f"reading {metadata.path}: tokenizer.ggml.tokens has a token twice"
+            )
+
+    def special(self, name: str) -> int | None:
+        """The id that the file gives a role to."""
+        id = self._metadata.token_id(name, len(self.texts))
+        return id if id is not None and self.texts[id] in self.ids else None
+
+    @property
+    def size(self) -> int:
+        return 1 + max(self.ids.values(), default=-1)
+
+    def added(self) -> list[dict]:
+        """The tokens that are found in a text before anything else is."""
+        return [
+            {
+                "id": id,
+                "content": text,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": self.types[id] in _SPECIAL,
+            }
+            for text, id in self.ids.items()
+            if self.types[id] in (*_SPECIAL, _USER_DEFINED)
+        ]
+
+    def ends(self) -> list[int]:
+        """Every id that ends a text."""
+        found = {self.special(name) for name in ("eos", "eot", "eom")} - {None}
+        found |= {i for t, i in self.ids.items() if t in _ENDS and self.types[i] == _CONTROL}
+        return sorted(found)
+
+
+def _pads(text: str, id: int) -> bool:
+    padding = _PADDING.fullmatch(text)
+    return padding is not None and padding[1] == str(id)
+
+
+def _model(vocab: dict[str, int], merges: list, **settings) -> dict:
+    fixed = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False}
+    fixed |= {"continuing_subword_prefix": None, "end_of_word_suffix": None}
+    fixed |= {"byte_fallback": False, "ignore_merges": False}
+    return fixed | settings | {"vocab": vocab, "merges": merges}
+
+
+# ---- byte-level BPE ------------------------------------------------------------------------------
+
+
+def _byte_level(metadata: Metadata, tokens: _Tokens) -> dict:
+    given = metadata.text("tokenizer.ggml.pre", None)
+    name = _ALIASES.get(given, given)
+    if name != "gpt-2" and name not in _WORDS:
+        known = sorted({"gpt-2", *_WORDS, *_ALIASES})
+        raise metadata.unsupported("tokenizer.ggml.pre", ", ".join(known))
+    words = _GPT2
+    if name in _WORDS:
+        pattern = {"Regex": _WORDS[name]}
+        split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+        words = {"type": "Sequence", "pretokenizers": [split, _GPT2 | {"use_regex": False}]}
+    merges = [_pair(metadata, merge) for merge in metadata.texts("tokenizer.ggml.merges")]
+    return {
+        "normalizer": {"type": "NFC"} if given in _NFC else None,
+        "pre_tokenizer": words,
+        "decoder": _GPT2,
+        "model": _model(tokens.ids, merges, ignore_merges=name in _WHOLE_WORDS),
+    }
+
+
+def _pair(metadata: Metadata, merge: str) -> tuple[str, str]:
+    space = merge.find(" ", 1)
+    if space < 0 or space == len(merge) - 1:
+        raise CheckpointError(
+            f"reading {metadata.path}: tokenizer.ggml.merges has {merge!r:.80}, which is no pair"
+        )
+    return merge[:space], merge[space + 1 :]
+
+
+# ---- SentencePiece BPE ---------------------------------------------------------------------------
+
+
+def _sentence_piece(metadata: Metadata, tokens: _Tokens) -> dict:
+    scores = metadata.numbers("tokenizer.ggml.scores", "f", len(tokens.texts))
+    if not np.isfinite(scores).all():
+        raise CheckpointError(f"reading {metadata.path}: tokenizer.ggml.scores has no finite ones")
+    prefixed = metadata.flag("tokenizer.ggml.add_space_prefix", True)
+    escape = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    prepend = [{"type": "Prepend", "prepend": _SPACE}] if prefixed else []
+    unescape = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+    decoders = [unescape, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if prefixed:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    unknown = tokens.special("unknown")
+    if unknown is None and _UNKNOWN in tokens.types:
+        unknown = tokens.types.index(_UNKNOWN)
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, escape]},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": _model(
+            tokens.ids,
+            _merges(metadata, tokens, scores.tolist()),
+            unk_token=None if unknown is None else tokens.texts[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        ),
+    }
+
+
+def _merges(metadata: Metadata, tokens: _Tokens, scores: list[float]) -> list[tuple[str, str]]:
+    """Every way to make a piece of two, best score first, then the longer left half: of two ways
+    to make one piece that overlap in a run of equal characters, the left one has it."""
+    ids, found = tokens.ids, []
+    for whole, id in ids.items():
+        if tokens.types[id] in _SPECIAL:
+            continue
+        if len(whole) > _MAX_PIECE:
+            raise CheckpointError(
+                f"reading {metadata.path}: token {id} has {len(whole)} characters: out of range"
+            )
+        for cut in range(1, len(whole)):
+            left, right = whole[:cut], whole[cut:]
+            if left in ids and right in ids:
+                found.append((-scores[id], -cut, id, left, right))
+    return [(left, right) for *_, left, right in sorted(found)]
+
+
+# ---- what comes before and after a text ----------------------------------------------------------
+
+
+def _ends_of_text(metadata: Metadata, tokens: _Tokens, kind: str) -> dict | None:
+    """The template that adds BOS and EOS where the file asks for them."""
+    pre = metadata.text("tokenizer.ggml.pre", None)
+    name = kind if kind == "llama" else _ALIASES.get(pre, pre)
+    first = metadata.flag("tokenizer.ggml.add_bos_token", name in _ADDS_BOS)
+    last = metadata.flag("tokenizer.ggml.add_eos_token", False)
+    bos = tokens.special("bos") if first else None
+    eos = tokens.special("eos") if last else None
+    if bos is None and eos is None:
+        return None
+
+    def special(id: int | None, sequence: int) -> list[dict]:
+        item = {"id": tokens.texts[id], "type_id": sequence} if id is not None else None
+        return [{"SpecialToken": item}] if item else []
+
+    def text(name: str, sequence: int) -> list[dict]:
+        body = [{"Sequence": {"id": name, "type_id": sequence}}]
+        return special(bos, sequence) + body + special(eos, sequence)
+
+    texts = {tokens.texts[id]: id for id in (bos, eos) if id is not None}
+    return {
+        "type": "TemplateProcessing",
+        "single": text("A", 0),
+        "pair": text("A", 0) + text("B", 1),
+        "special_tokens": {t: {"id": t, "ids": [i], "tokens": [t]} for t, i in texts.items()},
+    }

@@ -1,0 +1,111 @@
+"""Trace files: what every step demanded of the streamed layers, one line of JSON for each step.
+
+The first line describes the model and the cache:
+
+    {"edgemem_trace": 1, "model": "qwen3_moe", "policy": "next-use", "n_layers": 48,
+     "layer_of": [0, 0, …], "class_of": [0, 0, …], "slots": [614]}
+
+`layer_of` and `class_of` give the layer and the layout class of each streamed bundle, numbered as
+policies number them; `slots` is the size of the cache for each class. Every other line is a step:
+
+    {"phase": "decode", "tokens": 1, "layers": [0, 1, …], "ids": [[3, 17], [140, 201], …],
+     "hits": [1, 2, …], …}
+
+with one item for each streamed layer, in the order in which the step came to them: the bundles that
+it demanded, ascending, and the counters that the run kept (COUNTERS). `uses`, where a step has
+several tokens, says how many of them took each bundle. A run that is killed loses at most its last
+line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .errors import StoreError
+
+VERSION = 1
+COUNTERS = ("hits", "bytes", "stall_us", "prefetch_useful_bytes", "prefetch_wasted_bytes")
+
+
+@dataclass(frozen=True)
+class TraceHeader:
+    """The first line of a trace file; see the module's own text."""
+
+    model: str
+    policy: str
+    n_layers: int
+    layer_of: tuple[int, ...]
+    class_of: tuple[int, ...]
+    slots: tuple[int, ...]
+
+
+class TraceWriter:
+    """Writes a trace file: `demand` for each layer of a step, then `step`; close it at the end."""
+
+    def __init__(self, path: str | os.PathLike, header: TraceHeader):
+        self._file = Path(path).open("w", encoding="ascii")  # noqa: SIM115
+        self._write({"edgemem_trace": VERSION, **asdict(header)})
+        self._lists: dict[str, list] = {}
+
+    def demand(
+        self, layer: int, ids: Sequence[int], uses: Sequence[int] | None = None, **counters: int
+    ) -> None:
+        """One layer of the present step; a step gives each layer the same counters."""
+        unknown = set(counters) - set(COUNTERS)
+        if unknown:
+            raise ValueError(f"{min(unknown)} is none of {', '.join(COUNTERS)}")
+        values = {"layers": layer, "ids": _ints(ids), **counters}
+        if uses is not None:
+            values["uses"] = _ints(uses)
+        for name, value in values.items():
+            self._lists.setdefault(name, []).append(value)
+
+    def step(self, phase: str, tokens: int) -> None:
+        """End the present step and write it."""
+        self._write({"phase": phase, "tokens": tokens, **self._lists})
+        self._lists = {}
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, value: dict) -> None:
+        self._file.write(json.dumps(value, separators=(",", ":")) + "\n")
+        self._file.flush()
+
+
+def _ints(values: Sequence[int]) -> list[int]:
+    return values.tolist() if hasattr(values, "tolist") else list(values)
+
+
+def read(path: str | os.PathLike) -> tuple[TraceHeader, Iterator[dict]]:
+    """The header, and the steps one after another as dicts of what the lines say.
+
+    Raises StoreError where the file is no trace; a last line that was cut off is left out.
+    """
+    lines = _lines(path)
+    first = next(lines, None)
+    if not isinstance(first, dict) or first.pop("edgemem_trace", None) != VERSION:
+        raise StoreError(
+            f"reading {path}: it is no trace of version {VERSION}; record one with --trace FILE"
+        )
+    try:
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in first.items()}
+        header = TraceHeader(**values)
+    except TypeError as error:
+        raise StoreError(f"reading {path}: its first line is wrong: {error}") from None
+    return header, lines
+
+
+def _lines(path: str | os.PathLike) -> Iterator[dict]:
+    with Path(path).open(encoding="ascii") as file:
+        for line in file:
+            if not line.endswith("\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise StoreError(f"reading {path}: a line is no JSON: {error}") from None

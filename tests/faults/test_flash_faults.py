@@ -1,0 +1,86 @@
+"""A device that fails, stops short, is late, flips bits or is slow, and a store that goes away."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import streaming
+import tiny
+
+import edgemem
+from edgemem._native import lib
+
+ENGINES = ("threads", "io_uring")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, convert_store) -> str:
+    folder = tmp_path_factory.mktemp("faults") / "model"
+    tiny.write(folder, "qwen3_moe", 77)
+    return str(convert_store(folder, "q8_0"))
+
+
+def answer(session_or_engine) -> bytes:
+    ids = np.arange(3, 12)
+    with session_or_engine.session() as session:
+        return session.feed(ids).tobytes() + session.feed([5]).tobytes()
+
+
+@pytest.fixture(scope="module")
+def expected(store) -> bytes:
+    with edgemem.load(store) as engine:
+        return answer(engine)
+
+
+def fault(kind: int, first: int, **more) -> dict:
+    return {"kind": kind, "first": first, "count": 1, "seed": first * 31 + 7, **more}
+
+
+@pytest.mark.parametrize("io_engine", ENGINES)
+@pytest.mark.parametrize("kind", ("ERROR", "SHORT", "LATE", "FLIP"))
+def test_every_read_of_a_run_may_misbehave(kind, io_engine, store, expected):
+    """Reads are counted from 0, once for the resident bundles and once for the streamed."""
+    for first in range(12):
+        faults = fault(getattr(lib, f"EM_FAULT_{kind}"), first, late_us=3000)
+        options = {"faults": faults, "io_engine": io_engine, "threads": 2}
+        try:
+            with streaming.opened(store, 0.0, **options) as engine:
+                try:
+                    assert answer(engine) == expected, first
+                    # An error that was met is told; a flip that was not can lie in padding.
+                    reads = engine._streamer.statistics()["reads"]
+                    assert kind != "ERROR" or reads <= first
+                except (edgemem.FlashError, edgemem.CorruptError) as error:
+                    assert "expert bundle" in str(error) and "of layer" in str(error)
+                    assert kind in ("ERROR", "FLIP"), error
+                    assert answer(engine) == expected, "the engine stays usable"
+        except (edgemem.FlashError, edgemem.CorruptError) as error:
+            assert "bundle" in str(error) and kind in ("ERROR", "FLIP"), error
+        except edgemem.UnsupportedError as error:
+            pytest.skip(f"no {io_engine} here: {error}")
+
+
+def test_a_slow_device_gives_the_same_bytes(store, expected):
+    slow = {"kind": lib.EM_FAULT_NONE, "bytes_per_s": 20_000_000}
+    with streaming.opened(store, 0.0, faults=slow) as engine:
+        assert answer(engine) == expected
+
+
+def test_a_store_truncated_under_the_engine(store, expected, tmp_path):
+    copy = tmp_path / "copy.edgemem"
+    shutil.copy(store, copy)
+    with streaming.opened(copy, 0.0) as engine:
+        os.truncate(copy, 8192)
+        with pytest.raises((edgemem.CorruptError, edgemem.FlashError), match="expert bundle"):
+            answer(engine)
+        shutil.copyfile(store, copy)
+        assert answer(engine) == expected
+
+
+def test_a_store_deleted_under_the_engine(store, expected, tmp_path):
+    copy = tmp_path / "copy.edgemem"
+    shutil.copy(store, copy)
+    with streaming.opened(copy, 0.0) as engine:
+        copy.unlink()
+        assert answer(engine) == expected, "an open file stays readable"

@@ -1,0 +1,94 @@
+"""GGUF files that were damaged or made to hurt: a conversion ends well, or with an error of ours.
+
+Nothing else may come out (no other exception, no crash, no endless loop), and memory stays near
+what the file is large. Each seed damages one file in one way; a failure names its seed.
+"""
+
+import tracemalloc
+
+import gguf_bytes as raw
+import numpy as np
+import pytest
+import tiny
+import tiny_gguf
+from gguf import GGMLQuantizationType as Type
+
+from edgemem import converters
+from edgemem.errors import EdgeMemError
+from edgemem.store import Store
+
+SEEDS = 250
+NUMBERS = (0, 1, 2, 3, 7, 8, 9, 12, 0x7F, 0xFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 40, (1 << 64) - 1)
+MAX_BYTES = 48 << 20
+"""A header is read in pieces of 1 MiB and up; a tiny model and its vocabulary take a few more."""
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2_moe"])
+def good(request, tmp_path_factory, seed_base) -> bytes:
+    folder = tmp_path_factory.mktemp("gguf")
+    facts = tiny_gguf.facts(request.param, 1, blocks=True)
+    model = tiny.write(folder / "hf", request.param, seed_base, **facts)
+    return tiny_gguf.write(folder / "m.gguf", model, Type.Q8_0).read_bytes()
+
+
+def damaged(good: bytes, rng: np.random.Generator) -> bytes:
+    """Flip bits, overwrite numbers with extreme ones, cut, or repeat, mostly in the header."""
+    data = bytearray(good)
+    header = good.index(b"token_embd.weight") + 4000
+    for _ in range(int(rng.integers(1, 4))):
+        at = int(rng.integers(4, min(len(data), header)))
+        match int(rng.integers(5)):
+            case 0:
+                data[at] ^= 1 << int(rng.integers(8))
+            case 1:
+                size = int(rng.choice([4, 8]))
+                number = NUMBERS[int(rng.integers(len(NUMBERS)))] % (1 << 8 * size)
+                data[at : at + size] = number.to_bytes(size, "little")
+            case 2:
+                del data[at : at + int(rng.integers(1, 40))]
+            case 3:
+                data[at:at] = data[at : at + int(rng.integers(1, 200))]
+            case 4 if rng.random() < 0.3:
+                del data[int(rng.integers(len(data))) :]
+    return bytes(data)
+
+
+def attempt(path, target) -> bool:
+    """Convert; True if it ended well, and then the store is whole."""
+    tracemalloc.start()
+    try:
+        converters.convert(path, target, force=True)
+    except EdgeMemError as error:
+        assert str(error)
+        return False
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < MAX_BYTES
+    with Store.open(target) as store:
+        store.verify()
+    return True
+
+
+@pytest.mark.parametrize("block", range(5))
+def test_damaged_files_end_with_an_error(block, good, tmp_path, seed_base):
+    path, target = tmp_path / "m.gguf", tmp_path / "m.edgemem"
+    path.write_bytes(good)
+    assert attempt(path, target)
+    for seed in range(block * SEEDS // 5, (block + 1) * SEEDS // 5):
+        rng = np.random.default_rng([seed_base, seed])
+        path.write_bytes(damaged(good, rng))
+        try:
+            attempt(path, target)
+        except Exception as error:
+            raise AssertionError(f"seed {seed} of {seed_base}: {type(error).__name__}") from error
+
+
+def test_a_header_of_nothing_but_lengths(tmp_path):
+    """Arrays that claim all that their file could hold cost no more than the file."""
+    path = tmp_path / "m.gguf"
+    for code in (0, 7, 8, 12):
+        for count in (1 << 16, 1 << 20, 1 << 22, 1 << 40):
+            keys = [raw.array(f"k{i}", code, count, b"") for i in range(20)]
+            path.write_bytes(raw.file(keys, data=bytes(1 << 20)))
+            assert not attempt(path, tmp_path / "m.edgemem")

@@ -1,0 +1,88 @@
+"""The law for streaming: budget, policy, I/O engine, threads and chunks never change an answer."""
+
+import numpy as np
+import pytest
+import streaming
+import tiny
+from tiny_config import MODEL_TYPES
+
+import edgemem
+from edgemem import policies
+
+POLICIES = [name for name in policies.POLICIES if name != "static"]
+ENGINES = ("threads", "io_uring")
+LONGEST = 35
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory, convert_store, seed_base) -> dict[str, str]:
+    """A random model of every type, at q4_0 or as it is."""
+    folder, made = tmp_path_factory.mktemp("streaming"), {}
+    for i, kind in enumerate(MODEL_TYPES):
+        tiny.write(folder / kind, kind, seed_base + 2000 + i)
+        made[kind] = str(convert_store(folder / kind, ("keep", "q4_0")[i % 2]))
+    return made
+
+
+def answer(engine, seed: int = 0) -> bytes:
+    """Logits of a prompt and of some tokens after it: what may not change."""
+    random = np.random.default_rng(seed)
+    ids = random.integers(0, engine.spec.vocab_size, min(LONGEST, engine.context))
+    prompt = 2 * len(ids) // 3
+    with engine.session() as session:
+        found = [session.feed(ids[:prompt]).tobytes()]
+        found += [session.feed(ids[i : i + 1]).tobytes() for i in range(prompt, len(ids))]
+    return b"".join(found)
+
+
+def engine_or_skip(io_engine: str, path) -> None:
+    try:
+        with streaming.opened(path, 0.5, io_engine=io_engine):
+            pass
+    except edgemem.UnsupportedError as error:
+        pytest.skip(f"no {io_engine} here: {error}")
+
+
+@pytest.mark.parametrize("io_engine", ENGINES)
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_every_budget_gives_one_answer(kind, io_engine, stores):
+    engine_or_skip(io_engine, stores[kind])
+    with edgemem.load(stores[kind]) as engine:
+        expected = answer(engine)
+    ways = 0
+    for share in (0.0, 0.2, 0.7):
+        for policy in POLICIES:
+            threads, chunk = 1 + ways % 3, (1, 5, None)[ways % 3]
+            options = {"policy": policy, "threads": threads, "io_engine": io_engine}
+            with streaming.opened(stores[kind], share, chunk, **options) as engine:
+                assert streaming.streams(engine)
+                assert answer(engine) == expected, (share, policy, threads, chunk)
+                found = engine.trace.summary()["decode"]
+                assert found["tokens"] == 0 or found["misses"] >= 0
+            ways += 1
+
+
+def test_trained_experts_stream_with_one_answer(tiny_moe_store):
+    with edgemem.load(tiny_moe_store) as engine:
+        expected = answer(engine), engine.generate("The river", max_tokens=30)
+    for share in (0.0, 0.3):
+        with streaming.opened(tiny_moe_store, share) as engine:
+            assert (answer(engine), engine.generate("The river", max_tokens=30)) == expected
+            statistics = engine.trace.summary()["decode"]
+            assert statistics["misses"] > 0 and statistics["read_bytes_per_token"] > 0
+
+
+def test_sessions_share_the_slots(tiny_moe_store):
+    with edgemem.load(tiny_moe_store) as engine:
+        expected = [engine.generate(text, max_tokens=12) for text in ("One day", "In the north")]
+    with streaming.opened(tiny_moe_store, 0.1) as engine:
+        with engine.session() as a, engine.session() as b:
+            streams = [
+                iter(session.generate(text, max_tokens=12, stream=True))
+                for session, text in ((a, "One day"), (b, "In the north"))
+            ]
+            found = ["", ""]
+            for _ in range(40):
+                for i, pieces in enumerate(streams):
+                    found[i] += next(pieces, "")
+        assert found == expected

@@ -1,0 +1,30 @@
+"""Engines that stream on purpose: small models, with room for a chosen share of what may stream."""
+
+from contextlib import contextmanager
+from unittest import mock
+
+import edgemem
+from edgemem import inventory, planner
+from edgemem.store import Store
+
+
+@contextmanager
+def opened(path, share: float, chunk: int | None = None, **options):
+    """An engine with slots for `share` of its streamed bundles' bytes beyond the floor."""
+    with Store.open(path) as store:
+        facts = inventory.plannable(store)
+    floor, whole = planner.floor_bytes(*facts), int(facts[1].sum())
+    room = floor + int(share * (whole - 1 - floor))
+    plan = planner.plan
+    with mock.patch.object(planner, "plan", lambda *facts: plan(*facts[:-1], room)):
+        engine = edgemem.load(path, **options)
+    try:
+        if chunk:
+            engine.chunk_tokens = engine.logits_tokens = chunk
+        yield engine
+    finally:
+        engine.close()
+
+
+def streams(engine) -> bool:
+    return len(engine._plan.streamed) > 0

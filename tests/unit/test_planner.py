@@ -1,0 +1,56 @@
+"""The planner: what it gives fits, wastes little, and refuses only what cannot work."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgemem import planner
+
+
+@st.composite
+def models(draw):
+    """(layouts, sizes, may_stream, at_once) of some classes, each with its own size."""
+    layouts, sizes, may_stream, at_once = [], [], [], []
+    for layout in range(draw(st.integers(1, 4))):
+        size, streams = 4096 * draw(st.integers(1, 50)), draw(st.booleans())
+        wanted = draw(st.integers(1, 8))
+        for _ in range(draw(st.integers(1, 40))):
+            layouts.append(layout)
+            sizes.append(size)
+            may_stream.append(streams)
+            at_once.append(wanted)
+    return tuple(np.array(column) for column in (layouts, sizes, may_stream, at_once))
+
+
+@given(models(), st.floats(0, 1.2))
+def test_a_plan_fits_its_room(model, share):
+    layouts, sizes, may_stream, at_once = model
+    room = int(share * sizes.sum())
+    plan = planner.plan(*model, room)
+    floor = planner.floor_bytes(*model)
+    if plan is None:
+        assert room < floor
+        return
+    assert plan.resident_bytes + plan.slab_bytes <= room
+    if not len(plan.streamed):
+        assert plan.resident_bytes == sizes.sum()
+        return
+    assert set(plan.streamed.tolist()) == set(np.flatnonzero(may_stream).tolist())
+    for layout, count in plan.slots.items():
+        mine = may_stream & (layouts == layout)
+        least = min(max(2, int(at_once[mine].max())), int(mine.sum()))
+        assert least <= count <= mine.sum()
+
+
+@given(models())
+def test_the_floor_is_honest(model):
+    """Exactly at the floor there is a plan; a byte below there is none."""
+    floor = planner.floor_bytes(*model)
+    assert planner.plan(*model, floor) is not None
+    assert planner.plan(*model, floor - 1) is None
+
+
+def test_room_is_not_wasted():
+    layouts, sizes = np.zeros(100, int), np.full(100, 4096)
+    plan = planner.plan(layouts, sizes, np.ones(100, bool), np.full(100, 4), 50 * 4096 + 4095)
+    assert plan.slots == {0: 50}

@@ -1,0 +1,147 @@
+"""Policies against their definitions, computed the slow way from the whole history."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgemem import policies
+from edgemem.policies import POLICIES, Lfu, Lru, NextUse, Static, next_use, recency
+
+N_LAYERS, N_EXPERTS = 3, 4
+LAYER_OF = np.repeat(np.arange(N_LAYERS), N_EXPERTS)
+
+
+@st.composite
+def histories(draw, max_steps=12):
+    """Steps of (tokens, for each layer: {bundle: uses})."""
+    steps = []
+    for _ in range(draw(st.integers(1, max_steps))):
+        tokens = draw(st.integers(1, 3))
+        layers = []
+        for layer in range(N_LAYERS):
+            experts = draw(st.sets(st.integers(0, N_EXPERTS - 1), min_size=1))
+            uses = {layer * N_EXPERTS + e: draw(st.integers(1, tokens)) for e in sorted(experts)}
+            layers.append(uses)
+        steps.append((tokens, layers))
+    return steps
+
+
+def run(policy, history, until=None):
+    """Show a history to a policy; yields (step, layer, ranks) after each layer."""
+    for step, (tokens, layers) in enumerate(history):
+        for layer, uses in enumerate(layers):
+            ids = np.array(list(uses), np.uint32)
+            policy.observe(layer, ids, np.array(list(uses.values())), tokens)
+            yield step, layer, policy.ranks(layer)
+
+
+def make(kind):
+    return policies.build(kind.name, LAYER_OF, N_LAYERS, np.arange(len(LAYER_OF)))
+
+
+@pytest.mark.parametrize("kind", POLICIES.values(), ids=POLICIES)
+def test_ranks_are_float32_one_for_each_bundle(kind):
+    policy = make(kind)
+    policy.observe(1, np.array([5, 6], np.uint32))
+    ranks = policy.ranks(1)
+    assert ranks.dtype == np.float32 and ranks.shape == LAYER_OF.shape
+    assert np.isfinite(ranks).all()
+    assert type(policy) is kind
+
+
+def test_what_cannot_be_built_is_refused():
+    with pytest.raises(ValueError, match="'mru' is none of next-use, lru, lfu, static"):
+        policies.build("mru", LAYER_OF, N_LAYERS)
+    with pytest.raises(ValueError, match="needs a profile"):
+        policies.build("static", LAYER_OF, N_LAYERS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(histories())
+def test_lru_ranks_by_last_use(history):
+    last, clock = dict.fromkeys(range(len(LAYER_OF)), 0), 0
+    for step, layer, ranks in run(make(Lru), history):
+        clock += 1
+        last.update(dict.fromkeys(history[step][1][layer], clock))
+        assert ranks.tolist() == [last[i] for i in range(len(LAYER_OF))]
+
+
+@settings(max_examples=60, deadline=None)
+@given(histories())
+def test_lfu_ranks_by_uses(history):
+    count = np.zeros(len(LAYER_OF))
+    for step, layer, ranks in run(make(Lfu), history):
+        for bundle, uses in history[step][1][layer].items():
+            count[bundle] += uses
+        assert ranks.tolist() == count.tolist()
+
+
+def expected_next_use(history, step, layer):
+    """The definition: d + n_layers (1/p − 1), in float64, for every bundle as seen from `layer`."""
+    expected = np.empty(len(LAYER_OF))
+    for bundle in range(len(LAYER_OF)):
+        at = bundle // N_EXPERTS
+        rates = np.zeros(2)
+        for tokens, layers in history[: step + (at <= layer)]:
+            keep = 0.5 ** (tokens / np.array(next_use.HALF_LIVES))
+            rates = rates * keep + (1 - keep) * layers[at].get(bundle, 0) / tokens
+        p = rates @ next_use.SHARES + next_use.PRIOR
+        distance = (at - layer - 1) % N_LAYERS + 1
+        expected[bundle] = distance + N_LAYERS * (1 / p - 1)
+    return expected
+
+
+@pytest.mark.parametrize("rebase", [1 << 14, 2 * N_LAYERS])
+@settings(max_examples=40, deadline=None)
+@given(history=histories())
+def test_next_use_ranks_by_the_expected_time_of_the_next_use(rebase, history):
+    saved, next_use._REBASE = next_use._REBASE, rebase
+    try:
+        for step, layer, ranks in run(make(NextUse), history):
+            expected = expected_next_use(history, step, layer)
+            offsets = ranks + expected
+            assert np.allclose(offsets, offsets[0], atol=1e-3 * N_LAYERS / next_use.PRIOR)
+    finally:
+        next_use._REBASE = saved
+
+
+def test_a_use_by_all_tokens_of_a_chunk_counts_as_that_many_tokens():
+    one, chunk = make(NextUse), make(NextUse)
+    for _ in range(4):
+        one.observe(0, np.array([2], np.uint32))
+    chunk.observe(0, np.array([2], np.uint32), np.array([4]), tokens=4)
+    assert np.allclose(one._rates[:, 2], chunk._rates[:, 2], rtol=1e-5)
+
+
+def test_static_keeps_to_its_profile():
+    policy = make(Static)
+    before = policy.ranks(0).copy()
+    policy.observe(0, np.array([0, 1], np.uint32))
+    assert np.array_equal(policy.ranks(2), before)
+    with pytest.raises(ValueError, match="the profile ranks 3 bundles, the model has 12"):
+        Static(LAYER_OF, N_LAYERS, np.ones(3))
+
+
+def test_lru_keeps_its_order_when_it_renumbers(monkeypatch):
+    monkeypatch.setattr(recency, "LARGEST_COUNT", 20.0)
+    random = np.random.default_rng(5)
+    policy, last = make(Lru), np.zeros(len(LAYER_OF))
+    for clock in range(1, 200):
+        ids = np.unique(random.integers(0, len(LAYER_OF), 2))
+        policy.observe(0, ids)
+        last[ids] = clock
+        assert policy.ranks(0).max() <= 20
+        assert np.array_equal(np.unique(last, return_inverse=True)[1], rank_order(policy))
+
+
+def rank_order(policy) -> np.ndarray:
+    return np.unique(policy.ranks(0), return_inverse=True)[1]
+
+
+def test_layers_without_bundles_count_as_distance():
+    """Layers 0 and 3 of 5 are routed: seen from 0, layer 3 is 3 away and layer 0 is 5 away."""
+    policy = NextUse(np.array([0, 0, 3, 3]), 5)
+    policy.observe(0, np.array([], np.uint32))
+    ranks = policy.ranks(0)
+    assert ranks[2] - ranks[0] == pytest.approx(2)

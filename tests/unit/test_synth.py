@@ -1,0 +1,182 @@
+"""Synthetic checkpoints: all forms hold the same values, and the values behave."""
+
+import json
+
+import numpy as np
+import pytest
+
+from bench.gguf_writer import rope_factors, tensor_name
+from bench.shapes import SHAPES, config_of
+from bench.synth import write
+from bench.weights import COMMON, Weights
+from edgemem.converters.configuration import describe
+from edgemem.dtypes import BF16, F32, Q4_0, Q8_0
+from edgemem.format import Kind
+from edgemem.kernels.reference import unpack
+from edgemem.models.rope import inverse_frequencies
+from edgemem.store import Store
+
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 275, "max_position_embeddings": 131072,
+}  # fmt: skip
+EXPERTS = {"moe_intermediate_size": 32, "num_experts": 5, "num_experts_per_tok": 2}
+
+
+def architecture(model_type: str, name: str, **facts) -> dict:
+    plain = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "model_type": model_type}
+    return plain | SMALL | {"architectures": [f"{name}ForCausalLM"]} | facts
+
+
+CONFIGS = {
+    "llama": SHAPES["llama-3.2-1b"] | SMALL,
+    "llama-untied": SHAPES["llama-3.1-8b"] | SMALL,
+    "mistral": architecture("mistral", "Mistral", sliding_window=None),
+    "mixtral": SHAPES["mixtral-8x7b"] | SMALL,
+    "olmoe": SHAPES["olmoe-1b-7b"] | SMALL | {"num_experts": 5, "num_experts_per_tok": 2},
+    "qwen2": architecture("qwen2", "Qwen2"),
+    "qwen3": architecture("qwen3", "Qwen3"),
+    "qwen2_moe": architecture(
+        "qwen2_moe", "Qwen2Moe", shared_expert_intermediate_size=64, **EXPERTS
+    ),
+    "qwen3_moe": SHAPES["qwen3-30b-a3b"] | SMALL | EXPERTS,
+}
+
+
+def pages(store: Store) -> list:
+    """Checksum and place of every bundle: what makes two stores equal."""
+    return store.entries[["kind", "layer", "index", "payload_bytes", "crc32c"]].tolist()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_a_folder_converts_to_the_store_that_is_written_directly(tmp_path, name, dtype):
+    from edgemem.converters import convert
+
+    write(CONFIGS[name], tmp_path / "folder", dtype, seed=5)
+    convert(tmp_path / "folder", tmp_path / "converted.edgemem")
+    write(CONFIGS[name], tmp_path / "direct.edgemem", dtype, seed=5)
+    with Store.open(tmp_path / "direct.edgemem") as direct:
+        assert direct.verify().ok
+        with Store.open(tmp_path / "converted.edgemem") as converted:
+            assert direct.spec == converted.spec
+            if dtype == "bf16":  # routers are bf16 in a store of any format, f16 in such a folder
+                assert pages(direct) == pages(converted)
+
+
+def matrices(store: Store) -> dict[str, list[np.ndarray]]:
+    """Values by the name of the GGUF tensor: one array for each bundle that is part of it."""
+    found: dict[str, list[np.ndarray]] = {}
+    for bundle, entry in enumerate(store.entries):
+        payload = np.empty(int(entry["payload_bytes"]), np.uint8)
+        store.read(bundle, payload)
+        for s in store.layout_of(bundle).segments:
+            values = unpack(payload[s.offset : s.end], s.dtype, s.rows, s.cols, s.lanes)
+            kind, layer = Kind(int(entry["kind"])), int(entry["layer"])
+            found.setdefault(tensor_name(store.spec, kind, layer, s.name), []).append(values)
+    return found
+
+
+def halves_apart(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Undo llama.cpp's order of the rows of q and k."""
+    return rows.reshape(heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", ["q4_0", "q8_0", "bf16", "f16"])
+def test_a_gguf_file_holds_the_values_of_the_store(tmp_path, name, dtype):
+    gguf = pytest.importorskip("gguf", reason="reading GGUF needs gguf: pip install gguf")
+    write(CONFIGS[name], tmp_path / "a.edgemem", dtype, seed=6)
+    size = write(CONFIGS[name], tmp_path / "a.gguf", dtype, seed=6)
+    assert size == (tmp_path / "a.gguf").stat().st_size
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    with Store.open(tmp_path / "a.edgemem") as store:
+        expected, spec = matrices(store), store.spec
+    names = {tensor.name for tensor in reader.tensors} - {"rope_freqs.weight"}
+    assert names == set(expected)
+    for tensor in reader.tensors:
+        if tensor.name == "rope_freqs.weight":
+            continue
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        values = values.reshape(-1, values.shape[-1])
+        if spec.model_type in ("llama", "mistral", "mixtral") and ".attn_q." in tensor.name:
+            values = halves_apart(values, spec.n_heads)
+        if spec.model_type in ("llama", "mistral", "mixtral") and ".attn_k." in tensor.name:
+            values = halves_apart(values, spec.n_kv_heads)
+        assert np.array_equal(values, np.concatenate(expected[tensor.name])), tensor.name
+
+
+def test_the_same_seed_gives_the_same_file_and_another_does_not(tmp_path):
+    files = [tmp_path / f"{i}.gguf" for i in range(3)]
+    for file, seed in zip(files, (1, 1, 2), strict=True):
+        write(CONFIGS["olmoe"], file, "q4_0", seed)
+    data = [file.read_bytes() for file in files]
+    assert data[0] == data[1] != data[2]
+
+
+@pytest.mark.parametrize("dtype", ["q4_0", "q8_0", "bf16", "f16"])
+def test_weights_have_no_mean_and_the_deviation_that_was_asked_for(dtype):
+    config = SHAPES["qwen3-30b-a3b"] | {"num_hidden_layers": 1, "vocab_size": 4096}
+    weights = Weights(describe(config, {}), 7, dtype)
+    for kind, names in ((Kind.EXPERT, ("gate", "down")), (Kind.DENSE, ("q", "o", "router"))):
+        layout = weights.layout(kind, 0)
+        for name in names:
+            s = layout[name]
+            tile = weights.tiles(kind, 0, 0, s)[0]
+            values = unpack(weights.draw(tile), s.dtype, tile.rows, s.cols, s.lanes)
+            assert abs(values.mean()) < 5 * tile.std / np.sqrt(values.size)
+            assert values.std() == pytest.approx(tile.std, rel=0.04)
+
+
+@pytest.mark.parametrize("dtype", ["q8_0", "bf16"])
+def test_embeddings_share_one_vector(dtype):
+    config = SHAPES["qwen3-30b-a3b"] | {"num_hidden_layers": 1, "vocab_size": 4096}
+    weights = Weights(describe(config, {}), 7, dtype)
+    kind, layer, index, layout = next(iter(weights.bundles()))
+    assert kind == Kind.EMBED and layout["rows"].dtype in (Q8_0, BF16)
+    tile = weights.tiles(kind, layer, index, layout["rows"])[0]
+    rows = unpack(weights.draw(tile), tile.segment.dtype, tile.rows, tile.segment.cols, 1)
+    common = rows.mean(axis=0)
+    noise = (rows - common).std()
+    assert noise == pytest.approx(1, rel=0.05)
+    assert np.abs(common).mean() == pytest.approx(COMMON, rel=0.05)
+
+
+def test_q4_0_uses_the_nibbles_1_to_15_alike():
+    weights = Weights(describe(CONFIGS["olmoe"] | {"hidden_size": 1024}, {}), 0, "q4_0")
+    s = weights.layout(Kind.EXPERT, 0)["gate"]
+    assert s.dtype == Q4_0 and weights.layout(Kind.DENSE, 0)["attn_norm"].dtype == F32
+    drawn = weights.draw(weights.tiles(Kind.EXPERT, 0, 0, s)[0])
+    raw = drawn[:, 1024 // 32 * 16 * 2 :].ravel()
+    counts = np.bincount(np.concatenate([raw & 15, raw >> 4]), minlength=16) / (2 * raw.size)
+    assert counts[0] == 0
+    assert counts[[*range(1, 8), *range(9, 16)]] == pytest.approx(1 / 16, rel=0.05)
+    assert counts[8] == pytest.approx(2 / 16, rel=0.05)
+
+
+def test_llama_3_frequencies_are_divided_as_the_model_scales_them():
+    spec = describe(CONFIGS["llama"], {}).spec
+    plain = spec.rope.theta ** (-np.arange(0, 16, 2) / 16)
+    scaled = inverse_frequencies(spec.rope, 16, spec.max_positions, 1)
+    assert np.allclose(plain / rope_factors(spec), scaled)
+    assert rope_factors(describe(CONFIGS["qwen3"], {}).spec) is None
+
+
+def test_shapes_are_known_or_explained(tmp_path):
+    assert config_of("olmoe-1b-7b", 3)["num_hidden_layers"] == 3
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["qwen2"]))
+    assert config_of(str(tmp_path / "config.json"))["model_type"] == "qwen2"
+    with pytest.raises(ValueError, match="neither a config.json nor one of qwen3-30b-a3b"):
+        config_of("gpt-9")
+    for name in SHAPES:
+        describe(config_of(name), {})
+
+
+def test_what_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a folder holds bf16 or f16, not q4_0"):
+        write(CONFIGS["llama"], tmp_path / "folder", "q4_0")
+    with pytest.raises(ValueError, match="whole blocks of 32"):
+        write(CONFIGS["llama"] | {"intermediate_size": 100}, tmp_path / "x.gguf", "q4_0")
+    (tmp_path / "y.gguf").touch()
+    with pytest.raises(FileExistsError, match="it exists"):
+        write(CONFIGS["llama"], tmp_path / "y.gguf", "q4_0")
