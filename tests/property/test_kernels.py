@@ -227,7 +227,7 @@ def run_ffn(core, bundles, x, pairs, activation: str) -> np.ndarray:
     weights = np.array([w for p in pairs for _, w in p], np.float32)
     out = np.zeros_like(x)
     status = lib.em_ffn_run(
-        core.handle, ffn, len(bundles), _pointer(addresses, "uint64_t *"), ffi.NULL,
+        core.handle, ffn, len(bundles), _pointer(addresses, "uint64_t *"), ffi.NULL, ffi.NULL,
         _pointer(first, "int32_t *"), _pointer(tokens, "int32_t *"), _pointer(weights),
         _pointer(x), len(x), _pointer(out),
     )  # fmt: skip
