@@ -156,6 +156,9 @@ class Residency:
                 check(status, "reading resident bundles")
                 if lib.em_residency_wait(native, at, len(batch)) == lib.EM_FLASH:
                     raise self._error_of(native, resident)
+                if not self.direct and hasattr(os, "posix_fadvise"):
+                    # Or the page cache would hold a second copy of what was just read.
+                    os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 done += int(self.sizes[resident[start : start + _BATCH]].sum())
                 if progress is not None:
                     progress(done, int(self.sizes[resident].sum()))

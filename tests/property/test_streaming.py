@@ -1,5 +1,7 @@
 """The law for streaming: budget, policy, I/O engine, threads and chunks never change an answer."""
 
+import os
+
 import numpy as np
 import pytest
 import streaming
@@ -7,7 +9,7 @@ import tiny
 from tiny_config import MODEL_TYPES
 
 import edgemem
-from edgemem import policies
+from edgemem import policies, residency
 
 POLICIES = [name for name in policies.POLICIES if name != "static"]
 ENGINES = ("threads", "io_uring")
@@ -60,6 +62,19 @@ def test_every_budget_gives_one_answer(kind, io_engine, stores):
                 found = engine.trace.summary()["decode"]
                 assert found["tokens"] == 0 or found["misses"] >= 0
             ways += 1
+
+
+def test_without_direct_reads_the_answer_is_the_same(stores, monkeypatch):
+    """Some file systems refuse them; reads then go through the page cache."""
+    with edgemem.load(stores["qwen2_moe"]) as engine:
+        expected = answer(engine)
+
+    def buffered(path):
+        return os.open(path, os.O_RDONLY), False
+
+    monkeypatch.setattr(residency, "_open_direct", buffered)
+    with streaming.opened(stores["qwen2_moe"], 0.2) as engine:
+        assert streaming.streams(engine) and answer(engine) == expected
 
 
 def test_trained_experts_stream_with_one_answer(tiny_moe_store):
