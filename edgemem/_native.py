@@ -61,7 +61,8 @@ class Slab:
     def __init__(self, size: int):
         self.bytes = size
         try:
-            self._map = mmap.mmap(-1, max(size, 1))
+            # Private: shared memory would get no huge pages, and a forked child could write it.
+            self._map = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, ValueError, OverflowError) as error:
             raise MemoryError(f"reserving {size} bytes of memory: {error}") from error
         if hasattr(mmap, "MADV_HUGEPAGE"):

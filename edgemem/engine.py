@@ -189,6 +189,7 @@ class Engine:
             policy = policies.build(self._policy, layers, self.spec.n_layers)
         self._streamer = Streamer(residency, policy)
         self._counted = dict.fromkeys(COUNTERS, 0)
+        self._stepping = False
         self._model = models.build(self.store, self._streamer, self._core, self.chunk_tokens)
 
     def session(self) -> Session:
@@ -261,6 +262,10 @@ class Engine:
         """
         with self._lock:
             self._check_open()
+            if self._stepping:  # the last step was interrupted, who knows where
+                self._streamer.settle()
+                self._take_counters()
+            self._stepping = True
             started = perf_counter()
             n_logits = 0 if out is None else len(np.atleast_2d(out))
             logits = self._model.step(ids, kv, n_logits)
@@ -268,6 +273,7 @@ class Engine:
                 np.copyto(np.atleast_2d(out), logits)
             seconds, demand = perf_counter() - started, self._streamer.take_demand()
             self.trace.record(phase, len(ids), seconds, demand, **self._take_counters())
+            self._stepping = False
 
     def _take_counters(self) -> dict[str, int]:
         """What streaming did since this was last asked."""

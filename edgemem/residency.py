@@ -102,6 +102,11 @@ class Residency:
         """Undo one `acquire` of the same bundles."""
         lib.em_residency_release(self._native, pointer(indices, "uint32_t *"), len(indices))
 
+    def release_all(self) -> None:
+        """Undo every `acquire`, after a step that was interrupted in the middle of one."""
+        if self._native:
+            lib.em_residency_release_all(self._native)
+
     def prefetch(self, indices: np.ndarray, ranks: np.ndarray) -> int:
         """Start reading absent bundles behind all demand; returns how many."""
         return lib.em_residency_prefetch(
@@ -156,9 +161,6 @@ class Residency:
                 check(status, "reading resident bundles")
                 if lib.em_residency_wait(native, at, len(batch)) == lib.EM_FLASH:
                     raise self._error_of(native, resident)
-                if not self.direct and hasattr(os, "posix_fadvise"):
-                    # Or the page cache would hold a second copy of what was just read.
-                    os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 done += int(self.sizes[resident[start : start + _BATCH]].sum())
                 if progress is not None:
                     progress(done, int(self.sizes[resident].sum()))

@@ -93,6 +93,11 @@ class Streamer:
         if last in self._certain_after:
             self._residency.prefetch(self._certain_after[last], ranks)
 
+    def settle(self) -> None:
+        """Forget what an interrupted step held and demanded."""
+        self._residency.release_all()
+        self._demand = []
+
     def error(self) -> Exception:
         """The exception for the read that failed."""
         return self._residency.error()

@@ -212,6 +212,8 @@ int32_t em_residency_acquire(em_residency *residency, const uint32_t *ids, int32
                              const float *ranks, uint64_t *addresses);
 /* Undoes one acquire of the same bundles. */
 void em_residency_release(em_residency *residency, const uint32_t *ids, int32_t n);
+/* Undoes every acquire: for a caller that was interrupted and does not know what it held. */
+void em_residency_release_all(em_residency *residency);
 /* Starts reading absent bundles behind all demand, into free slots or over bundles of lower rank;
  * returns how many were started or queued. */
 int32_t em_residency_prefetch(em_residency *residency, const uint32_t *ids, int32_t n,

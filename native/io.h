@@ -36,7 +36,7 @@ typedef struct {
 /* submit: starts reads (at most `depth` are in flight, by the caller's count) and never waits.
  * reap: gives 1..max ended reads, waiting for the first; 0 once `wake` was called.
  * wake: lets a waiting reaper return.
- * Results of `submit` and `open` are statuses; a read that could not start ends with its errno. */
+ * `open` gives a status. */
 struct em_io_engine {
     const char *name;
     int32_t (*open)(const em_io_setup *setup, em_io **io);

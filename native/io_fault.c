@@ -50,7 +50,7 @@ static void fault_submit(em_io *base, const em_read *reads, int32_t n) {
         em_read read = reads[i];
         int64_t index = io->started++;
         if (is_hit(&io->faults, index) && io->faults.kind == EM_FAULT_SHORT)
-            read.bytes = em_max(512, (int64_t)read.bytes / 2 / 4096 * 4096);
+            read.bytes = (uint64_t)em_max(512, (int64_t)read.bytes / 2 / 4096 * 4096);
         for (int32_t slot = 0; slot < io->depth; slot++)
             if (__atomic_load_n(&io->reads[slot].bytes, __ATOMIC_ACQUIRE) == 0) {
                 io->reads[slot].tag = read.tag;

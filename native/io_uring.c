@@ -31,8 +31,8 @@ static int enter(em_io *io, uint32_t submit, uint32_t wait) {
         long n = syscall(SYS_io_uring_enter, io->ring, submit, wait,
                          wait ? IORING_ENTER_GETEVENTS : 0, NULL, 0);
         if (n >= 0) return (int)n;
-        if (errno == EAGAIN || errno == EBUSY)
-            sched_yield();
+        if (errno == EAGAIN || errno == EBUSY || errno == ENOMEM)
+            sched_yield(); /* the kernel is short of something: it passes */
         else if (errno != EINTR)
             return -errno;
     }
@@ -103,7 +103,7 @@ static int32_t uring_reap(em_io *io, em_done *done, int32_t max) {
         }
         __atomic_store_n(io->cq_head, head, __ATOMIC_RELEASE);
         if (n > 0 || woken) return n;
-        enter(io, 0, 1);
+        if (enter(io, 0, 1) < 0) sched_yield();
     }
 }
 

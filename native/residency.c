@@ -6,71 +6,17 @@
  *
  * A slot holds at most one bundle and a bundle has at most one slot. What is loading or pinned is
  * never a victim. A thread of its own reaps reads, so that they go on while others compute. */
-#include "io.h"
+#include "residency.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-enum { ABSENT, LOADING, RESIDENT };
-enum { NO_SLOT = -1, EMPTY = -1 };
-
-typedef struct {
-    int32_t slot; /* of its class */
-    int32_t pins;
-    int32_t pieces_left; /* of the read that loads it */
-    uint8_t state;
-    bool failed, verified, prefetched;
-} bundle_state;
-
-/* Part of a bundle's read: what is left of it. */
-typedef struct {
-    uint32_t bundle;
-    uint64_t offset, bytes;
-    uint8_t *buffer;
-} piece;
-
-/* A ring of pieces that wait for room in the device's queue. */
-typedef struct {
-    piece *items;
-    int64_t first, count, capacity;
-} piece_queue;
-
-struct em_residency {
-    const em_io_engine *engine;
-    em_io *io;
-    int32_t depth, in_flight, n_bundles, n_classes;
-    uint64_t piece_bytes;
-    const em_bundle *bundles;
-    em_slot_class *classes;
-    int32_t **occupant; /* [class][slot]: the bundle, or EMPTY */
-    bundle_state *states;
-    int32_t *ready;
-    piece *flying; /* [depth], by tag */
-    int32_t *free_tags;
-    int32_t n_free_tags;
-    piece_queue demand, ahead;
-    em_residency_stats stats;
-    em_read_failure failure;
-    int64_t busy_since_us;
-    bool closing;
-    pthread_mutex_t mutex;
-    pthread_cond_t changed;
-    pthread_t reaper;
-    bool reaping;
-    pid_t owner;
-};
-
 /* ---- reads ----------------------------------------------------------------------------------- */
-
-static bool queue_open(piece_queue *q, int64_t capacity) {
-    q->capacity = capacity;
-    q->items = calloc((size_t)capacity, sizeof *q->items);
-    return q->items != NULL;
-}
 
 static void queue_push(piece_queue *q, piece p) {
     q->items[(q->first + q->count++) % q->capacity] = p;
@@ -111,7 +57,7 @@ static void load(em_residency *r, uint32_t bundle, int32_t slot, piece_queue *qu
     s->pieces_left = 0;
     for (uint64_t done = 0; done < b->bytes; done += r->piece_bytes, s->pieces_left++) {
         uint64_t bytes = b->bytes - done < r->piece_bytes ? b->bytes - done : r->piece_bytes;
-        queue_push(queue, (piece){bundle, b->offset + done, bytes, to + done});
+        queue_push(queue, (piece){bundle, 0, b->offset + done, bytes, to + done});
     }
     *(s->prefetched ? &r->stats.prefetch_bytes : &r->stats.demand_bytes) += (int64_t)b->bytes;
 }
@@ -137,6 +83,13 @@ static void fail(em_residency *r, uint32_t bundle, int32_t error) {
 static void end_load(em_residency *r, uint32_t bundle) {
     const em_bundle *b = &r->bundles[bundle];
     bundle_state *s = &r->states[bundle];
+#if defined(POSIX_FADV_DONTNEED)
+    if (r->buffered) { /* or the page cache would keep a second copy */
+        pthread_mutex_unlock(&r->mutex);
+        posix_fadvise(r->fd, (off_t)b->offset, (off_t)b->bytes, POSIX_FADV_DONTNEED);
+        pthread_mutex_lock(&r->mutex);
+    }
+#endif
     if (!s->failed && !s->verified) {
         const uint8_t *data = slot_address(r, bundle);
         pthread_mutex_unlock(&r->mutex);
@@ -163,14 +116,20 @@ static void end_load(em_residency *r, uint32_t bundle) {
 static void end_piece(em_residency *r, const em_done *done) {
     int32_t tag = (int32_t)done->tag;
     piece p = r->flying[tag];
-    bool again = done->result == -EINTR || done->result == -EAGAIN;
+    /* A thread that ends takes its buffered io_uring reads with it: EFAULT or ECANCELED. */
+    bool again = p.retries < MAX_RETRIES && (done->result == -EINTR || done->result == -EAGAIN ||
+                                             done->result == -EFAULT || done->result == -ECANCELED);
+    p.retries++;
     if (done->result > 0) {
+        /* What is read again starts where direct reads may start. */
+        uint64_t whole = (uint64_t)done->result;
+        if (whole < p.bytes) whole = whole / PAGE_BYTES * PAGE_BYTES;
         r->stats.read_bytes += done->result;
         r->stats.reads++;
-        p.offset += (uint64_t)done->result;
-        p.buffer += done->result;
-        p.bytes -= (uint64_t)done->result;
-        again = p.bytes > 0;
+        p.offset += whole;
+        p.buffer += whole;
+        p.bytes -= whole;
+        again = p.bytes > 0 && (whole > 0 || p.retries < MAX_RETRIES);
     }
     r->free_tags[r->n_free_tags++] = tag;
     if (--r->in_flight == 0) r->stats.busy_us += em_now_us() - r->busy_since_us;
@@ -182,7 +141,7 @@ static void end_piece(em_residency *r, const em_done *done) {
     if (--r->states[p.bundle].pieces_left == 0) end_load(r, p.bundle);
 }
 
-static void *reap(void *arg) {
+void *em_residency_reap(void *arg) {
     em_residency *r = arg;
     em_done done[64];
     for (;;) {
@@ -214,7 +173,8 @@ static int32_t take_slot(em_residency *r, int32_t slot_class, const float *ranks
             continue;
         }
         float rank = ranks ? ranks[bundle] : 0;
-        if (rank < limit) {
+        bool first = best == NO_SLOT && limit == INFINITY; /* demand takes whatever there is */
+        if (first || rank < limit) {
             limit = rank;
             best = slot;
         }
@@ -228,7 +188,7 @@ static void unpin(em_residency *r, uint32_t bundle) {
     if (--s->pins == 0 && s->failed && s->state == RESIDENT) vacate(r, bundle);
 }
 
-static void drop_ahead(em_residency *r) {
+void em_residency_drop_ahead(em_residency *r) {
     /* Only bundles none of whose pieces have started: the others arrive anyway. */
     piece_queue kept = r->ahead;
     int64_t n = r->ahead.count;
@@ -274,13 +234,15 @@ static bool place(em_residency *r, uint32_t bundle, const float *ranks) {
         }
         if (!loading) return false;
         int64_t before = r->ahead.count;
-        drop_ahead(r);
+        em_residency_drop_ahead(r);
         if (r->ahead.count == before) pthread_cond_wait(&r->changed, &r->mutex);
+        if (r->states[bundle].state != ABSENT) return true; /* another caller was faster */
     }
 }
 
 int32_t em_residency_acquire(em_residency *r, const uint32_t *ids, int32_t n, const float *ranks,
                              uint64_t *addresses) {
+    if (r->owner != getpid()) return EM_UNSUPPORTED; /* rings and slots belong to the parent */
     for (int32_t i = 0; i < n; i++)
         if (ids[i] >= (uint32_t)r->n_bundles) return EM_INVALID;
     pthread_mutex_lock(&r->mutex);
@@ -315,8 +277,16 @@ void em_residency_release(em_residency *r, const uint32_t *ids, int32_t n) {
     pthread_mutex_unlock(&r->mutex);
 }
 
+void em_residency_release_all(em_residency *r) {
+    pthread_mutex_lock(&r->mutex);
+    for (uint32_t bundle = 0; bundle < (uint32_t)r->n_bundles; bundle++)
+        while (r->states[bundle].pins > 0) unpin(r, bundle);
+    pthread_mutex_unlock(&r->mutex);
+}
+
 int32_t em_residency_prefetch(em_residency *r, const uint32_t *ids, int32_t n, const float *ranks) {
     int32_t started = 0;
+    if (r->owner != getpid()) return 0;
     pthread_mutex_lock(&r->mutex);
     for (int32_t i = 0; i < n; i++) {
         if (ids[i] >= (uint32_t)r->n_bundles || r->states[ids[i]].state != ABSENT) continue;
@@ -334,7 +304,7 @@ int32_t em_residency_prefetch(em_residency *r, const uint32_t *ids, int32_t n, c
 
 void em_residency_cancel(em_residency *r) {
     pthread_mutex_lock(&r->mutex);
-    drop_ahead(r);
+    em_residency_drop_ahead(r);
     pthread_mutex_unlock(&r->mutex);
 }
 
@@ -367,125 +337,4 @@ em_residency_stats em_residency_statistics(em_residency *r) {
     if (r->in_flight > 0) stats.busy_us += em_now_us() - r->busy_since_us;
     pthread_mutex_unlock(&r->mutex);
     return stats;
-}
-
-/* ---- open and close -------------------------------------------------------------------------- */
-
-void em_residency_close(em_residency *r) {
-    if (!r) return;
-    if (r->reaping && r->owner == getpid()) { /* threads do not follow a fork */
-        pthread_mutex_lock(&r->mutex);
-        drop_ahead(r);
-        r->closing = true;
-        r->engine->wake(r->io);
-        pthread_mutex_unlock(&r->mutex);
-        pthread_join(r->reaper, NULL);
-    }
-    if (r->io) r->engine->close(r->io);
-    for (int32_t c = 0; r->occupant && c < r->n_classes; c++) free(r->occupant[c]);
-    pthread_mutex_destroy(&r->mutex);
-    pthread_cond_destroy(&r->changed);
-    free(r->occupant);
-    free((void *)r->bundles);
-    free(r->classes);
-    free(r->states);
-    free(r->ready);
-    free(r->flying);
-    free(r->free_tags);
-    free(r->demand.items);
-    free(r->ahead.items);
-    free(r);
-}
-
-static bool valid(const em_bundle *bundles, int32_t n_bundles, const em_slot_class *classes,
-                  int32_t n_classes, int32_t depth, uint64_t piece_bytes) {
-    if (n_bundles < 1 || n_classes < 1 || depth < 1 || depth > 1024) return false;
-    if (piece_bytes < 4096 || piece_bytes % 4096 || piece_bytes > 1u << 30) return false;
-    for (int32_t i = 0; i < n_bundles; i++) {
-        const em_bundle *b = &bundles[i];
-        if (b->slot_class < 0 || b->slot_class >= n_classes || b->bytes < 1 ||
-            b->payload_bytes > b->bytes || b->bytes > classes[b->slot_class].slot_bytes)
-            return false;
-    }
-    return true;
-}
-
-/* Copies of the caller's tables and room for all state; false where memory is short. */
-static bool allocate(em_residency *r, const em_bundle *bundles, const em_slot_class *classes) {
-    size_t n = (size_t)r->n_bundles, k = (size_t)r->n_classes;
-    int64_t pieces = 0;
-    em_bundle *own = malloc(n * sizeof *own);
-    r->bundles = own;
-    r->classes = malloc(k * sizeof *r->classes);
-    r->states = calloc(n, sizeof *r->states);
-    r->ready = calloc(n, sizeof *r->ready);
-    r->occupant = calloc(k, sizeof *r->occupant);
-    r->flying = calloc((size_t)r->depth, sizeof *r->flying);
-    r->free_tags = calloc((size_t)r->depth, sizeof *r->free_tags);
-    if (!own || !r->classes || !r->states || !r->ready || !r->occupant || !r->flying ||
-        !r->free_tags)
-        return false;
-    memcpy(own, bundles, n * sizeof *own);
-    memcpy(r->classes, classes, k * sizeof *r->classes);
-    for (int32_t i = 0; i < r->n_bundles; i++) r->states[i].slot = NO_SLOT;
-    for (int32_t i = 0; i < r->depth; i++) r->free_tags[r->n_free_tags++] = r->depth - 1 - i;
-    for (int32_t c = 0; c < r->n_classes; c++) {
-        r->occupant[c] = malloc(((size_t)classes[c].n_slots + 1) * sizeof **r->occupant);
-        if (!r->occupant[c]) return false;
-        for (int32_t s = 0; s < classes[c].n_slots; s++) r->occupant[c][s] = EMPTY;
-        pieces += (int64_t)(classes[c].slot_bytes / r->piece_bytes + 1) * classes[c].n_slots;
-    }
-    return queue_open(&r->demand, pieces + 1) && queue_open(&r->ahead, pieces + 1);
-}
-
-static int32_t open_engine(em_residency *r, int fd, const char *name, const em_faults *faults) {
-    const em_io_engine *all[] = {
-#if defined(__linux__)
-        &em_io_uring,
-#endif
-        &em_io_threads,
-    };
-    em_io_setup setup = {.fd = fd, .depth = r->depth};
-    int32_t status = EM_UNSUPPORTED;
-    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
-        if (name && strcmp(name, all[i]->name) != 0) continue;
-        r->engine = all[i];
-        if (faults) {
-            setup.inner = all[i];
-            setup.faults = *faults;
-            r->engine = &em_io_fault;
-        }
-        status = r->engine->open(&setup, &r->io);
-        if (status == EM_OK) return EM_OK;
-        r->io = NULL;
-    }
-    return status;
-}
-
-int32_t em_residency_open(int32_t fd, const em_bundle *bundles, int32_t n_bundles,
-                          const em_slot_class *classes, int32_t n_classes, const char *engine,
-                          int32_t depth, uint64_t piece_bytes, const em_faults *faults,
-                          em_residency **out) {
-    if (!valid(bundles, n_bundles, classes, n_classes, depth, piece_bytes)) return EM_INVALID;
-    em_residency *r = calloc(1, sizeof *r);
-    if (!r) return EM_NO_MEMORY;
-    r->owner = getpid();
-    r->depth = depth;
-    r->piece_bytes = piece_bytes;
-    r->n_bundles = n_bundles;
-    r->n_classes = n_classes;
-    pthread_mutex_init(&r->mutex, NULL);
-    pthread_cond_init(&r->changed, NULL);
-    int32_t status = allocate(r, bundles, classes) ? EM_OK : EM_NO_MEMORY;
-    if (status == EM_OK) status = open_engine(r, fd, engine, faults);
-    if (status == EM_OK) {
-        r->reaping = pthread_create(&r->reaper, NULL, reap, r) == 0;
-        if (!r->reaping) status = EM_NO_THREADS;
-    }
-    if (status != EM_OK) {
-        em_residency_close(r);
-        return status;
-    }
-    *out = r;
-    return EM_OK;
 }

@@ -3,6 +3,7 @@
 #include "check.h"
 
 #include <errno.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,7 +35,7 @@ static void make_world(world *w, int32_t slots) {
         offset += pages * PAGE;
     }
     fflush(w->file);
-    w->slab = exact((size_t)slots * 9 * PAGE);
+    if (posix_memalign((void **)&w->slab, PAGE, (size_t)slots * 9 * PAGE) != 0) abort();
     w->classes[0] = (em_slot_class){w->slab, 2 * PAGE, slots};
     w->classes[1] = (em_slot_class){w->slab + (size_t)slots * 2 * PAGE, 7 * PAGE, slots};
 }
@@ -198,6 +199,24 @@ static void every_fault(const char *engine) {
         }
 }
 
+/* Whoever was interrupted may start over; a rank that is no number is a victim like others. */
+static void starting_over(void) {
+    world w;
+    make_world(&w, 2);
+    em_residency *r = open_residency(&w, "threads", 2, NULL);
+    const uint32_t two[] = {1, 2}, next[] = {4, 5};
+    uint64_t at[2];
+    float ranks[BUNDLES];
+    for (int i = 0; i < BUNDLES; i++) ranks[i] = NAN;
+    CHECK(em_residency_acquire(r, two, 2, ranks, at) == EM_OK, "%d slots", 2);
+    CHECK(em_residency_acquire(r, next, 2, ranks, at) == EM_NO_MEMORY, "%d slots", 2);
+    em_residency_release_all(r);
+    CHECK(em_residency_acquire(r, next, 2, ranks, at) == EM_OK, "after starting over%s", "");
+    CHECK(em_residency_wait(r, next, 2) == EM_OK && right_bytes(&w, 4, at[0]), "bundle %d", 4);
+    em_residency_close(r);
+    end_world(&w);
+}
+
 static void truncated_file(void) {
     world w;
     make_world(&w, 4);
@@ -226,5 +245,6 @@ int main(void) {
     too_many_pins();
     lowest_rank_leaves();
     truncated_file();
+    starting_over();
     return check_report();
 }

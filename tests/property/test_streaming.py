@@ -1,6 +1,7 @@
 """The law for streaming: budget, policy, I/O engine, threads and chunks never change an answer."""
 
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -75,6 +76,34 @@ def test_without_direct_reads_the_answer_is_the_same(stores, monkeypatch):
     monkeypatch.setattr(residency, "_open_direct", buffered)
     with streaming.opened(stores["qwen2_moe"], 0.2) as engine:
         assert streaming.streams(engine) and answer(engine) == expected
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
+def test_interrupted_steps_leave_the_engine_usable(stores):
+    """At the floor a pin that is left behind would end the engine."""
+
+    class Interrupt(Exception):
+        pass
+
+    def interrupt(*_):
+        raise Interrupt
+
+    with edgemem.load(stores["qwen3_moe"]) as engine:
+        expected = answer(engine)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with streaming.opened(stores["qwen3_moe"], 0.0) as engine:
+            for i in range(60):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 1e-4 * (1 + i % 13))
+                    answer(engine)
+                except Interrupt:
+                    pass
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            assert answer(engine) == expected
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_trained_experts_stream_with_one_answer(tiny_moe_store):
