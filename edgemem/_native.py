@@ -27,7 +27,7 @@ def check(status: int, doing: str) -> None:
     if status == lib.EM_NO_THREADS:
         raise EdgeMemError(f"{doing}: the system refused to start a thread; ask for fewer threads")
     if status == lib.EM_UNSUPPORTED:
-        raise UnsupportedError(f"{doing}: not an instruction set that runs on this machine")
+        raise UnsupportedError(f"{doing}: not something that runs here")
     if status == lib.EM_FLASH:
         raise FlashError(f"{doing}: a read failed")
     raise AssertionError(f"{doing}: the core refused its arguments (status {status})")

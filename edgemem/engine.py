@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -164,7 +163,9 @@ class Engine:
                 self.logits_tokens = min(STREAMING_LOGITS_TOKENS, self.context)
             if kept or not len(self._plan.streamed):
                 break
-        return [Item("scratch", size), *self._weight_items()]
+        weights = self._weight_items()
+        self._weights_bytes = sum(item.bytes for item in weights)
+        return [Item("scratch", size), *weights]
 
     def _weight_items(self) -> list[Item]:
         """What the plan takes; without one, the least that a plan would take."""
@@ -245,7 +246,6 @@ class Engine:
                 self._streamer.close()
             self._model = self._streamer = self._core = None
         self.store.close()
-        gc.collect()  # parts of a model refer to each other, and weights are too large to linger
 
     def __enter__(self) -> Engine:
         self._check_open()
@@ -333,7 +333,7 @@ class Engine:
     def _advise(self, items: Sequence[Item], spare: int) -> list[str]:
         """What would fit where `items` do not: a shorter context, a smaller format, more memory."""
         needed = sum(item.bytes for item in items)
-        weights, per_token = inventory.resident_bytes(self.store), cache_bytes(self.spec, 1)
+        weights, per_token = self._weights_bytes, cache_bytes(self.spec, 1)
         lines = []
         context = (spare - needed + self._kv_item.bytes) // per_token // 64 * 64
         if context > 0:

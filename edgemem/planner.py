@@ -45,12 +45,9 @@ def plan(
     spare = room - resident - int(least @ each)
     if spare < 0 or not len(classes):
         return None
-    slots = least.copy()
-    left = spare
-    for i in np.argsort(-each):  # largest first: what one class leaves over, the next may use
-        share = left * int(totals[i]) // max(1, int(totals[np.argsort(-each)].sum()))
-        slots[i] = min(int(counts[i]), int(least[i]) + share // int(each[i]))
-    for i in np.argsort(each):
+    shares = [spare * int(total) // int(totals.sum()) for total in totals]
+    slots = np.minimum(least + np.array(shares, np.int64) // each, counts)
+    for i in np.argsort(each):  # what rounding and full classes leave over, small slots first
         left = room - resident - int(slots @ each)
         slots[i] = min(int(counts[i]), int(slots[i]) + left // int(each[i]))
     streamed = np.flatnonzero(may_stream).astype(np.uint32)
