@@ -27,7 +27,7 @@ def record(store: str, n_tokens: int, seed: int = 0) -> Routing:
 
     def noted(experts: Experts, n: int) -> np.ndarray:
         wanted = route(experts, n)
-        logits, k = experts._work.scratch.router.array[:n], experts._work.spec.top_k
+        logits, k = experts._work.scratch.routing.logits.array[:n], experts._work.spec.top_k
         picked.append(np.argpartition(logits, -k, axis=1)[:, -k:].copy())
         return wanted
 

@@ -15,6 +15,15 @@ def peak_bytes() -> int:
         return _peak_by_rusage()
 
 
+def major_faults() -> int:
+    """Pages that this process had to wait for the disk for, since its start; 0 if not known."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
 def _peak_by_rusage() -> int:
     try:
         import resource
