@@ -230,8 +230,8 @@ def _make(source: _Source, store: Path, lock: int) -> None:
         _convert(source, part, lock)
         if source.store_name() != store.name:
             raise CheckpointError(
-                f"reading {source.path}: it changed while it was converted, so nothing is kept; try "
-                "again once it is complete"
+                f"reading {source.path}: it changed while it was converted, so nothing is kept; "
+                "try again once it is complete"
             )
         os.replace(part, store)
     finally:
@@ -257,10 +257,16 @@ def _convert(source: _Source, target: Path, lock: int) -> None:
             process.send_signal(number)
 
     with handled(pass_on, "SIGINT", "SIGTERM", "SIGHUP"):
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            pass_fds=() if fcntl is None else (lock,), start_new_session=True,
-        )  # fmt: skip
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                pass_fds=() if fcntl is None else (lock,), start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            raise EdgeMemError(
+                f"converting {source.path}: starting {sys.executable}: {error.strerror}; try "
+                "'edgemem convert', and give its store"
+            ) from error
         for number in arrived:
             process.send_signal(number)
         code = process.wait()

@@ -106,12 +106,14 @@ def load_engine(
 ):  # fmt: skip
     """The engine that the options ask for, with a progress bar while weights are read.
 
-    A checkpoint is converted first, unless it has been. `ready(engine)` is called before that, and may refuse what comes later.
+    A checkpoint is converted first, unless its store is in the cache. `ready(engine)` is called
+    before weights are read, and may refuse what comes later.
     """
-    from .. import engine
+    from .. import budget, engine
     from .cache import as_store
 
     with usage_errors():
+        budget.Budget(memory)  # a wrong size is told before a long conversion
         store = as_store(model, cache_dir, dtype)
     with usage_errors(), progress_bar("reading weights", "B") as progress:
         return engine.load(store, memory, context, threads, progress, ready)

@@ -58,7 +58,11 @@ def run(
 
 def generation_arguments(max_tokens: int, stop: Sequence[str], sampling: dict) -> dict:
     """The arguments of `Engine.generate` that were given."""
+    from ..sampler import Sampling
+
     given = {name: value for name, value in sampling.items() if value is not None}
+    with options.usage_errors():
+        Sampling.of(given)  # before a checkpoint is converted, which may take long
     return {"max_tokens": max_tokens, "stop": list(map(options.argument_text, stop)), **given}
 
 

@@ -17,7 +17,7 @@ import tiny_gguf
 import edgemem
 from edgemem import converters
 from edgemem.cli.cache import as_store, default_folder
-from edgemem.errors import CheckpointError, StoreError
+from edgemem.errors import CheckpointError, EdgeMemError, StoreError
 from edgemem.store import Store
 
 
@@ -261,8 +261,9 @@ def test_what_is_neither_is_refused_as_ever(cache, tmp_path):
     assert not cache.exists()
 
 
-def test_wrong_dtypes_are_wrong_usage(gguf, cache):
-    assert "keep" in run("run", gguf, "-p", "x", "--dtype", "f7", code=2)[1]
+def test_wrong_usage_is_told_before_a_conversion(gguf, cache):
+    for option in (("--dtype", "f7"), ("--memory", "4X"), ("--temperature", -1)):
+        assert "Error: " in run("run", gguf, "-p", "x", *option, code=2)[1]
     assert not cache.exists()
 
 
@@ -299,9 +300,10 @@ def test_a_cache_folder_that_cannot_be(gguf, tmp_path):
         assert "--cache-dir" in stderr and str(cache) in stderr and stderr.count("\n") == 1
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to any folder")
 def test_a_cache_folder_that_is_read_only(gguf, cache):
     cache.mkdir(mode=0o500)
+    if os.access(cache, os.W_OK):
+        pytest.skip("root may write to any folder")
     with pytest.raises(StoreError, match="--cache-dir"):
         as_store(gguf)
     cache.chmod(0o700)
@@ -318,6 +320,13 @@ def test_a_full_disk_is_told_before_anything_is_written(gguf, cache, tmp_path, m
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     stderr = run("run", gguf, "-p", "x", code=1)[1]
     assert "the disk has 10 free" in stderr and "--cache-dir" in stderr
+    assert list(cache.iterdir()) == []
+
+
+def test_a_converter_that_cannot_start(gguf, cache, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/absent/python")
+    with pytest.raises(EdgeMemError, match="starting /absent/python: No such file"):
+        as_store(gguf)
     assert list(cache.iterdir()) == []
 
 
