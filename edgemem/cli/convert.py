@@ -7,12 +7,11 @@ import dataclasses
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
 
 import click
 
 from . import options
+from .signals import handled
 
 _HELP = """Convert a checkpoint into a store, a single file that holds all that a run needs. A
 checkpoint is a Hugging Face folder (config.json, tokenizer.json and safetensors) or a GGUF file
@@ -23,24 +22,8 @@ stays within a small multiple of the largest tensor.
 """
 
 
-@contextlib.contextmanager
-def _cleaned_up_when_ended() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind like Ctrl-C, so that no half of a store stays behind."""
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    numbers = [getattr(signal, name) for name in names]
-    # What is ignored (nohup) stays so, and only the main thread may ask for signals.
-    is_main = threading.current_thread() is threading.main_thread()
-    taken = [n for n in numbers if is_main and signal.getsignal(n) is signal.SIG_DFL]
-    for number in taken:
-        signal.signal(number, _end)
-    try:
-        yield
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
-
-
 def _end(number: int, _frame) -> None:
+    """Unwind as Ctrl-C does, so that no half of a store stays behind."""
     with contextlib.suppress(OSError):  # a terminal that hung up takes no message
         os.write(2, f"\nedgemem: ended by {signal.Signals(number).name}\n".encode())
     sys.exit(128 + number)
@@ -53,7 +36,7 @@ def _end(number: int, _frame) -> None:
     help="The store to write.",
 )  # fmt: skip
 @click.option(
-    "--dtype", type=click.Choice(["keep", "f16", "q8_0", "q4_0"]), default="keep",
+    "--dtype", type=options.DTYPE, default="keep",
     show_default=True, help="Number format of the matrices.",
 )  # fmt: skip
 @click.option(
@@ -67,7 +50,7 @@ def convert(source, output, dtype, page_size, force, as_json):
     from ..budget import show_size
 
     with (
-        _cleaned_up_when_ended(),
+        handled(_end, "SIGTERM", "SIGHUP"),
         options.usage_errors(),
         options.progress_bar("converting", "B") as progress,
     ):

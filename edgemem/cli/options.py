@@ -15,6 +15,9 @@ import click
 PATH = click.Path(path_type=Path, readable=False)
 """Any path: what cannot be opened is for the library to say."""
 
+DTYPE = click.Choice(["keep", "f16", "q8_0", "q4_0"])
+"""Number formats that the converter makes."""
+
 STORE = click.argument("store", type=PATH)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 STOP = click.option(
@@ -32,6 +35,19 @@ _ENGINE = (
     click.option(
         "--threads", type=click.IntRange(min=1), metavar="N",
         help="Threads to compute with.  [default: the cores this process may use]",
+    ),
+)  # fmt: skip
+
+_MODEL = (
+    click.argument("model", type=PATH),
+    click.option(
+        "--dtype", type=DTYPE,
+        help="Number format of the matrices, of a checkpoint.  [default: keep]",
+    ),
+    click.option(
+        "--cache-dir", type=PATH, metavar="DIR",
+        help="Where stores of checkpoints are kept.  [default: $EDGEMEM_CACHE, or the system's "
+        "folder for caches]",
     ),
 )  # fmt: skip
 
@@ -59,6 +75,11 @@ def engine_options(
     return lambda command: _apply((_ENGINE[0], context, *_ENGINE[1:]), command)
 
 
+def model_options(command: Callable) -> Callable:
+    """MODEL, a store or a checkpoint, and how the latter is converted: --dtype and --cache-dir."""
+    return _apply(_MODEL, command)
+
+
 def sampling_options(command: Callable) -> Callable:
     """--temperature, --top-k, --top-p, --min-p, --repetition-penalty and --seed."""
     return _apply(_SAMPLING, command)
@@ -80,14 +101,20 @@ def usage_errors() -> Iterator[None]:
 
 
 def load_engine(
-    store: Path, memory: str, context: int | None, threads: int | None, ready: Callable
+    model: Path, memory: str, context: int | None, threads: int | None, ready: Callable,
+    cache_dir: Path | None = None, dtype: str | None = None,
 ):  # fmt: skip
     """The engine that the options ask for, with a progress bar while weights are read.
 
-    `ready(engine)` is called before that, and may refuse what comes later.
+    A checkpoint is converted first, unless its store is in the cache. `ready(engine)` is called
+    before weights are read, and may refuse what comes later.
     """
-    from .. import engine
+    from .. import budget, engine
+    from .cache import as_store
 
+    with usage_errors():
+        budget.Budget(memory)  # a wrong size is told before a long conversion
+        store = as_store(model, cache_dir, dtype)
     with usage_errors(), progress_bar("reading weights", "B") as progress:
         return engine.load(store, memory, context, threads, progress, ready)
 

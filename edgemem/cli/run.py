@@ -12,6 +12,9 @@ from . import options
 
 _HELP = """Generate text that continues a prompt.
 
+MODEL is a store, or a checkpoint (a Hugging Face folder or a GGUF file): its store is made once, as
+'edgemem convert' makes it, kept in a cache folder, and made again when the checkpoint has changed.
+
 The prompt is -p TEXT, the contents of -f FILE, or what stdin gives; of the latter two, one newline
 at the end is dropped. Text goes to stdout as it is made, an account of the run to stderr.
 
@@ -22,7 +25,7 @@ peak_rss_bytes, threads, isa.
 
 
 @click.command(help=_HELP, short_help="Generate text from a prompt.")
-@options.STORE
+@options.model_options
 @click.option("-p", "--prompt", metavar="TEXT", help="The prompt.")
 @click.option("-f", "--file", type=options.PATH, help="Read the prompt from a file.")
 @click.option(
@@ -33,7 +36,10 @@ peak_rss_bytes, threads, isa.
 @options.STOP
 @options.engine_options()
 @options.JSON
-def run(store, prompt, file, max_tokens, stop, memory, context, threads, as_json, **sampling):
+def run(
+    model, dtype, cache_dir, prompt, file, max_tokens, stop, memory, context, threads, as_json,
+    **sampling,
+):  # fmt: skip
     if prompt is not None and file is not None:
         raise click.UsageError("give the prompt with -p or with -f, not both")
     arguments = generation_arguments(max_tokens, stop, sampling)
@@ -45,13 +51,18 @@ def run(store, prompt, file, max_tokens, stop, memory, context, threads, as_json
         text = read_prompt(prompt, file, engine.text_room(engine.context))
         engine.check(text, **arguments)
 
-    with options.load_engine(store, memory, context, threads, ready) as engine:
+    opened = options.load_engine(model, memory, context, threads, ready, cache_dir, dtype)
+    with opened as engine:
         generate(engine, text, as_json, **arguments)
 
 
 def generation_arguments(max_tokens: int, stop: Sequence[str], sampling: dict) -> dict:
     """The arguments of `Engine.generate` that were given."""
+    from ..sampler import Sampling
+
     given = {name: value for name, value in sampling.items() if value is not None}
+    with options.usage_errors():
+        Sampling.of(given)  # before a checkpoint is converted, which may take long
     return {"max_tokens": max_tokens, "stop": list(map(options.argument_text, stop)), **given}
 
 
