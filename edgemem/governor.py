@@ -1,8 +1,9 @@
 """Gives slots back before the system has to page: watches what shows that memory is short.
 
 A process that is a little too large for what the machine has left does not run a little slower:
-the system evicts pages that are needed in the same moment. Major faults of this process, and the
-time in which somebody waited for memory (pressure stall information, Linux), show it coming.
+the system evicts pages that are needed in the same moment. Major faults of this process show it
+coming, and so does the time in which somebody waited for memory (pressure stall information,
+Linux) where little of it is left on the whole machine: others may have limits of their own.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from . import memory
 INTERVAL_S = 0.1
 """Time between two looks."""
 FAULTS_PER_S = 50
-STALLED_SHARE = 0.05
-"""Signs: so many pages read back in a second, or such a share of time spent waiting for memory."""
+STALLED_SHARE, LEFT_SHARE = 0.05, 0.1
+"""Signs: so many pages read back in a second, or such a share of time spent waiting for memory
+while no more than such a share of it is left."""
 STEP = 16
 """A sign costs this part of what may be withheld; calm gives it back."""
 CALM_S = 10.0
@@ -42,8 +44,9 @@ class Governor:
         self, clock: Callable[[], float] = monotonic,
         faults: Callable[[], int] = memory.major_faults,
         stalled: Callable[[], int] = stalled_us,
+        left: Callable[[], float] = memory.available_share,
     ):  # fmt: skip
-        self._clock, self._faults, self._stalled = clock, faults, stalled
+        self._clock, self._faults, self._stalled, self._left = clock, faults, stalled, left
         self._withheld = 0
         self._seen: tuple[float, int, int] | None = None
         self._calm_since = 0.0
@@ -64,7 +67,8 @@ class Governor:
         self._seen = (now, faults, stalled)
         seconds = now - then
         short = faults - old_faults > FAULTS_PER_S * max(seconds, 1.0)
-        short = short or (stalled - old_stalled) / 1e6 > STALLED_SHARE * seconds
+        if (stalled - old_stalled) / 1e6 > STALLED_SHARE * seconds:
+            short = short or self._left() < LEFT_SHARE
         if short:
             self._withheld = min(most, self._withheld + most // STEP)
             self._calm_since = now
