@@ -1,4 +1,4 @@
-"""The elastic slab: whatever others do not use yet holds bundles, and goes back when they need it."""
+"""The elastic slab: what others do not use yet holds bundles, and goes back when they need it."""
 
 import numpy as np
 import pytest
@@ -20,9 +20,9 @@ def resident(tiny_moe_store):
 @pytest.fixture
 def engine(tiny_moe_store, resident, monkeypatch):
     """In a budget for what must be there, the reserve, and a third of what may stream."""
-    items, facts = resident.budget._items, inventory.plannable(resident.store)
-    streamed = int(facts[1][facts[2]].sum())
-    dense = int(facts[1].sum()) - streamed
+    items, bundles = resident.budget._items, inventory.plannable(resident.store)
+    streamed = int(bundles.sizes[bundles.may_stream].sum())
+    dense = int(bundles.sizes.sum()) - streamed
     limit = sum(item.bytes for item in items[:4]) + dense + streamed // 3
     monkeypatch.setattr("edgemem.engine.current_bytes", lambda: items[0].bytes)
     # A step of few tokens, so that scratch is what it was in the engine that streams nothing.
