@@ -94,7 +94,8 @@ def parse() -> argparse.Namespace:
 
 
 def measured(case: Case, limit_seconds: float | None) -> Outcome:
-    """Run a case, within the limit if it has a budget; where prefill is cut, its decode is measured after a prompt of one token."""
+    """Run a case, within the limit if it has a budget; where prefill is cut, its decode is measured
+    after a prompt of one token."""
     limit_seconds = limit_seconds if case.budget else None
     outcome = run(case, limit_seconds)
     if outcome.prefill is None and outcome.ended == "cut":
