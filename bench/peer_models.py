@@ -168,7 +168,7 @@ def ceilings(case: dict) -> None:
 def device_rate(path: str, seed: int) -> float:
     """Reads some of a file with O_DIRECT, in order from anywhere, several pieces in flight."""
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-    pieces = os.path.getsize(path) // _PIECE_BYTES
+    pieces = max(1, os.path.getsize(path) // _PIECE_BYTES)
     count = min(pieces, READ_BYTES // _PIECE_BYTES)
     first = random.Random(seed).randint(0, pieces - count)
     buffers = [mmap.mmap(-1, _PIECE_BYTES) for _ in range(_DEPTH)]

@@ -28,7 +28,6 @@ from bench.peer_models import peak_rss
 from edgemem.budget import parse_size, show_size, usable_cpus
 from edgemem.store import Store
 
-ROOT = Path(__file__).resolve().parents[1]
 MEMORY = ["3GiB", "4GiB", "8GiB"]
 
 
@@ -109,11 +108,12 @@ def run(case: Case, limit_seconds: float | None) -> Outcome:
     print(f"measuring {case.name} …", file=sys.stderr)
     evict(case.run["path"])
     argv = [sys.executable, "-m", "bench.peer_models", json.dumps(case.run)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with group_of(case) as group, tempfile.TemporaryFile("w+") as errors:
         argv = group.command(argv) if group else argv
         outcome = Outcome()
         with subprocess.Popen(
-            argv, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT
+            argv, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
         ) as process:
             try:
                 follow(process, outcome, limit_seconds)
