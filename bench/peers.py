@@ -25,7 +25,7 @@ from pathlib import Path
 from bench.cgroup import MemoryGroup, NoControlGroup, evict
 from bench.harness import Spread, fingerprint, spread
 from bench.peer_models import peak_rss
-from edgemem.budget import parse_size, show_size, usable_cpus
+from edgemem.budget import auto_bytes, parse_size, show_size, usable_cpus
 from edgemem.store import Store
 
 MEMORY = ["3GiB", "4GiB", "8GiB"]
@@ -125,15 +125,16 @@ def run(case: Case, limit_seconds: float | None) -> Outcome:
             outcome.ended = "killed: out of memory"
         elif process.returncode and not outcome.ended:
             errors.seek(0)
-            lines = errors.read().strip().splitlines() or [f"exit status {process.returncode}"]
-            outcome.ended = reason(lines)
+            outcome.ended = reason(errors.read().strip().splitlines(), process.returncode)
     return outcome
 
 
-def reason(lines: list[str]) -> str:
-    """What an exception said, of all that its process wrote: its own line."""
+def reason(lines: list[str], status: int) -> str:
+    """Why a process failed: of all that it wrote, the exception's own line."""
     own = [line for line in lines if line[:1].isalpha() and "Error" in line.split(":")[0]]
-    return (own or lines)[-1]
+    if status < 0:  # nothing that it wrote tells
+        return f"ended by signal {-status}" + (": out of memory?" if status == -9 else "")
+    return (own or lines or [f"exit status {status}"])[-1]
 
 
 def group_of(case: Case):
@@ -300,8 +301,19 @@ def report(args, measured: list[tuple[Case, list[Outcome]]], ceilings, notes: li
         print(f"* {note}")
 
 
+def check_room(args: argparse.Namespace) -> None:
+    """Resident runs hold a whole model: end here rather than have the system end something else."""
+    size, room = max(map(os.path.getsize, (args.store, args.gguf))), auto_bytes()
+    if size > room:
+        sys.exit(
+            f"error: resident runs take {show_size(size)}, and {show_size(room)} are free here: "
+            "end what else runs, or take a smaller model"
+        )
+
+
 def main() -> None:
     args = parse()
+    check_room(args)
     with Store.open(args.store) as store:
         vocab = store.spec.vocab_size
     names = ("context", "threads", "seed", "prompt", "tokens")
