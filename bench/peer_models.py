@@ -48,11 +48,8 @@ class EdgeMem:
         self._session.feed(ids)
 
     def last_facts(self) -> dict:
-        """How much was streamed, by phase."""
-        counted = {"prefill": 0, "decode": 0}
-        for step in self._engine.trace.recent:
-            counted[step.phase] += step.counters["read_bytes"]
-        return {"read_bytes": counted}
+        """How many bytes streamed in all; 0 where the model is resident."""
+        return {"read_bytes": sum(s.counters["read_bytes"] for s in self._engine.trace.recent)}
 
 
 class LlamaCpp:

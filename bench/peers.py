@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,9 +27,12 @@ from bench.cgroup import MemoryGroup, NoControlGroup, evict
 from bench.harness import Spread, fingerprint, spread
 from bench.peer_models import peak_rss
 from edgemem.budget import auto_bytes, parse_size, show_size, usable_cpus
+from edgemem.errors import EdgeMemError
 from edgemem.store import Store
 
 MEMORY = ["3GiB", "4GiB", "8GiB"]
+QUIET_CORES = 0.1
+"""Other work below this does not matter."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +276,7 @@ def notes_of(case: Case, outcomes: list[Outcome], limit: float) -> list[str]:
             text = f"{where} within {limit:g} s; reached {reached}{after}"
         if text:
             found.append(f"{case.name}, round {number}: {text}")
-        elif case.setting == "resident" and sum(outcome.facts["read_bytes"].values()):
+        elif case.setting == "resident" and outcome.facts["read_bytes"]:
             found.append(f"{case.name}, round {number}: it does not fit this machine and streams")
     return found
 
@@ -301,6 +305,22 @@ def report(args, measured: list[tuple[Case, list[Outcome]]], ceilings, notes: li
         print(f"* {note}")
 
 
+def busy_cores(seconds: float = 1.0) -> float:
+    """Cores that other work keeps busy while nothing is measured here; 0 where it is not known."""
+
+    def used() -> int:
+        with open("/proc/stat", encoding="ascii") as file:
+            user, nice, system, _idle, _wait, irq, soft = map(int, file.readline().split()[1:8])
+        return user + nice + system + irq + soft
+
+    try:
+        before = used()
+        time.sleep(seconds)
+        return (used() - before) / os.sysconf("SC_CLK_TCK") / seconds
+    except (OSError, ValueError):
+        return 0.0
+
+
 def check_room(args: argparse.Namespace) -> None:
     """Resident runs hold a whole model: end here rather than have the system end something else."""
     size, room = max(map(os.path.getsize, (args.store, args.gguf))), auto_bytes()
@@ -311,35 +331,56 @@ def check_room(args: argparse.Namespace) -> None:
         )
 
 
-def main() -> None:
-    args = parse()
-    check_room(args)
+def warnings(budget: int, others: list[float]) -> list[str]:
+    """What makes figures doubtful: budgets that nothing enforces, a machine that was not quiet."""
+    found = []
+    try:
+        with MemoryGroup(budget):
+            pass
+    except NoControlGroup as error:
+        found.append(f"NO BUDGET WAS ENFORCED on either engine: {error}")
+    if max(others) > QUIET_CORES:
+        found.append(
+            f"NOT QUIET: up to {max(others):.1f} cores were busy with other work between rounds; "
+            "threads that wait for each other, llama.cpp's above all, suffer most"
+        )
+    return found
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Choose llama.cpp's setting, then measure everything in turn, and report."""
     with Store.open(args.store) as store:
         vocab = store.spec.vocab_size
+    check_room(args)
     names = ("context", "threads", "seed", "prompt", "tokens")
     base = {name: getattr(args, name) for name in names} | {"vocab": vocab}
     ours = base | {"engine": "edgemem", "path": os.path.abspath(args.store)}
     theirs = base | {"engine": "llama.cpp", "path": os.path.abspath(args.gguf)}
-    notes = []
-    try:
-        with MemoryGroup(args.memory[0]):
-            pass
-    except NoControlGroup as error:
-        notes.append(f"NO BUDGET WAS ENFORCED on either engine: {error}")
+    others = [busy_cores()]
     best, tried = best_of_llama_cpp(args, theirs)
     todo = [(case, []) for case in cases(args, ours, theirs, best)]
     plain = Case("ceilings", "of this machine", ours | {"engine": "ceilings"}), []
     for number in range(args.rounds):
         print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
+        others.append(busy_cores())
         turn = [plain, *todo]
         for case, outcomes in turn if number % 2 == 0 else reversed(turn):
             case = replace(case, run=case.run | {"round": number})
             outcomes.append(measured(case, args.mmap_limit_seconds))
-    report(args, todo, plain[1], notes + tried)
+    notes = warnings(args.memory[0], others) + tried
+    report(args, todo, plain[1], notes)
     if args.json:
         rows = [asdict(case) | {"rounds": list(map(asdict, outs))} for case, outs in [*todo, plain]]
-        host = {"host": fingerprint(), "kernel": platform.release(), "notes": notes + tried}
+        host = {"host": fingerprint(), "kernel": platform.release(), "notes": notes}
         args.json.write_text(json.dumps(host | {"cases": rows}, indent=1))
+
+
+def main() -> None:
+    args = parse()
+    try:
+        compare(args)
+    except (OSError, EdgeMemError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

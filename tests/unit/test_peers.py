@@ -31,7 +31,13 @@ def test_a_measurement_tells_every_step(tmp_path):
     outcome = peers.measured(edgemem_case(tmp_path / "s.edgemem"), None)
     assert outcome.ended == "" and outcome.prefill > 0 and len(outcome.steps) == 3
     assert outcome.peak_rss > 10 * MIB and outcome.facts["isa"]
-    assert outcome.facts["read_bytes"] == {"prefill": 0, "decode": 0}
+    assert outcome.facts["read_bytes"] == 0
+    assert peers.notes_of(edgemem_case("s"), [outcome], 100) == []
+    outcome.facts["read_bytes"] = 5
+    assert (
+        "does not fit this machine and streams"
+        in peers.notes_of(edgemem_case("s"), [outcome], 9)[0]
+    )
 
 
 def test_what_fails_says_why(tmp_path):
