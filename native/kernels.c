@@ -149,6 +149,17 @@ EM_INLINE vi dot_block_q4(const uint8_t *w, const int8_t *q, int32_t q_sum) {
 BLOCK_PRODUCT(product_q8, EM_Q8_0, 512, dot_block_q8)
 BLOCK_PRODUCT(product_q4, EM_Q4_0, 256, dot_block_q4)
 
+/* x >= 0 to the 11 significant bits of an f16, to nearest even, but with the exponents of a float:
+ * an f16 would overflow from 65520 and lose bits below 2^-14. */
+EM_INLINE float round_as_f16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits = (bits + 0xfff + (bits >> 13 & 1)) & ~UINT32_C(0x1fff);
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+/* llama.cpp's numbers: quants by the exact scale, which is then kept as an f16. */
 static void quantize(const float *x, int32_t cols, int8_t *q, float *scale, int32_t *sum) {
     for (int32_t k = 0; k < cols; k += EM_BLOCK) {
         vf a = load_part(x + k, cols - k, 0);
@@ -164,7 +175,7 @@ static void quantize(const float *x, int32_t cols, int8_t *q, float *scale, int3
         vi qa = vi_from_vf(a), qb = vi_from_vf(b);
         vi_store_i8(q + k, qa);
         vi_store_i8(q + k + EM_LANES, qb);
-        *scale++ = amax / 127.0f + poison;
+        *scale++ = round_as_f16(amax / 127.0f) + poison;
         *sum++ = vi_sum(vi_add(qa, qb));
     }
 }

@@ -33,7 +33,8 @@ typedef void em_product(const uint8_t *weights, int32_t first_group, int32_t n_g
 typedef struct {
     const char *name;
     em_product *product[5]; /* by dtype code */
-    /* One row of `cols` floats into int8 blocks of 32: q = round(x / scale), scale = amax / 127. */
+    /* One row of `cols` floats into int8 blocks of 32: q = round(x * 127 / amax), and for scale
+     * amax / 127 rounded to 11 significant bits. */
     void (*quantize)(const float *x, int32_t cols, int8_t *q, float *scale, int32_t *sum);
     void (*rms_norm)(const float *x, const float *weight, float eps, int32_t n, float *out);
     /* gate[i] = activation(gate[i]) * up[i] */

@@ -74,14 +74,17 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 def quantize_blocks(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What block formats multiply instead of x [n, cols]: (quants, scales) of blocks of 32.
 
-    quants int8 [n, blocks, 32] = round(x / scale) to even, scales float32 [n, blocks] = max |x| of
-    the block / 127, all in float32; columns beyond `cols` are zero.
+    With peak = max |x| of a block, quants int8 [n, blocks, 32] = round(x · 127 / peak) to even and
+    scales float32 [n, blocks] = peak / 127 rounded to 11 significant bits, all in float32; columns
+    beyond `cols` are zero. These are llama.cpp's numbers: it keeps scales as float16, which has 11
+    bits where it is normal. Here they have 11 everywhere, so that activations may have any size.
     """
     pad = -x.shape[1] % BLOCK
     blocks = np.pad(x.astype(np.float32), ((0, 0), (0, pad))).reshape(len(x), -1, BLOCK)
     peak = np.abs(blocks).max(axis=-1)
-    scales = peak / np.float32(127)
     inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
+    fraction, exponent = np.frexp(peak / np.float32(127))
+    scales = np.ldexp(np.rint(fraction * 2048), exponent - 11)
     return np.rint(blocks * inverse[..., None]).astype(np.int8), scales
 
 

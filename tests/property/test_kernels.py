@@ -125,6 +125,27 @@ def test_a_token_alone_gives_the_bytes_it_gives_among_others(name, cores, rng):
         assert np.concatenate(alone).tobytes() == together.tobytes(), core.isa
 
 
+def test_scales_of_activations_are_float16(rng):
+    """As in llama.cpp, from max |x| / 127, rounded once; quants come from the exact scale."""
+    x = floats(rng, 50, 320)
+    quants, scales = reference.quantize_blocks(x)
+    exact = np.abs(x.reshape(50, -1, 32)).max(axis=-1) / np.float32(127)
+    assert scales.dtype == np.float32
+    np.testing.assert_array_equal(scales, exact.astype(np.float16))
+    assert np.abs(x.reshape(quants.shape) - quants * exact[..., None]).max() <= 0.501 * exact.max()
+
+
+@pytest.mark.parametrize("name", [name for name, d in BY_NAME.items() if d.is_block])
+def test_activations_may_have_any_size(name, cores, rng):
+    """Scales are float16 in precision only: beyond its range nothing overflows or loses bits."""
+    bundle, x = Bundle(rng, [("w", BY_NAME[name], 16, 48, 96)]), floats(rng, 3, 96)
+    expected = product(cores[0], bundle, x, False, None)
+    for exponent in (-90, -30, -15, 15, 30, 90):
+        size = np.float32(2.0**exponent)
+        found = on_all(cores, lambda c: product(c, bundle, x * size, False, None))  # noqa: B023
+        np.testing.assert_array_equal(found, expected * size)
+
+
 @pytest.mark.parametrize("lanes", (1, dtypes.LANES))
 @pytest.mark.parametrize("name", BY_NAME)
 def test_gathering_rows_is_exact(name, lanes, cores, rng):
