@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edgemem._native import Slab, ffi, lib
+from edgemem._native import Slab
 from edgemem.kernels import Core
 
 
@@ -50,8 +50,7 @@ class PlainRead:
             self._slab.view[start : start + 1] = b"\1"
 
     def __call__(self) -> int:
-        address = ffi.cast("void *", self._slab.address)
-        lib.em_read_bytes(self._core.handle, address, self._slab.bytes)
+        self._core.read_bytes(self._slab.address, self._slab.bytes)
         return self._slab.bytes
 
 

@@ -1,12 +1,13 @@
 """Routing as arrays: what each layer of each step demanded, read from either format of trace."""
 
 import lzma
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from edgemem import tracefile
+from edgemem.errors import StoreError
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class Routing:
 
     Event e demands bundles ids[starts[e]:starts[e+1]], each once; `uses` is how many of the step's
     tokens took each. Bundles are numbered layer by layer; `class_of` is their layout class. The
-    policy, slots and hits are those of the run that was recorded, where it says.
+    policy, slots and hits are those of the run that was recorded, where it says; `changes` are the
+    slots from the first event of a step on, where there were as many as that no longer.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Routing:
     policy: str | None = None
     slots: tuple[int, ...] | None = None
     hits: np.ndarray | None = None
+    changes: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def n_steps(self) -> int:
@@ -46,6 +49,13 @@ class Routing:
         used = np.zeros(len(self.layer_of), np.int64)
         np.add.at(used, self.ids[demanded], self.uses[demanded])
         return used
+
+    @property
+    def read_ahead(self) -> np.ndarray:
+        """Which events are of layers that have one bundle: every token takes it, so that a streamer
+        reads it ahead, bool [events]."""
+        counts = np.bincount(self.layer_of, minlength=self.n_layers)
+        return counts[self.layers] == 1
 
 
 def read(path: Path) -> Routing:
@@ -88,23 +98,29 @@ def _read_csv(path: Path) -> Routing:
 
 def _read_trace(path: Path) -> Routing:
     header, lines = tracefile.read(path)
-    layers, steps, tokens, ids, uses, hits = [], [], [], [], [], []
+    layers, steps, tokens, ids, uses, hits, changes = [], [], [], [], [], [], {}
     for step, line in enumerate(lines):
+        if "slots" in line:
+            changes[step] = tuple(line["slots"])
+        if "layers" not in line:
+            continue
         layers += line["layers"]
         steps += [step] * len(line["layers"])
         tokens += [line["tokens"]] * len(line["layers"])
         ids += line["ids"]
         uses += line.get("uses") or [[1] * len(demanded) for demanded in line["ids"]]
         hits += line.get("hits", [])
+    if not layers:
+        raise StoreError(f"reading {path}: nothing streamed in this run; give it less memory")
     return _build(
         path.stem, header.n_layers, header.layer_of, header.class_of,
-        layers, steps, tokens, ids, uses, header.policy, header.slots, hits,
+        layers, steps, tokens, ids, uses, header.policy, header.slots, hits, changes,
     )  # fmt: skip
 
 
 def _build(
     name, n_layers, layer_of, class_of, layers, steps, tokens, ids, uses,
-    policy=None, slots=None, hits=None,
+    policy=None, slots=None, hits=None, changes=None,
 ) -> Routing:  # fmt: skip
     flat = np.concatenate([np.asarray(demanded, np.int64) for demanded in ids])
     layer_of = np.asarray(layer_of, np.int64)
@@ -122,4 +138,5 @@ def _build(
         policy=policy,
         slots=slots,
         hits=np.array(hits, np.int64) if hits and len(hits) == len(layers) else None,
+        changes=changes or {},
     )

@@ -19,6 +19,7 @@ from .generation import Generation
 from .kernels import Core
 from .kvcache import KvCache, cache_bytes
 from .models.workspace import scratch_bytes
+from .recorder import Recorder, header
 from .residency import Residency, Slots
 from .sequence import TokenSequence, check_room
 from .session import DEFAULT_TOKENS, Session, check_ids, checked
@@ -27,6 +28,7 @@ from .store import Store
 from .streamer import Streamer
 from .tokenizer import ENCODING_BYTES, Tokenizer
 from .trace import COUNTERS, Trace
+from .tracefile import TraceWriter
 
 DEFAULT_CONTEXT = 4096
 CHUNK_TOKENS = 128
@@ -55,12 +57,15 @@ def load(
     threads: int | None = None, progress: Progress | None = None,
     ready: Callable[[Engine], None] | None = None, *,
     policy: str = policies.DEFAULT, io_engine: str | None = None, faults: dict | None = None,
+    trace: str | os.PathLike | None = None,
 ) -> Engine:  # fmt: skip
     """Open a store and make its model ready to run.
 
     What does not fit `memory` streams: `policy` (one of policies.POLICIES) ranks what stays,
     `io_engine` is "io_uring" or "threads" (None: the best that works here), and `faults` (the
-    fields of em_faults) makes reads misbehave, for tests. None of them changes an answer.
+    fields of em_faults) makes reads misbehave, for tests. `trace` is a file to record what streamed
+    layers demand in every step (edgemem/tracefile.py), replaced if it exists. None of them changes
+    an answer.
 
     `memory` is the budget of the whole process: bytes, "4GiB", "50%" or "auto" (what is free here,
     less a reserve). `context` is the most tokens a session can hold, by default 4096 or what the
@@ -72,7 +77,7 @@ def load(
     Raises StoreError for what is wrong with the store, and BudgetError, with the sum, before any
     weight is read; ValueError or TypeError for arguments.
     """
-    return Engine(path, memory, context, threads, progress, ready, policy, io_engine, faults)
+    return Engine(path, memory, context, threads, progress, ready, policy, io_engine, faults, trace)
 
 
 def context_limit(spec: ModelSpec) -> int:
@@ -95,6 +100,7 @@ class Engine:
         threads: int | None, progress: Progress | None = None,
         ready: Callable[[Engine], None] | None = None, policy: str = policies.DEFAULT,
         io_engine: str | None = None, faults: dict | None = None,
+        trace: str | os.PathLike | None = None,
     ):  # fmt: skip
         _check_count("context", context)
         _check_count("threads", threads, MAX_THREADS)
@@ -109,7 +115,7 @@ class Engine:
             self._prepare(context)
             if ready is not None:
                 ready(self)
-            self._load(progress)
+            self._load(progress, trace)
         except BaseException:
             self.store.close()
             raise
@@ -178,20 +184,31 @@ class Engine:
             items.append(Item(f"slab ({count} slots for {of} bundles)", self._plan.slab_bytes))
         return items
 
-    def _load(self, progress: Progress | None) -> None:
+    def _load(self, progress: Progress | None, trace: str | os.PathLike | None) -> None:
+        started = perf_counter()
         self._core = Core(self.threads)
         self.isa = self._core.isa
         slots = [Slots(layout, count) for layout, count in self._plan.slots.items()]
-        streamed = self._plan.streamed
+        streamed, writer = self._plan.streamed, None
+        if trace is not None:
+            writer = TraceWriter(trace, header(self.store, streamed, slots, self._policy))
         residency = Residency(self.store, streamed, slots, progress, self._io_engine, self._faults)
-        policy = None
-        if len(streamed):
-            layers = self.store.entries["layer"][streamed]
-            policy = policies.build(self._policy, layers, self.spec.n_layers)
-        self._streamer = Streamer(residency, policy)
+        self._streamer = Streamer(residency, self._new_policy())
+        if writer is not None:
+            self._streamer.recorder = Recorder(
+                writer, self._statistics, lambda: self._streamer.slots
+            )
         self._counted = dict.fromkeys(COUNTERS, 0)
         self._stepping = False
         self._model = models.build(self.store, self._streamer, self._core, self.chunk_tokens)
+        self.load_seconds = perf_counter() - started
+
+    def _new_policy(self) -> policies.Policy | None:
+        streamed = self._plan.streamed
+        if not len(streamed):
+            return None
+        layers = self.store.entries["layer"][streamed]
+        return policies.build(self._policy, layers, self.spec.n_layers)
 
     def session(self) -> Session:
         """A new, empty sequence. Raises BudgetError if its KV cache does not fit the budget."""
@@ -273,13 +290,28 @@ class Engine:
                 np.copyto(np.atleast_2d(out), logits)
             seconds, demand = perf_counter() - started, self._streamer.take_demand()
             self.trace.record(phase, len(ids), seconds, demand, **self._take_counters())
+            self._streamer.end_step(phase, len(ids))
             self._stepping = False
+
+    def _statistics(self) -> dict[str, int]:
+        """What streaming has done since open."""
+        now = self._streamer.statistics() or dict.fromkeys(COUNTERS, 0)
+        return now | {"stall_us": self._core.stall_us()}
+
+    def clear(self) -> None:
+        """Empty the slots and forget what the policy has learned, as just after loading.
+
+        A trace that is being recorded ends.
+        """
+        with self._lock:
+            self._check_open()
+            self._streamer.settle()
+            self._streamer.clear(self._new_policy())
 
     def _take_counters(self) -> dict[str, int]:
         """What streaming did since this was last asked."""
-        now = self._streamer.statistics() or dict.fromkeys(COUNTERS, 0)
-        now["stall_us"] = self._counted["stall_us"] + self._core.take_stall_us()
-        then, self._counted = self._counted, now
+        then, self._counted = self._counted, self._statistics()
+        now = self._counted
         return {name: now[name] - then[name] for name in COUNTERS}
 
     def new_kv(self) -> KvCache:

@@ -55,6 +55,12 @@ def plan(
     return Plan(streamed, by_class, resident, int(slots @ each))
 
 
+def round_size(n_bundles: int, slots: int) -> int:
+    """How many of a layer's bundles are held at once where `slots` are there for them: all, or in
+    rounds half of the slots, so that the next round lands while one is computed."""
+    return n_bundles if n_bundles <= slots else max(1, slots // 2)
+
+
 def floor_bytes(
     layouts: np.ndarray, sizes: np.ndarray, may_stream: np.ndarray, at_once: np.ndarray
 ) -> int:

@@ -107,6 +107,17 @@ class Residency:
         if self._native:
             lib.em_residency_release_all(self._native)
 
+    def wait(self, indices: np.ndarray) -> None:
+        """Wait until acquired bundles are there. Raises the `error` of a read that failed."""
+        at = pointer(indices, "uint32_t *")
+        if lib.em_residency_wait(self._native, at, len(indices)) == lib.EM_FLASH:
+            raise self.error()
+
+    def clear(self) -> None:
+        """Evict all that is not pinned: slots are as empty as after opening."""
+        if self._native:
+            lib.em_residency_clear(self._native)
+
     def prefetch(self, indices: np.ndarray, ranks: np.ndarray) -> int:
         """Start reading absent bundles behind all demand; returns how many."""
         return lib.em_residency_prefetch(

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from . import planner
 from ._native import ffi, pointer
 from .format import Kind
 from .policies import Policy
 from .residency import Residency
+
+if TYPE_CHECKING:
+    from .recorder import Recorder
 
 AHEAD = 2
 """Layers that are read ahead where their demand is certain: one being read, one waiting."""
@@ -34,11 +39,15 @@ class Bundles:
 
 
 class Streamer:
-    """Feeds a model from a residency; `policy` ranks what streams (None: nothing does)."""
+    """Feeds a model from a residency; `policy` ranks what streams (None: nothing does).
+
+    `recorder`, where there is one, is told of every streamed layer and every step.
+    """
 
     def __init__(self, residency: Residency, policy: Policy | None = None):
         self._residency = residency
         self._policy = policy
+        self.recorder: Recorder | None = None
         self._demand: list[np.ndarray] = []
         self._certain_after = _certain_after(residency)
 
@@ -78,6 +87,8 @@ class Streamer:
         finally:
             for part, _, _ in held:
                 self._residency.release(part)
+        if self.recorder is not None:
+            self.recorder.demand(layer, indices, uses)
 
     def _give(self, held) -> Iterator[Bundles]:
         part, addresses, start = held[0]
@@ -85,18 +96,35 @@ class Streamer:
         self._residency.release(held.pop(0)[0])
 
     def _round_size(self, indices: np.ndarray) -> int:
-        slots = int(self._residency.room[indices].min())
-        return len(indices) if len(indices) <= slots else max(1, slots // 2)
+        return planner.round_size(len(indices), int(self._residency.room[indices].min()))
 
     def _look_ahead(self, last: int, ranks: np.ndarray) -> None:
         """Where the demand of the next layers is certain, start on it while this one computes."""
         if last in self._certain_after:
             self._residency.prefetch(self._certain_after[last], ranks)
 
+    def end_step(self, phase: str, tokens: int) -> None:
+        """A step of `tokens` tokens is over."""
+        if self.recorder is not None:
+            self.recorder.step(phase, tokens)
+
     def settle(self) -> None:
         """Forget what an interrupted step held and demanded."""
         self._residency.release_all()
         self._demand = []
+        if self.recorder is not None:
+            self.recorder.drop()
+
+    def clear(self, policy: Policy | None) -> None:
+        """Empty the slots and start anew with another policy. A trace cannot say so: it ends."""
+        self._residency.clear()
+        self._policy = policy
+        self.end_recording()
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """How many slots there are now of each layout class that streams."""
+        return tuple(slots.count for slots in self._residency.slots)
 
     def error(self) -> Exception:
         """The exception for the read that failed."""
@@ -114,6 +142,13 @@ class Streamer:
     def close(self) -> None:
         """Wait for reads in flight and let go of the store's file."""
         self._residency.close()
+        self.end_recording()
+
+    def end_recording(self) -> None:
+        """Let go of the recorder."""
+        if self.recorder is not None:
+            self.recorder.close()
+        self.recorder = None
 
 
 class _Hold:

@@ -206,8 +206,8 @@ const char *em_residency_engine(const em_residency *residency);
 
 /* Pins bundles and gives their addresses; starts reading those that are absent, in this order, and
  * does not wait for them. Where a class has no free slot, the unpinned bundle with the lowest
- * ranks[bundle] leaves. EM_NO_MEMORY if more are pinned than there are slots: then nothing is
- * pinned. */
+ * ranks[bundle] leaves (of equals the first). EM_NO_MEMORY if more are pinned than there are slots:
+ * then nothing is pinned. */
 int32_t em_residency_acquire(em_residency *residency, const uint32_t *ids, int32_t n,
                              const float *ranks, uint64_t *addresses);
 /* Undoes one acquire of the same bundles. */
@@ -220,6 +220,8 @@ int32_t em_residency_prefetch(em_residency *residency, const uint32_t *ids, int3
                               const float *ranks);
 /* Forgets prefetches that have not started yet. */
 void em_residency_cancel(em_residency *residency);
+/* Evicts all that is not pinned, after waiting for what is on its way. */
+void em_residency_clear(em_residency *residency);
 /* Waits until acquired bundles are there. EM_FLASH if one is not to be had: see failure. */
 int32_t em_residency_wait(em_residency *residency, const uint32_t *ids, int32_t n);
 /* int32 for each bundle: 1 when its bytes are in place, 0 before, -1 after a failed read. */

@@ -159,7 +159,8 @@ void *em_residency_reap(void *arg) {
 /* ---- slots ----------------------------------------------------------------------------------- */
 
 /* An empty slot of the class, or that of the unpinned resident with the lowest rank below `limit`
- * (then vacated). NO_SLOT if there is none; *loading tells whether one may come free by itself. */
+ * (then vacated); of equals the one with the lowest number, so that a replay without slots finds
+ * the same. NO_SLOT if there is none; *loading tells whether one may come free by itself. */
 static int32_t take_slot(em_residency *r, int32_t slot_class, const float *ranks, float limit,
                          bool *loading) {
     const int32_t *occupant = r->occupant[slot_class];
@@ -174,7 +175,8 @@ static int32_t take_slot(em_residency *r, int32_t slot_class, const float *ranks
         }
         float rank = ranks ? ranks[bundle] : 0;
         bool first = best == NO_SLOT && limit == INFINITY; /* demand takes whatever there is */
-        if (first || rank < limit) {
+        bool lower = rank < limit || (best != NO_SLOT && rank == limit && bundle < occupant[best]);
+        if (first || lower) {
             limit = rank;
             best = slot;
         }
@@ -305,6 +307,18 @@ int32_t em_residency_prefetch(em_residency *r, const uint32_t *ids, int32_t n, c
 void em_residency_cancel(em_residency *r) {
     pthread_mutex_lock(&r->mutex);
     em_residency_drop_ahead(r);
+    pthread_mutex_unlock(&r->mutex);
+}
+
+void em_residency_clear(em_residency *r) {
+    if (r->owner != getpid()) return;
+    pthread_mutex_lock(&r->mutex);
+    em_residency_drop_ahead(r);
+    for (int32_t i = 0; i < r->n_bundles; i++) {
+        bundle_state *s = &r->states[i];
+        while (s->pins == 0 && s->state == LOADING) pthread_cond_wait(&r->changed, &r->mutex);
+        if (s->pins == 0 && s->state == RESIDENT) vacate(r, (uint32_t)i);
+    }
     pthread_mutex_unlock(&r->mutex);
 }
 
