@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
 
 import click
 
@@ -21,29 +16,6 @@ checkpoint is a Hugging Face folder (config.json, tokenizer.json and safetensors
 --dtype keep leaves the weights as they are; f16, q8_0 and q4_0 convert the matrices. Memory use
 stays within a small multiple of the largest tensor.
 """
-
-
-@contextlib.contextmanager
-def _cleaned_up_when_ended() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind like Ctrl-C, so that no half of a store stays behind."""
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    numbers = [getattr(signal, name) for name in names]
-    # What is ignored (nohup) stays so, and only the main thread may ask for signals.
-    is_main = threading.current_thread() is threading.main_thread()
-    taken = [n for n in numbers if is_main and signal.getsignal(n) is signal.SIG_DFL]
-    for number in taken:
-        signal.signal(number, _end)
-    try:
-        yield
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _end(number: int, _frame) -> None:
-    with contextlib.suppress(OSError):  # a terminal that hung up takes no message
-        os.write(2, f"\nedgemem: ended by {signal.Signals(number).name}\n".encode())
-    sys.exit(128 + number)
 
 
 @click.command(help=_HELP, short_help="Make a store from a checkpoint.")
@@ -67,7 +39,7 @@ def convert(source, output, dtype, page_size, force, as_json):
     from ..budget import show_size
 
     with (
-        _cleaned_up_when_ended(),
+        options.unwound_when_ended(),
         options.usage_errors(),
         options.progress_bar("converting", "B") as progress,
     ):

@@ -6,7 +6,9 @@ import codecs
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,14 +26,23 @@ STOP = click.option(
 _MORE_BYTES = 16
 """A byte order mark, a newline at the end and the part of a character leave more than `most`."""
 
-_ENGINE = (
+_MEMORY = "Memory budget of the whole process: 4GiB, 512M, 50%, or auto (what is free here)"
+_THREADS = click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N",
+    help="Threads to compute with.  [default: the cores this process may use]",
+)  # fmt: skip
+
+POLICIES = ("next-use", "lru", "lfu")
+"""Those of edgemem.policies, the default first, that need no profile."""
+
+_STREAMING = (
     click.option(
-        "--memory", metavar="SIZE", default="auto", show_default=True,
-        help="Memory budget of the whole process: 4GiB, 512M, 50%, or auto (what is free here).",
+        "--policy", type=click.Choice(POLICIES), default=POLICIES[0], show_default=True,
+        help="Which of what streams stays in memory.",
     ),
     click.option(
-        "--threads", type=click.IntRange(min=1), metavar="N",
-        help="Threads to compute with.  [default: the cores this process may use]",
+        "--trace", type=PATH, metavar="FILE",
+        help="Record what streamed layers demand in every step.",
     ),
 )  # fmt: skip
 
@@ -53,10 +64,21 @@ _SAMPLING = (
 
 def engine_options(
     help: str = "Most tokens of prompt and text together.  [default: 4096, or the model's if less]",
+    several_budgets: bool = False,
 ) -> Callable:
     """--memory, --context and --threads; `help` is that of --context."""
+    memory = click.option(
+        "--memory", metavar="SIZE", multiple=several_budgets, show_default=not several_budgets,
+        default=("auto",) if several_budgets else "auto",
+        help=_MEMORY + ("; repeatable.  [default: auto]" if several_budgets else "."),
+    )  # fmt: skip
     context = click.option("--context", type=click.IntRange(min=1), metavar="N", help=help)
-    return lambda command: _apply((_ENGINE[0], context, *_ENGINE[1:]), command)
+    return lambda command: _apply((memory, context, _THREADS), command)
+
+
+def streaming_options(command: Callable) -> Callable:
+    """--policy and --trace."""
+    return _apply(_STREAMING, command)
 
 
 def sampling_options(command: Callable) -> Callable:
@@ -80,16 +102,17 @@ def usage_errors() -> Iterator[None]:
 
 
 def load_engine(
-    store: Path, memory: str, context: int | None, threads: int | None, ready: Callable
+    store: Path, memory: str, context: int | None, threads: int | None, ready: Callable, **more
 ):  # fmt: skip
     """The engine that the options ask for, with a progress bar while weights are read.
 
-    `ready(engine)` is called before that, and may refuse what comes later.
+    `ready(engine)` is called before that, and may refuse what comes later; `more` are other
+    arguments of `edgemem.load`.
     """
     from .. import engine
 
     with usage_errors(), progress_bar("reading weights", "B") as progress:
-        return engine.load(store, memory, context, threads, progress, ready)
+        return engine.load(store, memory, context, threads, progress, ready, **more)
 
 
 @contextlib.contextmanager
@@ -108,6 +131,29 @@ def progress_bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield update
+
+
+@contextlib.contextmanager
+def unwound_when_ended() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind like Ctrl-C: no half of a store and no child stays behind."""
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names]
+    # What is ignored (nohup) stays so, and only the main thread may ask for signals.
+    is_main = threading.current_thread() is threading.main_thread()
+    taken = [n for n in numbers if is_main and signal.getsignal(n) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _end(number: int, _frame) -> None:
+    with contextlib.suppress(OSError):  # a terminal that hung up takes no message
+        os.write(2, f"\nedgemem: ended by {signal.Signals(number).name}\n".encode())
+    sys.exit(128 + number)
 
 
 def print_json(data: dict) -> None:
