@@ -58,7 +58,7 @@ def legend(results: list[dict]) -> str:
     start = "slots kept between them" if one["warm"] else "each from empty slots"
     parts = [
         f"Prompts of {one['prompt_tokens']} tokens and {one['new_tokens']} more, one by one; "
-        f"medians of {one['repetitions']} repetitions ± half their range, {start}.",
+        f"medians of {one['repetitions']} repetitions (least–most), {start}.",
         f"{one['threads']} threads, {one['isa']}; DRAM {_span(done, 'dram_bytes_per_second')}",
     ]
     streaming = [result for result in done if result["streamed_bundles"]]
@@ -77,9 +77,9 @@ def _span(results: list[dict], name: str) -> str:
 
 
 def _rate(spread: dict) -> str:
-    half = (spread["high"] - spread["low"]) / 2
-    digits = 2 if spread["median"] < 10 else 1 if spread["median"] < 1000 else 0
-    return f"{spread['median']:.{digits}f} ± {half:.{digits}f}"
+    digits = 2 if spread["median"] < 10 else 1 if spread["median"] < 100 else 0
+    median, low, high = (f"{spread[name]:.{digits}f}" for name in ("median", "low", "high"))
+    return f"{median} ({low}–{high})"
 
 
 def _seconds(seconds: float) -> str:
