@@ -4,9 +4,9 @@ TRACE is a file that `--trace` wrote, or a published one (`*.route.csv.xz`). A c
 of all bundles starts empty, and hits count after the first third of the steps. "closed" is how far
 the default comes from LRU towards Belady, which knows the future. For a trace of our own, the run
 that wrote it is replayed as well: its policy, its slots, and every step (not "static", whose
-profile the trace does not hold). Hits of routed layers are those of the live run, one by one. A
-dense layer's bundle is read ahead, so that live it is there or still on its way by chance: its hits
-are compared apart, and in replay count what stayed since the token before.
+profile the trace does not hold). Its hits are those of the live run, one by one. What was read
+ahead (a dense layer's bundle, the head's, and with lookahead all) was there or still on its way by
+chance: such hits are compared apart, and in replay count what stayed from earlier demand.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def compare(routing: Routing, share: float) -> dict[str, float]:
 def again(routing: Routing) -> np.ndarray:
     """Replay the run that wrote this trace: hits of each event, int64 [events]."""
     policy = build(routing.policy, routing.layer_of, routing.n_layers)
-    return simulate(routing, policy, routing.slots, routing.changes)
+    return simulate(routing, policy, routing.slots, routing.resized)
 
 
 def show(routing: Routing, shares: list[float], names: list[str]) -> None:

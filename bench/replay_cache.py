@@ -91,12 +91,12 @@ def victim(resident, pinned, class_of, ranks, wanted_class):
 
 def simulate(
     routing: Routing, policy: Policy, slots: tuple[int, ...],
-    changes: dict[int, tuple[int, ...]] | None = None,
+    resized: dict[int, list[tuple[int, ...]]] | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Hits of each event, int64 [events], from an empty cache of `slots` per layout class.
 
-    `changes` says how many slots there are from the first event of a step on: what exceeds them
-    leaves by rank before it.
+    `resized` says what slots become, in turn, before the first event of a step: what exceeds them
+    leaves by rank.
     """
     if min(slots) < 1:
         raise ValueError(f"a cache of {slots} slots holds nothing")
@@ -104,17 +104,16 @@ def simulate(
     hits = np.empty(len(routing.layers), np.int64)
     columns = (routing.layers, routing.tokens, routing.steps, routing.starts)
     layers, tokens, steps, starts = (column.tolist() for column in columns)
-    ranks, changes = policy.ranks(0), dict(changes or {})
+    ranks, resized, slots = policy.ranks(0), dict(resized or {}), np.array(slots, np.int64)
     for event, layer in enumerate(layers):
-        if steps[event] in changes:
-            now = changes.pop(steps[event])
-            resize(resident, free, routing.class_of, ranks, np.subtract(now, slots))
-            slots = now
+        for now in resized.pop(steps[event], ()):
+            resize(resident, free, routing.class_of, ranks, now - slots)
+            slots = np.array(now, np.int64)
         where = slice(starts[event], starts[event + 1])
         ids = routing.ids[where]
         policy.observe(layer, ids, routing.uses[where], tokens[event])
-        ranks = policy.ranks(layer)
-        size = round_size(len(ids), min(slots[c] for c in set(routing.class_of[ids].tolist())))
+        ranks, classes = policy.ranks(layer), routing.class_of[ids]
+        size = round_size(classes, slots[classes])
         hits[event] = serve(resident, free, routing.class_of, ranks, ids, size)
     return hits
 

@@ -16,8 +16,9 @@ class Routing:
 
     Event e demands bundles ids[starts[e]:starts[e+1]], each once; `uses` is how many of the step's
     tokens took each. Bundles are numbered layer by layer; `class_of` is their layout class. The
-    policy, slots and hits are those of the run that was recorded, where it says; `changes` are the
-    slots from the first event of a step on, where there were as many as that no longer.
+    policy, slots and hits are those of the run that was recorded, where it says; `resized` are the
+    slots that there were before the first event of a step, in turn; of the classes in `ahead`
+    bundles were read before they were demanded.
     """
 
     name: str
@@ -33,7 +34,8 @@ class Routing:
     policy: str | None = None
     slots: tuple[int, ...] | None = None
     hits: np.ndarray | None = None
-    changes: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    resized: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
+    ahead: tuple[int, ...] = ()
 
     @property
     def n_steps(self) -> int:
@@ -52,10 +54,9 @@ class Routing:
 
     @property
     def read_ahead(self) -> np.ndarray:
-        """Which events are of layers that have one bundle: every token takes it, so that a streamer
-        reads it ahead, bool [events]."""
-        counts = np.bincount(self.layer_of, minlength=self.n_layers)
-        return counts[self.layers] == 1
+        """Which events demand bundles of a class that was read ahead, bool [events]."""
+        ahead = np.isin(self.class_of[self.ids], self.ahead)
+        return np.logical_or.reduceat(ahead, self.starts[:-1])
 
 
 def read(path: Path) -> Routing:
@@ -98,10 +99,10 @@ def _read_csv(path: Path) -> Routing:
 
 def _read_trace(path: Path) -> Routing:
     header, lines = tracefile.read(path)
-    layers, steps, tokens, ids, uses, hits, changes = [], [], [], [], [], [], {}
+    layers, steps, tokens, ids, uses, hits, resized = [], [], [], [], [], [], {}
     for step, line in enumerate(lines):
-        if "slots" in line:
-            changes[step] = tuple(line["slots"])
+        if "resized" in line:
+            resized[step] = list(map(tuple, line["resized"]))
         if "layers" not in line:
             continue
         layers += line["layers"]
@@ -114,13 +115,14 @@ def _read_trace(path: Path) -> Routing:
         raise StoreError(f"reading {path}: nothing streamed in this run; give it less memory")
     return _build(
         path.stem, header.n_layers, header.layer_of, header.class_of,
-        layers, steps, tokens, ids, uses, header.policy, header.slots, hits, changes,
+        layers, steps, tokens, ids, uses, header.policy, header.slots, hits, resized,
+        header.read_ahead,
     )  # fmt: skip
 
 
 def _build(
     name, n_layers, layer_of, class_of, layers, steps, tokens, ids, uses,
-    policy=None, slots=None, hits=None, changes=None,
+    policy=None, slots=None, hits=None, resized=None, ahead=(),
 ) -> Routing:  # fmt: skip
     flat = np.concatenate([np.asarray(demanded, np.int64) for demanded in ids])
     layer_of = np.asarray(layer_of, np.int64)
@@ -138,5 +140,6 @@ def _build(
         policy=policy,
         slots=slots,
         hits=np.array(hits, np.int64) if hits and len(hits) == len(layers) else None,
-        changes=changes or {},
+        resized=resized or {},
+        ahead=ahead,
     )

@@ -23,22 +23,21 @@ WITHIN = 0.05
 
 def record(store: str, n_tokens: int, seed: int = 0) -> Routing:
     """The routing of a store's model over random tokens, as if decoded one by one."""
-    picked, route = [], Experts.route
+    picked, run = [], Experts.run
 
-    def noted(experts: Experts, n: int) -> np.ndarray:
-        wanted = route(experts, n)
-        logits, k = experts._work.scratch.router.array[:n], experts._work.spec.top_k
+    def noted(experts: Experts, n: int) -> None:
+        run(experts, n)
+        logits, k = experts._work.scratch.routing.logits.array[:n], experts._work.spec.top_k
         picked.append(np.argpartition(logits, -k, axis=1)[:, -k:].copy())
-        return wanted
 
     with edgemem.load(store, context=max(64, n_tokens)) as engine, engine.session() as session:
         spec = engine.spec
         ids = np.random.default_rng(seed).integers(2, spec.vocab_size, n_tokens)
-        Experts.route = noted
+        Experts.run = noted
         try:
             session.feed(ids)
         finally:
-            Experts.route = route
+            Experts.run = run
     n_layers = sum(spec.routed)
     chunks = [np.stack(picked[i : i + n_layers], 1) for i in range(0, len(picked), n_layers)]
     return of_tokens(Path(store).name, np.concatenate(chunks), spec.n_experts)

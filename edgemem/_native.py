@@ -52,22 +52,25 @@ def pointer(array: np.ndarray, ctype: str):
 
 
 class Slab:
-    """Page-aligned zeroed memory outside the Python heap, on huge pages where the system has them.
+    """Page-aligned zeroed memory outside the Python heap.
+
+    On `huge` pages where the system has them: then memory is touched in pieces of their size.
 
     `address` is its first byte; `view` a writable memoryview of `bytes` bytes. Freed with the
     object once no view is left. Raises MemoryError.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, huge: bool = True):
         self.bytes = size
         try:
             # Private: shared memory would get no huge pages, and a forked child could write it.
             self._map = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, ValueError, OverflowError) as error:
             raise MemoryError(f"reserving {size} bytes of memory: {error}") from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        advice = getattr(mmap, "MADV_HUGEPAGE" if huge else "MADV_NOHUGEPAGE", None)
+        if advice is not None:
             try:
-                self._map.madvise(mmap.MADV_HUGEPAGE)
+                self._map.madvise(advice)
             except OSError:
                 pass  # a kernel without huge pages: small ones serve
         self.view = memoryview(self._map)[:size]

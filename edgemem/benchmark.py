@@ -25,10 +25,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import belady, recorder
+from . import belady
 from ._native import isa_names
 from .budget import machine_bytes, peak_bytes, usable_cpus
-from .planner import round_size
 from .sequence import TokenSequence
 
 if TYPE_CHECKING:
@@ -71,9 +70,10 @@ class PhaseReport:
 class Report:
     """What was measured on one engine; sizes in bytes, times in seconds, rates per second.
 
-    `slots` are for `streamed_bundles`. The rates of flash (at reads of `record_bytes`) and DRAM are
-    those that `ideal_seconds_per_token` of decode is made of; `efficiency` is η, of the median
-    repetition. Of flash, and of Belady, there is nothing to say (None) where nothing streams.
+    `slots`, as many as there were at the end, are for `streamed_bundles`. The rates of flash (at
+    reads of `record_bytes`) and DRAM are those that `ideal_seconds_per_token` of decode is made of;
+    `efficiency` is η, of the median repetition. Of flash, and of Belady, there is nothing to say
+    (None) where nothing streams.
     """
 
     budget_bytes: int
@@ -82,6 +82,7 @@ class Report:
     isa: str
     io_engine: str
     policy: str
+    lookahead: bool
     warm: bool
     prompt_tokens: int
     new_tokens: int
@@ -178,8 +179,9 @@ class _Demand:
 
     def __init__(self, engine: Engine):
         self.counts = False
-        self.slots = engine._streamer.slots
+        self._now = engine._streamer.slots
         self._ids, self._lengths, self._counted = array("I"), array("I"), array("B")
+        self._slots = array("I")
         self._then = engine._streamer.recorder
         engine._streamer.recorder = self
 
@@ -196,12 +198,22 @@ class _Demand:
     def counted(self) -> np.ndarray:
         return np.frombuffer(self._counted, bool)
 
-    def demand(self, layer: int, indices: np.ndarray, uses: np.ndarray | None = None) -> None:
+    @property
+    def slots(self) -> np.ndarray:
+        return np.frombuffer(self._slots, np.uintc).astype(np.int64).reshape(-1, len(self._now))
+
+    def demand(self, turn: int, indices: np.ndarray, uses: np.ndarray | None = None) -> None:
         self._ids.frombytes(indices.tobytes())
         self._lengths.append(len(indices))
         self._counted.append(self.counts)
+        self._slots.extend(self._now)
         if self._then is not None:
-            self._then.demand(layer, indices, uses)
+            self._then.demand(turn, indices, uses)
+
+    def resize(self, slots: tuple[int, ...]) -> None:
+        self._now = slots
+        if self._then is not None:
+            self._then.resize(slots)
 
     def step(self, phase: str, tokens: int) -> None:
         if self._then is not None:
@@ -221,7 +233,7 @@ def _report(
     engine: Engine, prompt_tokens: int, times: np.ndarray, demands: list[_Demand], warm: bool
 ) -> Report:
     """`times` are seconds, float64 [repetitions, 1 + new_tokens]: of the prompt, of each token."""
-    residency, plan = engine._streamer._residency, engine._plan
+    residency, plan, how = engine._streamer._residency, engine._plan, engine._streaming
     new_tokens = times.shape[1] - 1
     seconds, peak = times[:, 1:].sum(axis=1), peak_bytes()
     best = _belady(engine, demands)
@@ -233,14 +245,15 @@ def _report(
     ideal = max(decode.demand_bytes_per_token / dram, missed)
     return Report(
         budget_bytes=engine.budget.limit, context=engine.context, threads=engine.threads,
-        isa=engine.isa, io_engine=residency.engine, policy=engine._policy, warm=warm,
+        isa=engine.isa, io_engine=residency.engine, policy=how.policy,
+        lookahead=how.lookahead, warm=warm,
         prompt_tokens=prompt_tokens, new_tokens=new_tokens, repetitions=len(times),
         load_seconds=engine.load_seconds,
         load_bytes_per_second=plan.resident_bytes / engine.load_seconds,
         resident_bytes=plan.resident_bytes,
         streamed_bytes=int(residency.sizes[plan.streamed].sum()),
         streamed_bundles=len(plan.streamed), slots=sum(engine._streamer.slots),
-        slab_bytes=plan.slab_bytes,
+        slab_bytes=int(sum(plan.each * engine._streamer.slots)),
         prefill=_phase(summary["prefill"], prompt_tokens / times[:, 0]), decode=decode,
         first_token_seconds=_spread(times[:, 0]), belady_hit_rate=best.hit_rate,
         record_bytes=record, flash_bytes_per_second=flash, dram_bytes_per_second=dram,
@@ -280,15 +293,13 @@ def _belady(engine: Engine, demands: list[_Demand]) -> _Best:
     residency, classes = engine._streamer._residency, _classes(engine)
     best, sizes = _Best(), residency.sizes[residency.streamed]
     for demand in demands:
-        starts, ids, counted = demand.starts, demand.ids, demand.counted
-        if not len(ids):
+        if not len(demand.ids):
             continue
-        hits = belady.hits(starts, ids, classes, demand.slots)
-        wanted = np.diff(starts)
-        best.hits += int(hits[counted].sum())
-        best.demanded += int(wanted[counted].sum())
-        size = sizes[ids[starts[:-1]]]  # a layer's bundles are of one size
-        best.missed_bytes += int(((wanted - hits) * size)[counted].sum())
+        there = belady.hits(demand.starts, demand.ids, classes, demand.slots)
+        counts = np.repeat(demand.counted, np.diff(demand.starts))
+        best.hits += int(there[counts].sum())
+        best.demanded += int(counts.sum())
+        best.missed_bytes += int(sizes[demand.ids[counts & ~there]].sum())
     return best
 
 
@@ -319,7 +330,7 @@ def flash_rate(engine: Engine, seconds: float = FLASH_SECONDS) -> tuple[int, flo
     slots, ids = engine._streamer.slots[largest], np.flatnonzero(classes == largest).tolist()
     random.Random(0).shuffle(ids)
     ids = np.array(ids, np.uint32)
-    size = round_size(slots + 1, slots)
+    size = max(1, slots // 2)
     parts = [ids[start : start + size] for start in range(0, len(ids), size)]
     # What was read first leaves first: in a cycle longer than the slots, that never hits.
     ranks, held, turn = np.zeros(len(sizes), np.float32), [], 0
@@ -353,8 +364,7 @@ def _finish(residency: Residency, held: list[np.ndarray]) -> None:
 def _classes(engine: Engine) -> np.ndarray:
     """The layout class of each streamed bundle, as `Streamer.slots` counts classes."""
     residency = engine._streamer._residency
-    said = recorder.header(engine.store, residency.streamed, residency.slots, "")
-    return np.array(said.class_of, np.int64)
+    return np.searchsorted(list(residency.slots), residency.classes)
 
 
 def host() -> dict:

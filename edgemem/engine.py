@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from time import perf_counter
 
@@ -16,6 +18,7 @@ from .budget import MIB, Budget, Item, current_bytes, machine_bytes, show_size, 
 from .dtypes import BY_NAME
 from .errors import UnsupportedError
 from .generation import Generation
+from .governor import Governor
 from .kernels import Core
 from .kvcache import KvCache, cache_bytes
 from .models.workspace import scratch_bytes
@@ -38,7 +41,7 @@ STREAMING_CHUNK_TOKENS = 512
 STREAMING_LOGITS_TOKENS = 16
 """Tokens per forward pass where bundles stream and every position's logits are wanted."""
 STREAMING_RESERVE_BYTES = 16 << 20
-"""What slots leave for texts and the like, beside those logits."""
+"""What slots leave for what the system keeps for this process, such as page tables."""
 
 HEADROOM_BYTES = 4 * MIB
 """What the interpreter, its heap and the threads' stacks grow by while a model runs."""
@@ -56,12 +59,13 @@ def load(
     path: str | os.PathLike, memory: str | int = "auto", context: int | None = None,
     threads: int | None = None, progress: Progress | None = None,
     ready: Callable[[Engine], None] | None = None, *,
-    policy: str = policies.DEFAULT, io_engine: str | None = None, faults: dict | None = None,
-    trace: str | os.PathLike | None = None,
+    policy: str = policies.DEFAULT, lookahead: bool = True, io_engine: str | None = None,
+    faults: dict | None = None, trace: str | os.PathLike | None = None,
 ) -> Engine:  # fmt: skip
     """Open a store and make its model ready to run.
 
     What does not fit `memory` streams: `policy` (one of policies.POLICIES) ranks what stays,
+    `lookahead` reads what the next layer will likely want while the device has nothing else to do,
     `io_engine` is "io_uring" or "threads" (None: the best that works here), and `faults` (the
     fields of em_faults) makes reads misbehave, for tests. `trace` is a file to record what streamed
     layers demand in every step (edgemem/tracefile.py), replaced if it exists. None of them changes
@@ -77,7 +81,19 @@ def load(
     Raises StoreError for what is wrong with the store, and BudgetError, with the sum, before any
     weight is read; ValueError or TypeError for arguments.
     """
-    return Engine(path, memory, context, threads, progress, ready, policy, io_engine, faults, trace)
+    how = Streaming(policy, lookahead, io_engine, faults, trace)
+    return Engine(path, memory, context, threads, progress, ready, how)
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How bundles stream; see `load`."""
+
+    policy: str = policies.DEFAULT
+    lookahead: bool = True
+    io_engine: str | None = None
+    faults: dict | None = None
+    trace: str | os.PathLike | None = None
 
 
 def context_limit(spec: ModelSpec) -> int:
@@ -98,16 +114,15 @@ class Engine:
     def __init__(
         self, path: str | os.PathLike, memory: str | int, context: int | None,
         threads: int | None, progress: Progress | None = None,
-        ready: Callable[[Engine], None] | None = None, policy: str = policies.DEFAULT,
-        io_engine: str | None = None, faults: dict | None = None,
-        trace: str | os.PathLike | None = None,
+        ready: Callable[[Engine], None] | None = None, streaming: Streaming = Streaming(),
     ):  # fmt: skip
         _check_count("context", context)
         _check_count("threads", threads, MAX_THREADS)
         _check_isa()
-        if policy not in policies.POLICIES:
-            raise ValueError(f"policy {policy!r} is none of {', '.join(policies.POLICIES)}")
-        self._policy, self._io_engine, self._faults = policy, io_engine, faults
+        if streaming.policy not in policies.POLICIES:
+            names = ", ".join(policies.POLICIES)
+            raise ValueError(f"policy {streaming.policy!r} is none of {names}")
+        self._streaming = streaming
         self.budget = Budget(memory)
         self.threads = min(usable_cpus(), MAX_THREADS) if threads is None else int(threads)
         self.store = Store.open(path)
@@ -115,7 +130,7 @@ class Engine:
             self._prepare(context)
             if ready is not None:
                 ready(self)
-            self._load(progress, trace)
+            self._load(progress)
         except BaseException:
             self.store.close()
             raise
@@ -137,7 +152,9 @@ class Engine:
         self._lock = threading.RLock()
         self._model = self._streamer = None
         self._kv_item = Item(f"KV cache ({self.context} tokens)", cache_bytes(spec, self.context))
-        self._caches = 0
+        self._cache_count = 0
+        self._caches: weakref.WeakSet[KvCache] = weakref.WeakSet()
+        self._governor = Governor()
         self._text_promise = 0
         self._all_logits_promised = False
         base = [
@@ -150,65 +167,96 @@ class Engine:
     def _plan_weights(self, base: Sequence[Item]) -> list[Item]:
         """Choose what streams and how many tokens a step takes; what both need of the budget.
 
-        Everything stays in memory where that fits. Otherwise slots take the room that is left but
-        for a reserve, and steps are large, or small again where even the floor is tight.
+        Everything stays in memory where that fits. Otherwise slots take the room that is left, and
+        steps are large, or small again where the floor is tight; the output head streams only
+        where nothing else helps.
         """
-        facts = inventory.plannable(self.store)
         spare = self.budget.limit - sum(item.bytes for item in base)
-        reserve = 8 * STREAMING_LOGITS_TOKENS * self.spec.vocab_size + STREAMING_RESERVE_BYTES
-        for chunk, kept in (
-            (CHUNK_TOKENS, 0), (STREAMING_CHUNK_TOKENS, reserve), (CHUNK_TOKENS, reserve),
-            (CHUNK_TOKENS, 0),
+        reserve = STREAMING_RESERVE_BYTES
+        for head, chunk, kept in (
+            (False, CHUNK_TOKENS, 0), (False, STREAMING_CHUNK_TOKENS, 2 * reserve),
+            (False, CHUNK_TOKENS, reserve), (True, CHUNK_TOKENS, reserve), (True, CHUNK_TOKENS, 0),
         ):  # fmt: skip
             self.chunk_tokens = self.logits_tokens = min(chunk, self.context)
             size = scratch_bytes(self.spec, self.chunk_tokens, self.threads)
+            facts = inventory.plannable(self.store, head)
             self._plan = planner.plan(*facts, spare - size - kept)
             if self._plan is None:
                 continue
             if len(self._plan.streamed):
                 self.logits_tokens = min(STREAMING_LOGITS_TOKENS, self.context)
-            if kept or not len(self._plan.streamed):
+            if kept or head or not len(self._plan.streamed):
                 break
         weights = self._weight_items()
         self._weights_bytes = sum(item.bytes for item in weights)
         return [Item("scratch", size), *weights]
 
     def _weight_items(self) -> list[Item]:
-        """What the plan takes; without one, the least that a plan would take."""
+        """What the plan takes at least; without one, the least that a plan would take."""
         if self._plan is None:
-            least = planner.floor_bytes(*inventory.plannable(self.store))
+            least = planner.floor_bytes(*inventory.plannable(self.store, head=True))
             return [Item("weights that every token needs, and one step's bundles", least)]
         items = [Item("weights", self._plan.resident_bytes)]
-        if self._plan.slots:
-            count, of = sum(self._plan.slots.values()), len(self._plan.streamed)
-            items.append(Item(f"slab ({count} slots for {of} bundles)", self._plan.slab_bytes))
+        if len(self._plan.streamed):
+            count, of = int(self._plan.least.sum()), len(self._plan.streamed)
+            label = f"slab (at least {count} slots for {of} bundles)"
+            items.append(Item(label, self._plan.least_bytes))
         return items
 
-    def _load(self, progress: Progress | None, trace: str | os.PathLike | None) -> None:
+    def _slab_room(self) -> int:
+        """Bytes that slots may take now: what is theirs, and what others do not use yet."""
+        unused = max(1, self._cache_count) * self._kv_item.bytes
+        unused -= sum(cache.bytes - cache.unused_bytes for cache in self._caches)
+        lent = max(0, self.budget.spare + unused - STREAMING_RESERVE_BYTES)
+        return self._plan.least_bytes + lent
+
+    def _fit_slab(self) -> None:
+        """Open or close slots so that they fill what nothing else needs. Not while a step runs."""
+        if self._streamer is None or not len(self._plan.streamed):
+            return
+        with self._lock:
+            if self._stepping:  # the last step was interrupted, who knows where
+                self._settle()
+            room = self._slab_room()
+            self._withheld = self._governor.withheld(room - self._plan.least_bytes)
+            slots = self._plan.slots(room - self._withheld)
+            if slots != self.slots:
+                self._streamer.resize(slots)
+                self.slots = slots
+
+    def _promise(self, items: Sequence[Item], what: str, advise: Callable | None = None) -> None:
+        """Put `items` into the budget before their memory is used; slots make place for them."""
+        self.budget.take(items, advise or self._advise, what)
+        self._fit_slab()
+
+    def _load(self, progress: Progress | None) -> None:
         started = perf_counter()
         self._core = Core(self.threads)
         self.isa = self._core.isa
-        slots = [Slots(layout, count) for layout, count in self._plan.slots.items()]
-        streamed, writer = self._plan.streamed, None
-        if trace is not None:
-            writer = TraceWriter(trace, header(self.store, streamed, slots, self._policy))
-        residency = Residency(self.store, streamed, slots, progress, self._io_engine, self._faults)
-        self._streamer = Streamer(residency, self._new_policy())
-        if writer is not None:
-            self._streamer.recorder = Recorder(
-                writer, self._statistics, lambda: self._streamer.slots
-            )
+        room = self._slab_room()
+        self.slots = self._plan.slots(room)
+        slots = [Slots(layout, count) for layout, count in self.slots.items()]
+        streamed, how, writer = self._plan.streamed, self._streaming, None
+        turns = inventory.turns(self.store)
+        if how.trace is not None:
+            said = header(self.store, streamed, turns, self.slots, how.policy, how.lookahead)
+            writer = TraceWriter(how.trace, said)
+        residency = Residency(self.store, streamed, slots, progress, how.io_engine, how.faults)
         self._counted = dict.fromkeys(COUNTERS, 0)
-        self._stepping = False
+        self._stepping, self._withheld = False, 0
+        self._streamer = Streamer(residency, self._new_policy(), turns, how.lookahead)
+        if writer is not None:
+            self._streamer.recorder = Recorder(writer, self._statistics)
         self._model = models.build(self.store, self._streamer, self._core, self.chunk_tokens)
+        self._streamer.take_demand()  # of nobody's step
         self.load_seconds = perf_counter() - started
 
     def _new_policy(self) -> policies.Policy | None:
         streamed = self._plan.streamed
         if not len(streamed):
             return None
-        layers = self.store.entries["layer"][streamed]
-        return policies.build(self._policy, layers, self.spec.n_layers)
+        turns = inventory.turns(self.store)[streamed]
+        return policies.build(self._streaming.policy, turns, self.spec.n_layers + 2)
 
     def session(self) -> Session:
         """A new, empty sequence. Raises BudgetError if its KV cache does not fit the budget."""
@@ -232,7 +280,7 @@ class Engine:
         check_room(self, 0, len(ids))
         label = f"logits of {len(ids)} tokens, the caller's"
         item = Item(label, 4 * len(ids) * self.spec.vocab_size)
-        self.budget.take([item], self._advise, f"what logits of {len(ids)} tokens need")
+        self._promise([item], f"what logits of {len(ids)} tokens need")
         try:
             out = np.empty((len(ids), self.spec.vocab_size), np.float32)
             done = 0
@@ -280,8 +328,9 @@ class Engine:
         with self._lock:
             self._check_open()
             if self._stepping:  # the last step was interrupted, who knows where
-                self._streamer.settle()
-                self._take_counters()
+                self._settle()
+            kv.touch(kv.position + len(ids))
+            self._fit_slab()
             self._stepping = True
             started = perf_counter()
             n_logits = 0 if out is None else len(np.atleast_2d(out))
@@ -289,14 +338,26 @@ class Engine:
             if out is not None:
                 np.copyto(np.atleast_2d(out), logits)
             seconds, demand = perf_counter() - started, self._streamer.take_demand()
-            self.trace.record(phase, len(ids), seconds, demand, **self._take_counters())
+            counters = self._take_counters()
+            self.trace.record(phase, len(ids), seconds, demand, self._withheld, **counters)
             self._streamer.end_step(phase, len(ids))
             self._stepping = False
+
+    def _settle(self) -> None:
+        """Start over after a step that was interrupted in the middle."""
+        self._streamer.settle()
+        self._take_counters()
+        self._stepping = False
+
+    def _take_counters(self) -> dict[str, int]:
+        """What streaming did since this was last asked."""
+        then, self._counted = self._counted, self._statistics()
+        return {name: self._counted[name] - then[name] for name in COUNTERS}
 
     def _statistics(self) -> dict[str, int]:
         """What streaming has done since open."""
         now = self._streamer.statistics() or dict.fromkeys(COUNTERS, 0)
-        return now | {"stall_us": self._core.stall_us()}
+        return now | {"stall_us": now["stall_us"] + self._core.stall_us()}
 
     def clear(self) -> None:
         """Empty the slots and forget what the policy has learned, as just after loading.
@@ -305,32 +366,29 @@ class Engine:
         """
         with self._lock:
             self._check_open()
-            self._streamer.settle()
+            self._settle()
             self._streamer.clear(self._new_policy())
-
-    def _take_counters(self) -> dict[str, int]:
-        """What streaming did since this was last asked."""
-        then, self._counted = self._counted, self._statistics()
-        now = self._counted
-        return {name: now[name] - then[name] for name in COUNTERS}
 
     def new_kv(self) -> KvCache:
         """A KV cache for a sequence. One is always in the budget; more are added to it."""
         with self._lock:
-            if self._caches:
-                self.budget.take([self._kv_item], self._advise, "another session")
-            self._caches += 1
-        try:
-            return KvCache(self.spec, self.context)
-        except BaseException:
-            self.free_kv()
-            raise
+            if self._cache_count:
+                self._promise([self._kv_item], "another session")
+            self._cache_count += 1
+            try:
+                # What slots borrow must be touched page by page.
+                cache = KvCache(self.spec, self.context, huge=not len(self._plan.streamed))
+            except BaseException:
+                self.free_kv()
+                raise
+            self._caches.add(cache)
+            return cache
 
     def free_kv(self) -> None:
         """Says that a cache of `new_kv` is gone."""
         with self._lock:
-            self._caches -= 1
-            if self._caches:
+            self._cache_count -= 1
+            if self._cache_count:
                 self.budget.give_back([self._kv_item])
 
     def promise_text(self, size: int) -> None:
@@ -339,7 +397,7 @@ class Engine:
             more = (size - TEXT_BYTES) * ENCODING_BYTES - self._text_promise
             if more > 0:
                 item = Item(f"encoding text ({show_size(size)})", more)
-                self.budget.take([item], self._advise_text, f"encoding {show_size(size)} of text")
+                self._promise([item], f"encoding {show_size(size)} of text", self._advise_text)
                 self._text_promise += more
 
     def promise_all_logits(self) -> None:
@@ -347,7 +405,7 @@ class Engine:
         with self._lock:
             if not self._all_logits_promised:
                 size = 2 * 4 * self.logits_tokens * self.spec.vocab_size
-                self.budget.take([Item("logits of every position", size)])
+                self._promise([Item("logits of every position", size)], "logits")
                 self._all_logits_promised = True
 
     def _check_open(self) -> None:

@@ -8,8 +8,8 @@ from .dtypes import BY_NAME, LANES, DType, matrix_bytes
 from .format import Kind, Segment
 from .store import Store
 
-STREAMABLE = (Kind.FFN, Kind.EXPERT)
-"""Kinds of which a step may need only some; all others are dense: every token needs them."""
+STREAMABLE = (Kind.EMBED, Kind.FFN, Kind.EXPERT)
+"""Kinds that stream where not everything fits: a step needs some of them, or one after another."""
 
 
 def parameter_count(store: Store) -> int:
@@ -67,10 +67,22 @@ def _bytes_as(segment: Segment, dtype: DType) -> int:
     return matrix_bytes(dtype, segment.rows, segment.cols, segment.lanes)
 
 
-def plannable(store: Store) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def plannable(
+    store: Store, head: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """For each bundle: layout class, bytes in memory, whether it may stream, and how many of its
-    kind one token wants of a layer; what `planner.plan` takes."""
+    kind one token wants of a layer; what `planner.plan` takes. `head`: the output head may too."""
     kinds = store.entries["kind"]
     sizes = store.entries["page_count"].astype(np.int64) * store.page_size
     at_once = np.where(kinds == Kind.EXPERT, max(store.spec.top_k, 1), 1)
-    return store.entries["layout"].astype(np.int64), sizes, np.isin(kinds, STREAMABLE), at_once
+    may_stream = np.isin(kinds, (*STREAMABLE, Kind.HEAD) if head else STREAMABLE)
+    return store.entries["layout"].astype(np.int64), sizes, may_stream, at_once
+
+
+def turns(store: Store) -> np.ndarray:
+    """int64 [n_bundles]: when in a step each bundle has its turn: 0 for the embedding, i + 1 for
+    layer i, and after the layers the head. Policies call these layers."""
+    kinds, layers = store.entries["kind"], store.entries["layer"].astype(np.int64) + 1
+    layers[kinds == Kind.EMBED] = 0
+    layers[kinds == Kind.HEAD] = store.spec.n_layers + 1
+    return layers

@@ -15,6 +15,28 @@ def peak_bytes() -> int:
         return _peak_by_rusage()
 
 
+def major_faults() -> int:
+    """Pages that this process had to wait for the disk for, since its start; 0 if not known."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
+def available_share() -> float:
+    """The share of the machine's memory that is free or easily freed; 1 where it is not known."""
+    try:
+        facts = Path("/proc/meminfo").read_text()
+    except OSError:
+        return 1.0
+    total, available = (re.search(rf"^{n}:\s*(\d+)", facts, re.M) for n in _SHARE_OF)
+    return int(available[1]) / int(total[1]) if total and available else 1.0
+
+
+_SHARE_OF = ("MemTotal", "MemAvailable")
+
+
 def _peak_by_rusage() -> int:
     try:
         import resource

@@ -13,6 +13,8 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
+from time import perf_counter
 
 import numpy as np
 
@@ -20,10 +22,16 @@ from ._native import Slab, check, ffi, lib, pointer
 from .errors import CorruptError, EdgeMemError, FlashError
 from .store import Store
 
+DEPTHS = (4, 8, 16)
+"""Reads in flight that are tried while resident bundles are read; the knee serves from then on."""
 DEPTH = 8
-"""Reads in flight: the knee of most flash devices lies at 2 to 8 reads of PIECE_BYTES."""
+"""Reads in flight where there is too little to read for a trial."""
 PIECE_BYTES = 512 << 10
-_BATCH = 64
+_TRIAL_BYTES = 48 << 20
+_TRIALS = 2
+_KNEE = 0.96
+"""A depth is enough that gives this share of the best rate."""
+_ALL_BYTES = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,10 @@ class Residency:
 
     `addresses` is uint64 [n_bundles], 0 for the streamed; `index_of` int64 [n_bundles] numbers the
     streamed from 0 and is -1 for the others; `sizes` int64 [n_bundles] are bytes in memory. The
-    verbs take these numbers; `kinds` and `room` (slots of its class) are by these numbers too.
-    Opening reads the resident bundles and checks them.
+    verbs take these numbers; `kinds`, `classes` (its layout class), `room` (slots of that) and
+    `flags` (int32, what a ready flag says) are by these numbers too. Opening reads the resident
+    bundles and checks them; `depth` reads in flight were best then, and `read_rate` bytes per
+    second came (0: unknown).
     Raises MemoryError, CorruptError, FlashError.
     """
 
@@ -54,8 +64,10 @@ class Residency:
         self.index_of = np.full(len(self.sizes), -1, np.int64)
         self.index_of[self.streamed] = np.arange(len(self.streamed))
         self.kinds = store.entries["kind"][self.streamed]
-        self.room = _room(store, self.streamed, slots)
-        self.slots = slots
+        self.classes = store.entries["layout"][self.streamed].astype(np.int64)
+        self.slots = {entry.layout: entry.count for entry in slots}
+        self.room = self._room()
+        self.depth, self.read_rate = DEPTH, 0.0
         resident = np.flatnonzero(self.index_of < 0)
         slot_sizes = [self._class_bytes(s.layout) for s in slots]
         total = int(self.sizes[resident].sum())
@@ -69,7 +81,7 @@ class Residency:
             end = self._place_resident(resident)
             self._load_resident(resident, progress)
             if len(self.streamed):
-                self._open_slots(end, slot_sizes)
+                self._open_slots(end, slots, slot_sizes)
         except BaseException:
             self.close()
             raise
@@ -108,26 +120,51 @@ class Residency:
             lib.em_residency_release_all(self._native)
 
     def wait(self, indices: np.ndarray) -> None:
-        """Wait until acquired bundles are there. Raises the `error` of a read that failed."""
+        """Wait until acquired bundles are there. Raises CorruptError or FlashError."""
         at = pointer(indices, "uint32_t *")
-        if lib.em_residency_wait(self._native, at, len(indices)) == lib.EM_FLASH:
+        if lib.em_residency_wait(self._native, at, len(indices)) != lib.EM_OK:
             raise self.error()
+
+    def prefetch(self, indices: np.ndarray, ranks: np.ndarray, most_bytes: int = _ALL_BYTES) -> int:
+        """Start reading the absent of these bundles, in this order, behind all demand, up to
+        `most_bytes`; they take the place of lower ranks. Returns how many."""
+        return lib.em_residency_prefetch(
+            self._native, pointer(indices, "uint32_t *"), len(indices), pointer(ranks, "float *"),
+            most_bytes,
+        )  # fmt: skip
+
+    def cancel(self) -> None:
+        """Forget what `prefetch` was asked for and has not started."""
+        lib.em_residency_cancel(self._native)
 
     def clear(self) -> None:
         """Evict all that is not pinned: slots are as empty as after opening."""
         if self._native:
             lib.em_residency_clear(self._native)
 
-    def prefetch(self, indices: np.ndarray, ranks: np.ndarray) -> int:
-        """Start reading absent bundles behind all demand; returns how many."""
-        return lib.em_residency_prefetch(
-            self._native, pointer(indices, "uint32_t *"), len(indices), pointer(ranks, "float *")
-        )
+    def resize(self, slots: dict[int, int], ranks: np.ndarray) -> None:
+        """Change how many slots each layout class has, up to those at open. Nothing may be held.
+
+        What leaves is what ranks lowest; its memory goes back to the system.
+        """
+        for place, (layout, count) in enumerate(self.slots.items()):
+            if slots[layout] != count:
+                status = lib.em_residency_resize(
+                    self._native, place, slots[layout], pointer(ranks, "float *")
+                )
+                check(status, f"changing {count} slots to {slots[layout]}")
+                self.slots[layout] = slots[layout]
+        self.room = self._room()
 
     @property
     def ready(self):
-        """int32 pointer: a flag for each streamed bundle, 1 once its bytes are in place."""
+        """int32 pointer: a flag for each streamed bundle, which says what of it is in place."""
         return lib.em_residency_ready(self._native)
+
+    def clocks(self) -> tuple[int, int, int]:
+        """idle_us, read_bytes and busy_us of the counters."""
+        stats = lib.em_residency_statistics(self._native)
+        return stats.idle_us, stats.read_bytes, stats.busy_us
 
     def statistics(self) -> dict[str, int]:
         """Counters since open; see em_residency_stats."""
@@ -157,50 +194,69 @@ class Residency:
         return self._slab.address + int(ends[-1] if len(ends) else 0)
 
     def _load_resident(self, resident: np.ndarray, progress) -> None:
-        """Through the same engine as everything else: direct, in large pieces, several at once."""
+        """Through the same engine as everything else: direct, in large pieces, several at once.
+
+        One part is always being read while the one before it is waited for.
+        """
         classes = [(int(self.addresses[b]), int(self.sizes[b]), 1) for b in resident.tolist()]
-        native = self._open(resident, range(len(resident)), classes)
-        ids, done = np.arange(len(resident), dtype=np.uint32), 0
-        addresses = np.empty(_BATCH, np.uint64)
+        native = self._open(resident, range(len(resident)), classes, max(DEPTHS))
+        sizes, parts = self.sizes[resident], _parts(self.sizes[resident])
+        trial = _DepthTrial(len(parts))
+        lib.em_residency_set_depth(native, trial.depth)
+        done, total, started = 0, int(sizes.sum()), perf_counter()
         try:
-            for start in range(0, len(ids), _BATCH):
-                batch = ids[start : start + _BATCH]
-                at = pointer(batch, "uint32_t *")
-                status = lib.em_residency_acquire(
-                    native, at, len(batch), ffi.NULL, pointer(addresses, "uint64_t *")
-                )
-                check(status, "reading resident bundles")
-                if lib.em_residency_wait(native, at, len(batch)) == lib.EM_FLASH:
+            for part, following in zip_longest(parts, parts[1:]):
+                if not done:
+                    _start(native, part)
+                if following is not None:
+                    _start(native, following)
+                if lib.em_residency_wait(native, *_ids(part)) == lib.EM_FLASH:
                     raise self._error_of(native, resident)
-                done += int(self.sizes[resident[start : start + _BATCH]].sum())
+                done += int(sizes[part].sum())
+                trial.part_ended(int(sizes[part].sum()))
+                lib.em_residency_set_depth(native, trial.depth)
                 if progress is not None:
-                    progress(done, int(self.sizes[resident].sum()))
+                    progress(done, total)
         finally:
             lib.em_residency_close(native)
+        self.depth = trial.depth
+        if total >= _TRIAL_BYTES:
+            self.read_rate = total / (perf_counter() - started)
 
-    def _open_slots(self, start: int, slot_sizes: list[int]) -> None:
+    def _open_slots(self, start: int, slots: list[Slots], slot_sizes: list[int]) -> None:
         classes, place = [], {}
-        for slots, size in zip(self.slots, slot_sizes, strict=True):
-            place[slots.layout] = len(classes)
-            classes.append((start, size, slots.count))
-            start += size * slots.count
+        for entry, size in zip(slots, slot_sizes, strict=True):
+            place[entry.layout] = len(classes)
+            classes.append((start, size, entry.count))
+            start += size * entry.count
         layouts = self._store.entries["layout"][self.streamed].tolist()
-        native = self._open(self.streamed, (place[l] for l in layouts), classes)
+        native = self._open(self.streamed, (place[l] for l in layouts), classes, self.depth)
         self._finalizer.detach()
         self._finalizer = weakref.finalize(self, _close, self._slab, self._fd, native)
         self._native = native
+        flags = ffi.buffer(self.ready, 4 * len(self.streamed))
+        self.flags = np.frombuffer(flags, np.int32)
 
-    def _open(self, ids: np.ndarray, class_of, classes):
+    def _room(self) -> np.ndarray:
+        """int64 [n_streamed]: the slots of each bundle's class."""
+        counts = np.zeros(len(self._store.layouts), np.int64)
+        for layout, count in self.slots.items():
+            counts[layout] = count
+        return counts[self.classes]
+
+    def _open(self, ids: np.ndarray, class_of, classes, depth: int):
         entries, page = self._store.entries[ids], self._store.page_size
         bundles = ffi.new("em_bundle[]", len(ids))
+        first = [_first_bytes(layout) for layout in self._store.layouts]
         rows = zip(
             (entries["page_first"] * page).tolist(), self.sizes[ids].tolist(),
-            entries["payload_bytes"].tolist(), entries["crc32c"].tolist(), class_of, strict=True,
+            entries["payload_bytes"].tolist(), (first[i] for i in entries["layout"].tolist()),
+            entries["crc32c"].tolist(), class_of, strict=True,
         )  # fmt: skip
+        names = ("offset", "bytes", "payload_bytes", "first_bytes", "crc32c", "slot_class")
         for bundle, row in zip(bundles, rows, strict=True):
-            bundle.offset, bundle.bytes, bundle.payload_bytes, bundle.crc32c, bundle.slot_class = (
-                row
-            )
+            for name, value in zip(names, row, strict=True):
+                setattr(bundle, name, value)
         native_classes = ffi.new("em_slot_class[]", len(classes))
         for slot_class, (start, size, count) in zip(native_classes, classes, strict=True):
             slot_class.start = ffi.cast("void *", start)
@@ -209,7 +265,7 @@ class Residency:
         name = ffi.NULL if self._engine is None else ffi.new("char[]", self._engine.encode())
         faults = ffi.NULL if self._faults is None else ffi.new("em_faults *", self._faults)
         status = lib.em_residency_open(
-            self._fd, bundles, len(ids), native_classes, len(classes), name, DEPTH, PIECE_BYTES,
+            self._fd, bundles, len(ids), native_classes, len(classes), name, depth, PIECE_BYTES,
             faults, out,
         )  # fmt: skip
         check(status, f"opening the I/O engine {self._engine or '(any)'}")
@@ -227,7 +283,7 @@ class Residency:
 
 _COUNTERS = (
     "hits", "misses", "read_bytes", "reads", "demand_bytes", "prefetch_bytes", "useful_bytes",
-    "wasted_bytes", "dropped_bytes", "stall_us", "busy_us",
+    "wasted_bytes", "dropped_bytes", "stall_us", "busy_us", "idle_us",
 )  # fmt: skip
 
 
@@ -237,12 +293,58 @@ def _close(slab: Slab, fd: int, native) -> None:
     os.close(fd)
 
 
-def _room(store: Store, streamed: np.ndarray, slots: list[Slots]) -> np.ndarray:
-    """int64 [n_streamed]: the slots of each bundle's class."""
-    counts = np.zeros(len(store.layouts), np.int64)
-    for entry in slots:
-        counts[entry.layout] = entry.count
-    return counts[store.entries["layout"][streamed]]
+class _DepthTrial:
+    """Finds the knee of the device's curve: `depth` is what to use now, in the end the knee.
+
+    Each depth has its turn a few times, as rates differ from moment to moment; its best counts.
+    """
+
+    def __init__(self, parts: int):
+        trials = DEPTHS * _TRIALS if parts > len(DEPTHS) * _TRIALS else ()
+        self._left = list(trials)
+        self._rates = dict.fromkeys(DEPTHS, 0.0)
+        self._since = perf_counter()
+        self.depth = self._left[0] if trials else DEPTH
+
+    def part_ended(self, size: int) -> None:
+        """So many bytes were read since the last part ended."""
+        now = perf_counter()
+        rate, self._since = size / max(now - self._since, 1e-9), now
+        if not self._left:
+            return
+        self._rates[self.depth] = max(self._rates[self.depth], rate)
+        del self._left[0]
+        best = max(self._rates.values())
+        knee = min(d for d, found in self._rates.items() if found >= _KNEE * best)
+        self.depth = self._left[0] if self._left else knee
+
+
+def _parts(sizes: np.ndarray) -> list[np.ndarray]:
+    """Bundles (uint32) one after another, in parts of about _TRIAL_BYTES."""
+    numbers = (np.cumsum(sizes) - sizes) // _TRIAL_BYTES
+    ids = np.arange(len(sizes), dtype=np.uint32)
+    return [ids[numbers == number] for number in np.unique(numbers)]
+
+
+def _ids(part: np.ndarray):
+    return pointer(part, "uint32_t *"), len(part)
+
+
+def _start(native, part: np.ndarray) -> None:
+    addresses = np.empty(len(part), np.uint64)
+    status = lib.em_residency_acquire(
+        native, *_ids(part), ffi.NULL, pointer(addresses, "uint64_t *")
+    )
+    check(status, "reading resident bundles")
+
+
+def _first_bytes(layout) -> int:
+    """Bytes up to `down` where gate and up lie before it: they can be multiplied earlier."""
+    if "down" not in layout:
+        return 0
+    start = layout["down"].offset
+    before = [layout[name] for name in ("gate", "up", "gate_bias", "up_bias") if name in layout]
+    return start if all(segment.offset < start for segment in before) else 0
 
 
 def _open_direct(path) -> tuple[int, bool]:

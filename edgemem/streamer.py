@@ -1,12 +1,14 @@
 """Hands a layer the bundles it wants, for as long as it computes with them.
 
 Resident bundles are just there. Of streamed ones a layer's whole demand is issued at once; what is
-in memory can be computed while the rest lands. A policy ranks what may leave; it never sees memory.
+in memory can be computed while the rest lands, and what the next layers will want is read ahead:
+all of it where that is certain, the likeliest where it is foreseen. A policy ranks what may leave;
+it never sees memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ import numpy as np
 from . import planner
 from ._native import ffi, pointer
 from .format import Kind
+from .lookahead import Lookahead
 from .policies import Policy
 from .residency import Residency
 
@@ -22,34 +25,49 @@ if TYPE_CHECKING:
     from .recorder import Recorder
 
 AHEAD = 2
-"""Layers that are read ahead where their demand is certain: one being read, one waiting."""
+"""Turns that are read ahead where their demand is certain: one being read, one waiting."""
+
+Foresee = Callable[[], np.ndarray]
+"""What the next layer will likely want, likeliest first: bundles, uint32 [n]."""
 
 
 @dataclass(slots=True)
 class Bundles:
     """Bundles held for one native call: `addresses` uint64 [n], and how to wait for them.
 
-    `first` is their place in the layer's demand. `ready` and `ids` are what em_ffn_run takes.
+    `first` is their place in the turn's demand. `ready` and `ids` are what em_ffn_run takes;
+    `wait()` waits for all of them.
     """
 
     addresses: np.ndarray
     first: int = 0
     ready: object = ffi.NULL
     ids: object = ffi.NULL
+    wait: Callable[[], None] = lambda: None
 
 
 class Streamer:
     """Feeds a model from a residency; `policy` ranks what streams (None: nothing does).
 
-    `recorder`, where there is one, is told of every streamed layer and every step.
+    `turns` int64 [n_bundles] tell when in a step each bundle has its turn; policies number them as
+    layers. With `lookahead` what a model foresees is read ahead. `recorder`, where there is one, is
+    told of every streamed turn, every step and every change of slots.
     """
 
-    def __init__(self, residency: Residency, policy: Policy | None = None):
+    def __init__(
+        self, residency: Residency, policy: Policy | None = None, turns: np.ndarray | None = None,
+        lookahead: bool = True,
+    ):  # fmt: skip
         self._residency = residency
         self._policy = policy
         self.recorder: Recorder | None = None
         self._demand: list[np.ndarray] = []
-        self._certain_after = _certain_after(residency)
+        self._lookahead = Lookahead() if lookahead else None
+        self._foreseen = np.empty(0, np.uint32)
+        if policy is not None:
+            self._turns = turns[residency.streamed]
+            self._wanted = np.zeros(len(residency.streamed), bool)
+            self._certain = _certain(residency, self._turns)
 
     def hold(self, ids: np.ndarray) -> _Hold:
         """A context manager that gives the addresses (uint64 [n]) of resident bundles `ids`."""
@@ -57,20 +75,22 @@ class Streamer:
         return _Hold(self._residency.addresses[ids])
 
     def rounds(
-        self, layer: int, ids: np.ndarray, uses: np.ndarray | None = None, tokens: int = 1
-    ) -> Iterator[Bundles]:
-        """Bundles `ids` (uint32, ascending) of a layer, in one round or in as many as memory asks.
+        self, ids: np.ndarray, uses: np.ndarray | None = None, tokens: int = 1,
+        foresee: Foresee | None = None,
+    ) -> Iterator[Bundles]:  # fmt: skip
+        """Bundles `ids` (uint32, ascending) of one turn, in one round or in as many as memory asks.
 
         A round's reads run while the one before it is computed. `uses` says how many of the step's
-        `tokens` take each bundle.
+        `tokens` take each bundle. `foresee` is called, if at all, while the last reads run.
         """
         self._demand.append(ids)
         indices = self._residency.index_of[ids]
         if indices[0] < 0:
             yield Bundles(self._residency.addresses[ids])
             return
-        self._policy.observe(layer, indices, uses, tokens)
-        ranks = self._policy.ranks(layer)
+        turn = int(self._turns[indices[0]])
+        self._policy.observe(turn, indices, uses, tokens)
+        ranks = self._policy.ranks(turn)
         indices = indices.astype(np.uint32)
         size = self._round_size(indices)
         held: list[tuple[np.ndarray, np.ndarray, int]] = []
@@ -81,27 +101,64 @@ class Streamer:
                 if len(held) == 2:
                     yield from self._give(held)
             if start + size >= len(indices):
-                self._look_ahead(int(indices[-1]), ranks)
+                self._learn(indices)
+                self._look_ahead(turn, ranks, foresee)
             while held:
                 yield from self._give(held)
         finally:
             for part, _, _ in held:
                 self._residency.release(part)
         if self.recorder is not None:
-            self.recorder.demand(layer, indices, uses)
+            self.recorder.demand(turn, indices, uses)
 
     def _give(self, held) -> Iterator[Bundles]:
         part, addresses, start = held[0]
-        yield Bundles(addresses, start, self._residency.ready, pointer(part, "uint32_t *"))
-        self._residency.release(held.pop(0)[0])
+        residency = self._residency
+        at = pointer(part, "uint32_t *")
+        yield Bundles(addresses, start, residency.ready, at, lambda: residency.wait(part))
+        residency.release(held.pop(0)[0])
 
     def _round_size(self, indices: np.ndarray) -> int:
-        return planner.round_size(len(indices), int(self._residency.room[indices].min()))
+        return planner.round_size(self._residency.classes[indices], self._residency.room[indices])
 
-    def _look_ahead(self, last: int, ranks: np.ndarray) -> None:
-        """Where the demand of the next layers is certain, start on it while this one computes."""
-        if last in self._certain_after:
-            self._residency.prefetch(self._certain_after[last], ranks)
+    def _learn(self, indices: np.ndarray) -> None:
+        """Compare what was foreseen with what came; forget what is not wanted and not started."""
+        foreseen, self._foreseen = self._foreseen, self._foreseen[:0]
+        if not len(foreseen):
+            return
+        self._residency.cancel()
+        self._wanted[indices] = True
+        self._lookahead.learn(len(foreseen), int(self._wanted[foreseen].sum()))
+        self._wanted[indices] = False
+
+    def _look_ahead(self, turn: int, ranks: np.ndarray, foresee: Foresee | None) -> None:
+        """Start on the next turns' bundles while this turn is computed."""
+        certain = self._certain.get(turn)
+        if certain is not None:
+            self._residency.prefetch(certain, ranks)
+        if foresee is None or self._lookahead is None:
+            return
+        room = self._lookahead.admit(*self._residency.clocks())
+        if room <= 0:
+            return
+        likely = self._residency.index_of[foresee()].astype(np.uint32)
+        absent = likely[self._residency.flags[likely] == 0]
+        if len(absent):
+            # The resident among them go along, so that none of them makes place for another.
+            started = self._residency.prefetch(np.concatenate([absent, likely]), ranks, room)
+            self._foreseen = absent[:started]
+
+    def resize(self, slots: dict[int, int]) -> None:
+        """Change the slots of each layout class. Not while a step runs."""
+        self._residency.resize(slots, self._policy.ranks(0))
+        self._certain = _certain(self._residency, self._turns)
+        if self.recorder is not None:
+            self.recorder.resize(self.slots)
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """How many slots there are now of each layout class that streams."""
+        return tuple(self._residency.slots.values())
 
     def end_step(self, phase: str, tokens: int) -> None:
         """A step of `tokens` tokens is over."""
@@ -112,6 +169,7 @@ class Streamer:
         """Forget what an interrupted step held and demanded."""
         self._residency.release_all()
         self._demand = []
+        self._foreseen = self._foreseen[:0]
         if self.recorder is not None:
             self.recorder.drop()
 
@@ -119,12 +177,14 @@ class Streamer:
         """Empty the slots and start anew with another policy. A trace cannot say so: it ends."""
         self._residency.clear()
         self._policy = policy
+        self._foreseen = self._foreseen[:0]
         self.end_recording()
 
-    @property
-    def slots(self) -> tuple[int, ...]:
-        """How many slots there are now of each layout class that streams."""
-        return tuple(slots.count for slots in self._residency.slots)
+    def end_recording(self) -> None:
+        """Let go of the recorder."""
+        if self.recorder is not None:
+            self.recorder.close()
+        self.recorder = None
 
     def error(self) -> Exception:
         """The exception for the read that failed."""
@@ -144,12 +204,6 @@ class Streamer:
         self._residency.close()
         self.end_recording()
 
-    def end_recording(self) -> None:
-        """Let go of the recorder."""
-        if self.recorder is not None:
-            self.recorder.close()
-        self.recorder = None
-
 
 class _Hold:
     __slots__ = ("_addresses",)
@@ -164,14 +218,24 @@ class _Hold:
         """Resident bundles need no unpinning."""
 
 
-def _certain_after(residency: Residency) -> dict[int, np.ndarray]:
-    """For each streamed FFN those of the next layers, as many as its slots can hold beside it."""
-    kinds, n = residency.kinds, len(residency.kinds)
+def _certain(residency: Residency, turns: np.ndarray) -> dict[int, np.ndarray]:
+    """For each turn the bundles that are certainly wanted next: dense layers, and the head.
+
+    As many of them as the slots can hold beside those that are in use.
+    """
+    sure = np.flatnonzero(np.isin(residency.kinds, (Kind.FFN, Kind.HEAD)))
+    order = np.unique(turns)
     found = {}
-    for index in np.flatnonzero(kinds == Kind.FFN).tolist():
-        ahead = min(AHEAD, int(residency.room[index]) - 1, n - 1)
-        following = [(index + i) % n for i in range(1, ahead + 1)]
-        certain = [i for i in following if kinds[i] == Kind.FFN]
-        if certain:
-            found[index] = np.array(certain, np.uint32)
+    for place, turn in enumerate(order.tolist()):
+        following = np.roll(order, -place - 1)[:AHEAD]
+        ahead = [part for t in following if t != turn for part in [sure[turns[sure] == t]]]
+        ids = [part[: _beside(residency, part, turns, turn)] for part in ahead if len(part)]
+        if ids:
+            found[turn] = np.concatenate(ids).astype(np.uint32)
     return found
+
+
+def _beside(residency: Residency, part: np.ndarray, turns: np.ndarray, turn: int) -> int:
+    """How many of a turn's certain bundles fit beside the bundles of the present turn."""
+    room = int(residency.room[part].min())
+    return max(0, room // 2 if len(part) > 1 else room - 1)

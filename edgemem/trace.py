@@ -15,12 +15,16 @@ RECENT_STEPS = 4096
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass: its tokens, its seconds, and the bundle bytes that it demanded."""
+    """One forward pass: its tokens, its seconds, and the bundle bytes that it demanded.
+
+    `withheld_bytes` are those that slots had to leave because the system was short of memory.
+    """
 
     phase: str
     tokens: int
     seconds: float
     demand_bytes: int
+    withheld_bytes: int = 0
     counters: dict[str, int] = field(default_factory=dict)
 
 
@@ -30,6 +34,7 @@ class _Total:
     tokens: int = 0
     seconds: float = 0.0
     demand_bytes: int = 0
+    withheld_bytes: int = 0
     counters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
 
 
@@ -42,11 +47,13 @@ class Trace:
         self._totals = {phase: _Total() for phase in PHASES}
 
     def record(
-        self, phase: str, tokens: int, seconds: float, demand_bytes: int = 0, **counters: int
-    ) -> None:
+        self, phase: str, tokens: int, seconds: float, demand_bytes: int = 0,
+        withheld_bytes: int = 0, **counters: int,
+    ) -> None:  # fmt: skip
         """Add one step; `phase` is one of PHASES, `counters` are of COUNTERS."""
         with self._lock:
-            self.recent.append(Step(phase, tokens, seconds, demand_bytes, counters))
+            step = Step(phase, tokens, seconds, demand_bytes, withheld_bytes, counters)
+            self.recent.append(step)
             total = self._totals[phase]
             for name, value in counters.items():
                 total.counters[name] += value
@@ -54,6 +61,7 @@ class Trace:
             total.tokens += tokens
             total.seconds += seconds
             total.demand_bytes += demand_bytes
+            total.withheld_bytes = max(total.withheld_bytes, withheld_bytes)
 
     def clear(self) -> None:
         """Forget everything, so that what follows is measured alone."""
@@ -64,7 +72,7 @@ class Trace:
     def summary(self) -> dict:
         """For each phase: steps, tokens, seconds, tokens_per_second, demand_bytes_per_token; and of
         streaming hits, misses, hit_rate (None of nothing), read_bytes_per_token, the seconds that
-        products stalled and that the device read, and their share of all seconds."""
+        products stalled and that the device read, their shares, and the most withheld_bytes."""
         with self._lock:
             return {phase: _summarize(total) for phase, total in self._totals.items()}
 
@@ -86,6 +94,7 @@ def _summarize(total: _Total) -> dict:
         "stall_share": _ratio(stall, total.seconds),
         "device_seconds": device,
         "device_share": _ratio(device, total.seconds),
+        "withheld_bytes": total.withheld_bytes,
     }
 
 

@@ -2,22 +2,24 @@
 
 The first line describes the model and the cache:
 
-    {"edgemem_trace": 1, "model": "qwen3_moe", "policy": "next-use", "n_layers": 48,
-     "layer_of": [0, 0, …], "class_of": [0, 0, …], "slots": [614]}
+    {"edgemem_trace": 1, "model": "qwen3_moe", "policy": "next-use", "n_layers": 50,
+     "layer_of": [1, 1, …], "class_of": [0, 0, …], "slots": [614], "read_ahead": [0]}
 
 `layer_of` and `class_of` give the layer and the layout class of each streamed bundle, numbered as
-policies number them; `slots` is the size of the cache for each class. Every other line is a step:
+policies number them: layers are turns, of which the first is the embedding's and the last the
+head's. `slots` is the size of the cache for each class; `read_ahead` are the classes of which the
+run read bundles before they were demanded. Every other line is a step:
 
-    {"phase": "decode", "tokens": 1, "layers": [0, 1, …], "ids": [[3, 17], [140, 201], …],
+    {"phase": "decode", "tokens": 1, "layers": [1, 2, …], "ids": [[3, 17], [140, 201], …],
      "hits": [1, 2, …], …}
 
 with one item for each streamed layer, in the order in which the step came to them: the bundles that
 it demanded, ascending, and the counters that the run kept (COUNTERS): how many were there already,
 the bytes read because they were not, the time that products waited, and bytes read ahead that came
 to use or were evicted before. `uses`, where a step has several tokens, says how many of them took
-each bundle. `slots` is there where they are no longer those of the step before: so many since this
-step began. A step that was interrupted or failed has no line, though it may have changed the cache.
-A run that is killed loses at most its last line.
+each bundle. `resized`, where the cache has other slots than in the step before, lists what they
+became in turn, before this step began. A step that was interrupted or failed has no line, though it
+may have changed the cache. A run that is killed loses at most its last line.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class TraceHeader:
     layer_of: tuple[int, ...]
     class_of: tuple[int, ...]
     slots: tuple[int, ...]
+    read_ahead: tuple[int, ...] = ()
 
 
 class TraceWriter:
@@ -61,7 +64,7 @@ class TraceWriter:
         except OSError as error:
             raise self._error(error) from error
         self._lists: dict[str, list] = {}
-        self._slots = header.slots
+        self._resized: list[tuple[int, ...]] = []
         self._write({"edgemem_trace": VERSION, **asdict(header)})
 
     def demand(
@@ -76,14 +79,18 @@ class TraceWriter:
         for name, value in values.items():
             self._lists.setdefault(name, []).append(value)
 
-    def step(self, phase: str, tokens: int, slots: tuple[int, ...] | None = None) -> None:
-        """End the present step, in which there were so many `slots`, and write it."""
+    def resize(self, slots: tuple[int, ...]) -> None:
+        """There are so many slots of each class from the next step on."""
+        self._resized.append(slots)
+
+    def step(self, phase: str, tokens: int) -> None:
+        """End the present step and write it."""
         lists, self._lists = self._lists, {}
         if tokens == 1:
             lists.pop("uses", None)
         line = {"phase": phase, "tokens": tokens}
-        if slots is not None and slots != self._slots:
-            line["slots"] = self._slots = slots
+        if self._resized:
+            line["resized"], self._resized = self._resized, []
         self._write(line | lists)
 
     def drop(self) -> None:

@@ -1,3 +1,5 @@
+#define _GNU_SOURCE /* MADV_DONTNEED */
+
 #include "base.h"
 
 #include "edgemem.h"
@@ -9,7 +11,9 @@
 #include <arm_acle.h>
 #endif
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
 void *em_arena_take(em_arena *arena, uint64_t bytes) {
     uint64_t cost = em_arena_cost(bytes);
@@ -23,6 +27,12 @@ int64_t em_now_us(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+}
+
+void em_pages_drop(void *start, uint64_t bytes) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = (uintptr_t)start;
+    uintptr_t first = (from + page - 1) / page * page, last = (from + bytes) / page * page;
+    if (first < last) madvise((void *)first, last - first, MADV_DONTNEED);
 }
 
 /* CRC-32C, polynomial 0x1EDC6F41 reflected (RFC 3720, section 12.1). */

@@ -87,11 +87,11 @@ typedef struct {
 uint64_t em_ffn_scratch(int32_t n_tokens, int32_t n_pairs, int32_t hidden, int32_t intermediate);
 /* out[t] += sum over t's pairs, in bundle order, of weight * ffn(bundle, x[t]).
  * A pair says that a bundle computes a token: pairs [first[b], first[b+1]) belong to bundle b, and
- * pair p takes token tokens[p] with weight weights[p]. Where `ready` is given, ready[ids[b]] is
- * waited for until it is nonzero (whoever sets it does so in release order, after the bundle's
- * bytes are in place): bundles are computed in the order in which they become ready, and summed in
- * their own order all the same. A negative flag ends the call with EM_FLASH before `out` is
- * touched. */
+ * pair p takes token tokens[p] with weight weights[p]. Where `ready` is given, gate and up wait for
+ * EM_READY_FIRST in ready[ids[b]], down for EM_READY_WHOLE (whoever sets it does so in release
+ * order, after the bytes are in place): bundles are computed in the order in which they become
+ * ready, and summed in their own order all the same. EM_READY_FAILED ends the call with EM_FLASH
+ * before `out` is touched. */
 int32_t em_ffn_run(em_core *core, const em_ffn *ffn, int32_t n_bundles, const uint64_t *addresses,
                    const int32_t *ready, const uint32_t *ids, const int32_t *first,
                    const int32_t *tokens, const float *weights, const float *x, int32_t n_tokens,
@@ -110,7 +110,8 @@ int32_t em_route(em_core *core, const float *logits, int32_t n_tokens, int32_t n
 int32_t em_rms_norm(em_core *core, const float *x, const float *weight, float eps, int32_t n_rows,
                     int32_t n_cols, float *out);
 
-/* Rows `ids` of a table whose bundles hold rows_per_bundle rows each. out [n, cols]. */
+/* Rows `ids` of a table whose bundles hold rows_per_bundle rows each. out [n, cols]; rows of a
+ * bundle whose address is 0 are left as they are. */
 int32_t em_embed(em_core *core, const uint64_t *addresses, int32_t rows_per_bundle, int32_t dtype,
                  int32_t lanes, int32_t cols, const int32_t *ids, int32_t n, float *out);
 
@@ -163,11 +164,13 @@ typedef struct {
     uint64_t offset;        /* in the file, at a page */
     uint64_t bytes;         /* whole pages */
     uint64_t payload_bytes; /* what crc32c covers */
+    uint64_t first_bytes;   /* of the part that is wanted first; 0 where there is none */
     uint32_t crc32c;
     int32_t slot_class;
 } em_bundle;
 
-/* Slots of one size: n_slots of slot_bytes each, back to back from `start`, page-aligned. */
+/* Slots of one size: at most n_slots of slot_bytes each, back to back from `start`, page-aligned.
+ */
 typedef struct {
     void *start;
     uint64_t slot_bytes;
@@ -183,6 +186,7 @@ typedef struct {
     int64_t dropped_bytes;              /* prefetches cancelled before they started */
     int64_t stall_us;                   /* em_residency_wait waited */
     int64_t busy_us;                    /* at least one read was in flight */
+    int64_t idle_us;                    /* no acquired bundle was being read */
 } em_residency_stats;
 
 /* Why the last read failed: which bundle, and the errno (0 for a wrong checksum). */
@@ -214,17 +218,27 @@ int32_t em_residency_acquire(em_residency *residency, const uint32_t *ids, int32
 void em_residency_release(em_residency *residency, const uint32_t *ids, int32_t n);
 /* Undoes every acquire: for a caller that was interrupted and does not know what it held. */
 void em_residency_release_all(em_residency *residency);
-/* Starts reading absent bundles behind all demand, into free slots or over bundles of lower rank;
- * returns how many were started or queued. */
+/* Starts reading the absent of these bundles behind all demand, in this order, up to most_bytes;
+ * where no slot is free, the unpinned bundle with the lowest rank leaves that is none of them.
+ * Returns how many were started or queued. */
 int32_t em_residency_prefetch(em_residency *residency, const uint32_t *ids, int32_t n,
-                              const float *ranks);
+                              const float *ranks, uint64_t most_bytes);
 /* Forgets prefetches that have not started yet. */
 void em_residency_cancel(em_residency *residency);
 /* Evicts all that is not pinned, after waiting for what is on its way. */
 void em_residency_clear(em_residency *residency);
+/* Opens or closes slots of a class, from its last one on. What closing slots hold moves into the
+ * others as far as its rank is higher than what is there; their memory goes back to the system.
+ * EM_NO_MEMORY if one of them is pinned: then nothing changes. */
+int32_t em_residency_resize(em_residency *residency, int32_t slot_class, int32_t n_slots,
+                            const float *ranks);
+/* Reads in flight from now on, at most as many as at open. */
+void em_residency_set_depth(em_residency *residency, int32_t depth);
 /* Waits until acquired bundles are there. EM_FLASH if one is not to be had: see failure. */
 int32_t em_residency_wait(em_residency *residency, const uint32_t *ids, int32_t n);
-/* int32 for each bundle: 1 when its bytes are in place, 0 before, -1 after a failed read. */
+/* What a ready flag says; a first part is there before its checksum is known. */
+enum { EM_READY_FAILED = -1, EM_READY_NOT = 0, EM_READY_FIRST = 1, EM_READY_WHOLE = 2 };
+/* int32 for each bundle: what of it is in place. */
 const int32_t *em_residency_ready(const em_residency *residency);
 em_read_failure em_residency_failure(em_residency *residency);
 em_residency_stats em_residency_statistics(em_residency *residency);

@@ -72,8 +72,8 @@ uint64_t em_ffn_scratch(int32_t n_tokens, int32_t n_pairs, int32_t hidden, int32
     uint64_t pairs = (uint64_t)n_pairs;
     return em_acts_bytes(n_tokens, hidden) + em_acts_bytes(n_pairs, intermediate) +
            2 * em_arena_cost(pairs * (uint64_t)intermediate * 4) +
-           em_arena_cost(pairs * (uint64_t)hidden * 4) + 2 * em_arena_cost(pairs * 4) +
-           em_arena_cost(((uint64_t)n_tokens + 1) * 4);
+           em_arena_cost(pairs * (uint64_t)hidden * 4) + em_arena_cost(pairs * 4) +
+           em_arena_cost(3 * pairs * 4) + em_arena_cost(((uint64_t)n_tokens + 1) * 4);
 }
 
 typedef struct {
@@ -170,49 +170,88 @@ static void group_by_token(ffn_task *t, int32_t n_tokens, int32_t n_pairs) {
     start[0] = 0;
 }
 
-/* Moves the bundles that are ready from `pending` to `batch`; waits until there is one. Returns how
- * many, or -1 if a bundle failed. */
-static int32_t take_ready(const int32_t *ready, const uint32_t *ids, int32_t *pending,
-                          int32_t *n_pending, int32_t *batch) {
-    for (;;) {
-        int32_t taken = 0, left = 0;
-        for (int32_t i = 0; i < *n_pending; i++) {
-            int32_t b = pending[i];
-            int32_t flag = ready ? __atomic_load_n(&ready[ids[b]], __ATOMIC_ACQUIRE) : 1;
-            if (flag < 0) return -1;
-            if (flag > 0)
-                batch[taken++] = b;
-            else
-                pending[left++] = b;
+/* Bundles of a call that wait for the same flag. */
+typedef struct {
+    int32_t *items, count;
+} waiting;
+
+/* Moves bundles whose flag is at least `least` from `from` to `to`; -1 if one failed. */
+static int32_t take_ready(const int32_t *ready, const uint32_t *ids, int32_t least, waiting *from,
+                          waiting *to) {
+    int32_t left = 0, taken = 0;
+    for (int32_t i = 0; i < from->count; i++) {
+        int32_t b = from->items[i];
+        int32_t flag = ready ? __atomic_load_n(&ready[ids[b]], __ATOMIC_ACQUIRE) : least;
+        if (flag < 0) return -1;
+        if (flag >= least) {
+            to->items[to->count++] = b;
+            taken++;
+        } else {
+            from->items[left++] = b;
         }
-        *n_pending = left;
-        if (taken > 0) return taken;
-        sched_yield();
     }
+    from->count = left;
+    return taken;
 }
 
-static void run_batch(em_core *core, ffn_task *t, int32_t n) {
+static void run_gate_up(em_core *core, ffn_task *t, int32_t n) {
     int64_t pairs = 0, weights = (int64_t)t->ffn->hidden * t->ffn->intermediate;
     for (int32_t i = 0; i < n; i++) pairs += t->first[t->batch[i] + 1] - t->first[t->batch[i]];
     int64_t inner = (t->ffn->intermediate + EM_LANES - 1) / EM_LANES;
     t->chunk = em_chunk_groups(core, inner * n);
     t->chunks = (inner + t->chunk - 1) / t->chunk;
     em_core_run(core, gate_up_item, t, t->chunks * n, 2 * pairs * weights);
-    if (t->h.q)
-        for (int32_t i = 0; i < n; i++) {
-            int32_t b = t->batch[i];
-            em_acts part = t->h;
-            int64_t skip = (int64_t)pair_of(t, b) * part.blocks;
-            part.x += (int64_t)pair_of(t, b) * part.cols;
-            part.q += skip * EM_BLOCK;
-            part.scale += skip;
-            part.sum += skip;
-            em_acts_quantize(core, &part, NULL, t->first[b + 1] - t->first[b]);
-        }
+    for (int32_t i = 0; t->h.q && i < n; i++) {
+        int32_t b = t->batch[i];
+        em_acts part = t->h;
+        int64_t skip = (int64_t)pair_of(t, b) * part.blocks;
+        part.x += (int64_t)pair_of(t, b) * part.cols;
+        part.q += skip * EM_BLOCK;
+        part.scale += skip;
+        part.sum += skip;
+        em_acts_quantize(core, &part, NULL, t->first[b + 1] - t->first[b]);
+    }
+}
+
+static void run_down(em_core *core, ffn_task *t, int32_t n) {
+    int64_t pairs = 0, weights = (int64_t)t->ffn->hidden * t->ffn->intermediate;
+    for (int32_t i = 0; i < n; i++) pairs += t->first[t->batch[i] + 1] - t->first[t->batch[i]];
     int64_t outer = (t->ffn->hidden + EM_LANES - 1) / EM_LANES;
     t->chunk = em_chunk_groups(core, outer * n);
     t->chunks = (outer + t->chunk - 1) / t->chunk;
     em_core_run(core, down_item, t, t->chunks * n, pairs * weights);
+}
+
+/* Computes bundles as they become ready: gate and up of those whose first part is there, down of
+ * those that are whole. `lists` has room for three times n_bundles. */
+static int32_t run_as_ready(em_core *core, ffn_task *t, const int32_t *ready, const uint32_t *ids,
+                            int32_t n_bundles, int32_t *lists) {
+    waiting inner = {lists, n_bundles}, outer = {lists + n_bundles, 0};
+    waiting batch = {lists + 2 * n_bundles, 0};
+    for (int32_t b = 0; b < n_bundles; b++) inner.items[b] = b;
+    t->batch = batch.items;
+    int64_t since = 0;
+    while (inner.count + outer.count > 0) {
+        batch.count = 0;
+        int32_t n = take_ready(ready, ids, EM_READY_FIRST, &inner, &batch);
+        if (n > 0) {
+            run_gate_up(core, t, n);
+            for (int32_t i = 0; i < n; i++) outer.items[outer.count++] = batch.items[i];
+            batch.count = 0;
+        }
+        int32_t m = n < 0 ? n : take_ready(ready, ids, EM_READY_WHOLE, &outer, &batch);
+        if (m > 0) run_down(core, t, m);
+        if (m < 0) return EM_FLASH;
+        if (n + m > 0) {
+            since = 0;
+            continue;
+        }
+        int64_t now = em_now_us();
+        if (since > 0) core->stall_us += now - since;
+        since = now;
+        sched_yield();
+    }
+    return EM_OK;
 }
 
 static bool valid_ffn(const em_ffn *f) {
@@ -246,26 +285,17 @@ int32_t em_ffn_run(em_core *core, const em_ffn *f, int32_t n_bundles, const uint
                     .blocks = (f->intermediate + EM_BLOCK - 1) / EM_BLOCK};
     t.token_pairs = em_arena_take(&arena, (uint64_t)pairs * 4);
     t.token_first = em_arena_take(&arena, ((uint64_t)n_tokens + 1) * 4);
-    int32_t *pending = em_arena_take(&arena, (uint64_t)pairs * 4);
+    int32_t *lists = em_arena_take(&arena, 3 * (uint64_t)pairs * 4);
     bool wide = em_dtype_is_block(f->gate_dtype) || em_dtype_is_block(f->up_dtype);
     bool fits =
-        t.gate && t.up && t.y && t.token_pairs && t.token_first && pending && n_bundles <= pairs;
+        t.gate && t.up && t.y && t.token_pairs && t.token_first && lists && n_bundles <= pairs;
     if (fits && wide) fits = em_acts_take(&arena, &t.x, n_tokens);
     if (fits && em_dtype_is_block(f->down_dtype)) fits = em_acts_take(&arena, &t.h, pairs);
     if (!fits) return EM_NO_MEMORY;
 
     if (wide) em_acts_quantize(core, &t.x, NULL, n_tokens);
-    int32_t n_pending = n_bundles;
-    for (int32_t b = 0; b < n_bundles; b++) pending[b] = b;
-    int32_t *batch = t.token_pairs; /* free until the sums */
-    t.batch = batch;
-    while (n_pending > 0) {
-        int64_t since = em_now_us();
-        int32_t n = take_ready(ready, ids, pending, &n_pending, batch);
-        core->stall_us += em_now_us() - since;
-        if (n < 0) return EM_FLASH;
-        run_batch(core, &t, n);
-    }
+    int32_t status = run_as_ready(core, &t, ready, ids, n_bundles, lists);
+    if (status != EM_OK) return status;
     group_by_token(&t, n_tokens, pairs);
     em_core_run(core, sum_token, &t, n_tokens, (int64_t)pairs * f->hidden);
     return EM_OK;

@@ -204,6 +204,7 @@ int32_t em_embed(em_core *core, const uint64_t *addresses, int32_t rows_per_bund
         if (ids[i] < 0) return EM_INVALID;
     for (int32_t i = 0; i < n; i++) {
         const uint8_t *bundle = (const uint8_t *)(uintptr_t)addresses[ids[i] / rows_per_bundle];
+        if (!bundle) continue;
         core->kernels->unpack_row(bundle, dtype, lanes, cols, ids[i] % rows_per_bundle,
                                   out + (int64_t)i * cols);
     }

@@ -31,7 +31,7 @@ static piece queue_pop(piece_queue *q) {
 
 /* Fills the device's queue: all demand before anything ahead. */
 static void start_reads(em_residency *r) {
-    while (r->n_free_tags > 0 && r->demand.count + r->ahead.count > 0) {
+    while (r->in_flight < r->depth && r->demand.count + r->ahead.count > 0) {
         int32_t tag = r->free_tags[--r->n_free_tags];
         r->flying[tag] = queue_pop(r->demand.count > 0 ? &r->demand : &r->ahead);
         if (r->in_flight++ == 0) r->busy_since_us = em_now_us();
@@ -51,13 +51,15 @@ static void load(em_residency *r, uint32_t bundle, int32_t slot, piece_queue *qu
     s->state = LOADING;
     s->slot = slot;
     s->failed = false;
-    s->prefetched = queue == &r->ahead;
+    s->prefetched = s->ahead = queue == &r->ahead;
     r->occupant[b->slot_class][slot] = (int32_t)bundle;
     uint8_t *to = slot_address(r, bundle);
-    s->pieces_left = 0;
+    s->pieces_left = s->first_left = 0;
     for (uint64_t done = 0; done < b->bytes; done += r->piece_bytes, s->pieces_left++) {
         uint64_t bytes = b->bytes - done < r->piece_bytes ? b->bytes - done : r->piece_bytes;
-        queue_push(queue, (piece){bundle, 0, b->offset + done, bytes, to + done});
+        bool first = done < b->first_bytes;
+        s->first_left += first;
+        queue_push(queue, (piece){bundle, 0, first, b->offset + done, bytes, to + done});
     }
     *(s->prefetched ? &r->stats.prefetch_bytes : &r->stats.demand_bytes) += (int64_t)b->bytes;
 }
@@ -76,6 +78,19 @@ static void vacate(em_residency *r, uint32_t bundle) {
 static void fail(em_residency *r, uint32_t bundle, int32_t error) {
     if (!r->states[bundle].failed) r->failure = (em_read_failure){bundle, error};
     r->states[bundle].failed = true;
+}
+
+/* Time without a demanded read is idle: what reading ahead may use. */
+static void await(em_residency *r, uint32_t bundle) {
+    if (r->states[bundle].awaited) return;
+    r->states[bundle].awaited = true;
+    if (r->n_awaited++ == 0) r->stats.idle_us += em_now_us() - r->idle_since_us;
+}
+
+static void end_await(em_residency *r, uint32_t bundle) {
+    if (!r->states[bundle].awaited) return;
+    r->states[bundle].awaited = false;
+    if (--r->n_awaited == 0) r->idle_since_us = em_now_us();
 }
 
 /* The last piece of a bundle has ended. The checksum is computed without the mutex: nobody else
@@ -100,16 +115,22 @@ static void end_load(em_residency *r, uint32_t bundle) {
         else
             fail(r, bundle, 0);
     }
+    /* What was only tried ahead is read again once it is wanted, unless some of it was used. */
+    if (s->failed && s->ahead && s->pins > 0 && r->ready[bundle] == EM_READY_NOT) {
+        load(r, bundle, s->slot, &r->demand);
+        return;
+    }
+    end_await(r, bundle);
     if (!s->failed) {
         s->state = RESIDENT;
-        __atomic_store_n(&r->ready[bundle], 1, __ATOMIC_RELEASE);
+        __atomic_store_n(&r->ready[bundle], EM_READY_WHOLE, __ATOMIC_RELEASE);
         return;
     }
     if (s->pins == 0) {
         vacate(r, bundle);
     } else { /* whoever pinned it sees the flag, and its release frees the slot */
         s->state = RESIDENT;
-        __atomic_store_n(&r->ready[bundle], -1, __ATOMIC_RELEASE);
+        __atomic_store_n(&r->ready[bundle], EM_READY_FAILED, __ATOMIC_RELEASE);
     }
 }
 
@@ -138,7 +159,10 @@ static void end_piece(em_residency *r, const em_done *done) {
         return;
     }
     if (p.bytes > 0) fail(r, p.bundle, done->result < 0 ? (int32_t)-done->result : ENODATA);
-    if (--r->states[p.bundle].pieces_left == 0) end_load(r, p.bundle);
+    bundle_state *s = &r->states[p.bundle];
+    if (p.first && --s->first_left == 0 && !s->failed)
+        __atomic_store_n(&r->ready[p.bundle], EM_READY_FIRST, __ATOMIC_RELEASE);
+    if (--s->pieces_left == 0) end_load(r, p.bundle);
 }
 
 void *em_residency_reap(void *arg) {
@@ -158,14 +182,16 @@ void *em_residency_reap(void *arg) {
 
 /* ---- slots ----------------------------------------------------------------------------------- */
 
-/* An empty slot of the class, or that of the unpinned resident with the lowest rank below `limit`
- * (then vacated); of equals the one with the lowest number, so that a replay without slots finds
- * the same. NO_SLOT if there is none; *loading tells whether one may come free by itself. */
-static int32_t take_slot(em_residency *r, int32_t slot_class, const float *ranks, float limit,
+/* An empty slot of the class, or that of the unpinned resident with the lowest rank (then vacated),
+ * of equals the one with the lowest number: so a replay, which knows no slots, finds the same. With
+ * a bundle `below`, only what would leave before that. NO_SLOT if there is none; *loading tells
+ * whether one may come free by itself. */
+static int32_t take_slot(em_residency *r, int32_t slot_class, const float *ranks, int32_t below,
                          bool *loading) {
     const int32_t *occupant = r->occupant[slot_class];
-    int32_t best = NO_SLOT;
-    for (int32_t slot = 0; slot < r->classes[slot_class].n_slots; slot++) {
+    int32_t best = NO_SLOT, last = below;
+    float limit = below != EMPTY && ranks ? ranks[below] : 0;
+    for (int32_t slot = 0; slot < r->n_open[slot_class]; slot++) {
         int32_t bundle = occupant[slot];
         if (bundle == EMPTY) return slot;
         if (r->states[bundle].pins > 0) continue;
@@ -174,10 +200,10 @@ static int32_t take_slot(em_residency *r, int32_t slot_class, const float *ranks
             continue;
         }
         float rank = ranks ? ranks[bundle] : 0;
-        bool first = best == NO_SLOT && limit == INFINITY; /* demand takes whatever there is */
-        bool lower = rank < limit || (best != NO_SLOT && rank == limit && bundle < occupant[best]);
-        if (first || lower) {
+        /* Demand takes whatever there is, also what has a rank that is no number. */
+        if (last == EMPTY || rank < limit || (rank == limit && bundle < last)) {
             limit = rank;
+            last = bundle;
             best = slot;
         }
     }
@@ -229,7 +255,7 @@ static bool place(em_residency *r, uint32_t bundle, const float *ranks) {
     int32_t slot_class = r->bundles[bundle].slot_class;
     for (;;) {
         bool loading = false;
-        int32_t slot = take_slot(r, slot_class, ranks, INFINITY, &loading);
+        int32_t slot = take_slot(r, slot_class, ranks, EMPTY, &loading);
         if (slot != NO_SLOT) {
             load(r, bundle, slot, &r->demand);
             return true;
@@ -258,6 +284,7 @@ int32_t em_residency_acquire(em_residency *r, const uint32_t *ids, int32_t n, co
             r->stats.misses++;
             if (s->state == LOADING && s->prefetched && r->ahead.count > 0) promote(r, ids[placed]);
             if (s->state == ABSENT && !place(r, ids[placed], ranks)) break;
+            if (s->state == LOADING) await(r, ids[placed]);
         }
         if (s->prefetched) {
             r->stats.useful_bytes += (int64_t)r->bundles[ids[placed]].bytes;
@@ -286,19 +313,26 @@ void em_residency_release_all(em_residency *r) {
     pthread_mutex_unlock(&r->mutex);
 }
 
-int32_t em_residency_prefetch(em_residency *r, const uint32_t *ids, int32_t n, const float *ranks) {
+int32_t em_residency_prefetch(em_residency *r, const uint32_t *ids, int32_t n, const float *ranks,
+                              uint64_t most_bytes) {
     int32_t started = 0;
     if (r->owner != getpid()) return 0;
+    for (int32_t i = 0; i < n; i++)
+        if (ids[i] >= (uint32_t)r->n_bundles) return 0;
     pthread_mutex_lock(&r->mutex);
+    for (int32_t i = 0; i < n; i++) r->states[ids[i]].pins++; /* so that none is a victim here */
     for (int32_t i = 0; i < n; i++) {
-        if (ids[i] >= (uint32_t)r->n_bundles || r->states[ids[i]].state != ABSENT) continue;
+        const em_bundle *b = &r->bundles[ids[i]];
+        if (r->states[ids[i]].state != ABSENT) continue;
+        if (b->bytes > most_bytes) break;
         bool loading = false;
-        float limit = ranks ? ranks[ids[i]] : 0;
-        int32_t slot = take_slot(r, r->bundles[ids[i]].slot_class, ranks, limit, &loading);
-        if (slot == NO_SLOT || r->states[ids[i]].pins > 0) continue;
+        int32_t slot = take_slot(r, b->slot_class, ranks, EMPTY, &loading);
+        if (slot == NO_SLOT) continue;
         load(r, ids[i], slot, &r->ahead);
+        most_bytes -= b->bytes;
         started++;
     }
+    for (int32_t i = 0; i < n; i++) unpin(r, ids[i]);
     start_reads(r);
     pthread_mutex_unlock(&r->mutex);
     return started;
@@ -319,6 +353,64 @@ void em_residency_clear(em_residency *r) {
         while (s->pins == 0 && s->state == LOADING) pthread_cond_wait(&r->changed, &r->mutex);
         if (s->pins == 0 && s->state == RESIDENT) vacate(r, (uint32_t)i);
     }
+    pthread_mutex_unlock(&r->mutex);
+}
+
+/* What a closing slot holds goes into one that stays open, if that holds nothing or less. */
+static void close_slot(em_residency *r, int32_t slot_class, int32_t slot, const float *ranks) {
+    int32_t bundle = r->occupant[slot_class][slot];
+    if (bundle == EMPTY) return;
+    bool loading = false;
+    int32_t to = take_slot(r, slot_class, ranks, bundle, &loading);
+    if (to == NO_SLOT) {
+        vacate(r, (uint32_t)bundle);
+        return;
+    }
+    const uint8_t *from = slot_address(r, (uint32_t)bundle);
+    r->occupant[slot_class][slot] = EMPTY;
+    r->occupant[slot_class][to] = bundle;
+    r->states[bundle].slot = to;
+    memcpy(slot_address(r, (uint32_t)bundle), from, r->bundles[bundle].bytes);
+}
+
+static bool any_in(const em_residency *r, int32_t slot_class, int32_t first, bool pinned) {
+    for (int32_t slot = first; slot < r->n_open[slot_class]; slot++) {
+        int32_t bundle = r->occupant[slot_class][slot];
+        if (bundle == EMPTY) continue;
+        if (pinned ? r->states[bundle].pins > 0 : r->states[bundle].state == LOADING) return true;
+    }
+    return false;
+}
+
+int32_t em_residency_resize(em_residency *r, int32_t slot_class, int32_t n_slots,
+                            const float *ranks) {
+    if (r->owner != getpid()) return EM_UNSUPPORTED;
+    if (slot_class < 0 || slot_class >= r->n_classes || n_slots < 1 ||
+        n_slots > r->classes[slot_class].n_slots)
+        return EM_INVALID;
+    pthread_mutex_lock(&r->mutex);
+    int32_t before = r->n_open[slot_class], status = EM_OK;
+    if (n_slots >= before) {
+        r->n_open[slot_class] = n_slots;
+    } else if (any_in(r, slot_class, n_slots, true)) {
+        status = EM_NO_MEMORY;
+    } else {
+        em_residency_drop_ahead(r);
+        while (any_in(r, slot_class, n_slots, false)) pthread_cond_wait(&r->changed, &r->mutex);
+        r->n_open[slot_class] = n_slots;
+        for (int32_t slot = n_slots; slot < before; slot++) close_slot(r, slot_class, slot, ranks);
+        const em_slot_class *c = &r->classes[slot_class];
+        em_pages_drop((uint8_t *)c->start + (uint64_t)n_slots * c->slot_bytes,
+                      (uint64_t)(before - n_slots) * c->slot_bytes);
+    }
+    pthread_mutex_unlock(&r->mutex);
+    return status;
+}
+
+void em_residency_set_depth(em_residency *r, int32_t depth) {
+    pthread_mutex_lock(&r->mutex);
+    r->depth = depth < 1 ? 1 : depth > r->most_depth ? r->most_depth : depth;
+    start_reads(r);
     pthread_mutex_unlock(&r->mutex);
 }
 
@@ -349,6 +441,7 @@ em_residency_stats em_residency_statistics(em_residency *r) {
     pthread_mutex_lock(&r->mutex);
     em_residency_stats stats = r->stats;
     if (r->in_flight > 0) stats.busy_us += em_now_us() - r->busy_since_us;
+    if (r->n_awaited == 0) stats.idle_us += em_now_us() - r->idle_since_us;
     pthread_mutex_unlock(&r->mutex);
     return stats;
 }

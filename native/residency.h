@@ -13,14 +13,19 @@ typedef struct {
     int32_t slot; /* of its class */
     int32_t pins;
     int32_t pieces_left; /* of the read that loads it */
+    int32_t first_left;  /* of these, those with bytes of the first part */
     uint8_t state;
-    bool failed, verified, prefetched;
+    bool failed, verified;
+    bool prefetched; /* loaded ahead, and not acquired since */
+    bool ahead;      /* what loads it now began as a prefetch */
+    bool awaited;    /* loading, and acquired */
 } bundle_state;
 
 /* Part of a bundle's read: what is left of it. */
 typedef struct {
     uint32_t bundle;
     int32_t retries;
+    bool first; /* has bytes of the bundle's first part */
     uint64_t offset, bytes;
     uint8_t *buffer;
 } piece;
@@ -36,20 +41,22 @@ typedef struct {
 struct em_residency {
     const em_io_engine *engine;
     em_io *io;
-    int32_t depth, in_flight, n_bundles, n_classes;
+    int32_t depth, most_depth, in_flight, n_bundles, n_classes;
+    int32_t n_awaited; /* bundles */
     uint64_t piece_bytes;
     const em_bundle *bundles;
     em_slot_class *classes;
+    int32_t *n_open;    /* [class]: slots in use, the first ones */
     int32_t **occupant; /* [class][slot]: the bundle, or EMPTY */
     bundle_state *states;
     int32_t *ready;
-    piece *flying; /* [depth], by tag */
+    piece *flying; /* [most_depth], by tag */
     int32_t *free_tags;
     int32_t n_free_tags;
     piece_queue demand, ahead;
     em_residency_stats stats;
     em_read_failure failure;
-    int64_t busy_since_us;
+    int64_t busy_since_us, idle_since_us;
     bool closing;
     pthread_mutex_t mutex;
     pthread_cond_t changed;

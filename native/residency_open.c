@@ -30,6 +30,7 @@ void em_residency_close(em_residency *r) {
     pthread_mutex_destroy(&r->mutex);
     pthread_cond_destroy(&r->changed);
     free(r->occupant);
+    free(r->n_open);
     free((void *)r->bundles);
     free(r->classes);
     free(r->states);
@@ -53,7 +54,7 @@ static bool valid(const em_bundle *bundles, int32_t n_bundles, const em_slot_cla
         const em_bundle *b = &bundles[i];
         if (b->slot_class < 0 || b->slot_class >= n_classes || b->bytes < 1 ||
             b->bytes % PAGE_BYTES || b->offset % PAGE_BYTES || b->payload_bytes > b->bytes ||
-            b->bytes > classes[b->slot_class].slot_bytes)
+            b->first_bytes > b->bytes || b->bytes > classes[b->slot_class].slot_bytes)
             return false;
     }
     return true;
@@ -69,19 +70,21 @@ static bool allocate(em_residency *r, const em_bundle *bundles, const em_slot_cl
     r->states = calloc(n, sizeof *r->states);
     r->ready = calloc(n, sizeof *r->ready);
     r->occupant = calloc(k, sizeof *r->occupant);
-    r->flying = calloc((size_t)r->depth, sizeof *r->flying);
-    r->free_tags = calloc((size_t)r->depth, sizeof *r->free_tags);
-    if (!own || !r->classes || !r->states || !r->ready || !r->occupant || !r->flying ||
-        !r->free_tags)
+    r->n_open = calloc(k, sizeof *r->n_open);
+    r->flying = calloc((size_t)r->most_depth, sizeof *r->flying);
+    r->free_tags = calloc((size_t)r->most_depth, sizeof *r->free_tags);
+    if (!own || !r->classes || !r->states || !r->ready || !r->occupant || !r->n_open ||
+        !r->flying || !r->free_tags)
         return false;
     memcpy(own, bundles, n * sizeof *own);
     memcpy(r->classes, classes, k * sizeof *r->classes);
     for (int32_t i = 0; i < r->n_bundles; i++) r->states[i].slot = NO_SLOT;
-    for (int32_t i = 0; i < r->depth; i++) r->free_tags[r->n_free_tags++] = r->depth - 1 - i;
+    for (int32_t i = r->most_depth; i > 0; i--) r->free_tags[r->n_free_tags++] = i - 1;
     for (int32_t c = 0; c < r->n_classes; c++) {
         r->occupant[c] = malloc(((size_t)classes[c].n_slots + 1) * sizeof **r->occupant);
         if (!r->occupant[c]) return false;
         for (int32_t s = 0; s < classes[c].n_slots; s++) r->occupant[c][s] = EMPTY;
+        r->n_open[c] = classes[c].n_slots;
         pieces += (int64_t)(classes[c].slot_bytes / r->piece_bytes + 1) * classes[c].n_slots;
     }
     return queue_open(&r->demand, pieces + 1) && queue_open(&r->ahead, pieces + 1);
@@ -123,7 +126,8 @@ int32_t em_residency_open(int32_t fd, const em_bundle *bundles, int32_t n_bundle
 #if defined(O_DIRECT)
     r->buffered = !(fcntl(fd, F_GETFL) & O_DIRECT);
 #endif
-    r->depth = depth;
+    r->depth = r->most_depth = depth;
+    r->idle_since_us = em_now_us();
     r->piece_bytes = piece_bytes;
     r->n_bundles = n_bundles;
     r->n_classes = n_classes;

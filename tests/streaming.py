@@ -5,6 +5,7 @@ from unittest import mock
 
 import edgemem
 from edgemem import inventory, planner
+from edgemem.engine import Engine
 from edgemem.store import Store
 
 
@@ -15,9 +16,14 @@ def opened(path, share: float, chunk: int | None = None, **options):
         facts = inventory.plannable(store)
     floor, whole = planner.floor_bytes(*facts), int(facts[1].sum())
     room = floor + int(share * (whole - 1 - floor))
+    slab = room - int(facts[1][~facts[2]].sum())
     plan = planner.plan
-    with mock.patch.object(planner, "plan", lambda *facts: plan(*facts[:-1], room)):
+    with (
+        mock.patch.object(planner, "plan", lambda *facts: plan(*facts[:-1], room)),
+        mock.patch.object(Engine, "_slab_room", lambda self: slab),
+    ):
         engine = edgemem.load(path, **options)
+    engine._slab_room = lambda: slab
     try:
         if chunk:
             engine.chunk_tokens = engine.logits_tokens = chunk

@@ -13,6 +13,7 @@ import click
 
 from ..errors import BudgetError
 from . import options
+from .signals import handled, unwind
 
 _HELP = """Measure prefill and decode inside one or several memory budgets.
 
@@ -31,7 +32,7 @@ and ends in exit code 1.
 
 
 @click.command(help=_HELP, short_help="Measure speed inside memory budgets.")
-@options.STORE
+@options.model_options
 @click.option(
     "-p", "--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True,
     metavar="N", help="Tokens of each prompt.",
@@ -50,16 +51,19 @@ and ends in exit code 1.
 )
 @options.streaming_options
 @options.JSON
-def bench(store, memory, policy, trace, as_json, **more):
+def bench(model, dtype, cache_dir, memory, trace, as_json, **more):
     from ..store import Store
+    from .cache import as_store
 
     if trace is not None and len(memory) > 1:
         raise click.UsageError("--trace records one budget; give --memory once")
     _check_sizes(memory)
+    with options.usage_errors():
+        store = as_store(model, cache_dir, dtype)
     with Store.open(store) as opened:
         facts = _facts(opened)
     one = measured if len(memory) == 1 else measured_apart
-    results = [one(store, size, policy=policy, trace=trace, **more) for size in memory]
+    results = [one(store, size, trace=trace, **more) for size in memory]
     _show(facts, results, as_json)
     if any("error" in result for result in results):
         sys.exit(1)
@@ -88,7 +92,7 @@ def _facts(store) -> dict:
 
 def measured(
     store: Path, memory: str, prompt_tokens: int, new_tokens: int, repetitions: int, warm: bool,
-    context: int | None, threads: int | None, policy: str, trace: Path | None,
+    context: int | None, threads: int | None, **streaming,
 ) -> dict:  # fmt: skip
     """What this process measures inside one budget, or why the model does not fit it."""
     from .. import benchmark
@@ -101,9 +105,7 @@ def measured(
             benchmark.check(engine, *counts)
 
     try:
-        opened = options.load_engine(
-            store, memory, context, threads, ready, policy=policy, trace=trace
-        )
+        opened = options.load_engine(store, memory, context, threads, ready, **streaming)
     except BudgetError as error:
         options.note(f"edgemem: {error}")
         return {"memory": memory, "error": "does not fit", "message": str(error)}
@@ -114,18 +116,18 @@ def measured(
 
 
 def measured_apart(
-    store: Path, memory: str, warm: bool, trace: None, **values: str | int | None
+    store: Path, memory: str, warm: bool, lookahead: bool, trace: None, **values: str | int | None
 ) -> dict:
     """The same from a process of its own, whose memory is all that counts. It dies with us."""
     named = {name.replace("_", "-"): value for name, value in values.items() if value is not None}
     arguments = [word for name, value in named.items() for word in (f"--{name}", str(value))]
-    arguments += ["--warm"] * warm
+    arguments += ["--warm"] * warm + ["--no-lookahead"] * (not lookahead)
     # With this process's own path: `-m` would look for edgemem in the current folder first.
     code = f"import sys; sys.path[:] = {sys.path!r}; from edgemem.__main__ import main; main()"
     command = [sys.executable, "-c", code, "bench", str(store), "--memory", memory, "--json"]
     # Ctrl-C is for this process to hear, and to pass on as it leaves.
     with (
-        options.unwound_when_ended(),
+        handled(unwind, "SIGTERM", "SIGHUP"),
         subprocess.Popen(
             [*command, *arguments], stdout=subprocess.PIPE, start_new_session=True
         ) as child,

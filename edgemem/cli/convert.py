@@ -8,6 +8,7 @@ import sys
 import click
 
 from . import options
+from .signals import handled, unwind
 
 _HELP = """Convert a checkpoint into a store, a single file that holds all that a run needs. A
 checkpoint is a Hugging Face folder (config.json, tokenizer.json and safetensors) or a GGUF file
@@ -25,7 +26,7 @@ stays within a small multiple of the largest tensor.
     help="The store to write.",
 )  # fmt: skip
 @click.option(
-    "--dtype", type=click.Choice(["keep", "f16", "q8_0", "q4_0"]), default="keep",
+    "--dtype", type=options.DTYPE, default="keep",
     show_default=True, help="Number format of the matrices.",
 )  # fmt: skip
 @click.option(
@@ -39,7 +40,7 @@ def convert(source, output, dtype, page_size, force, as_json):
     from ..budget import show_size
 
     with (
-        options.unwound_when_ended(),
+        handled(unwind, "SIGTERM", "SIGHUP"),
         options.usage_errors(),
         options.progress_bar("converting", "B") as progress,
     ):

@@ -6,9 +6,7 @@ import codecs
 import contextlib
 import json
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +14,9 @@ import click
 
 PATH = click.Path(path_type=Path, readable=False)
 """Any path: what cannot be opened is for the library to say."""
+
+DTYPE = click.Choice(["keep", "f16", "q8_0", "q4_0"])
+"""Number formats that the converter makes."""
 
 STORE = click.argument("store", type=PATH)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
@@ -41,8 +42,25 @@ _STREAMING = (
         help="Which of what streams stays in memory.",
     ),
     click.option(
+        "--lookahead/--no-lookahead", default=True, show_default=True,
+        help="Read ahead what the next layer will likely want.",
+    ),
+    click.option(
         "--trace", type=PATH, metavar="FILE",
         help="Record what streamed layers demand in every step.",
+    ),
+)  # fmt: skip
+
+_MODEL = (
+    click.argument("model", type=PATH),
+    click.option(
+        "--dtype", type=DTYPE,
+        help="Number format of the matrices, of a checkpoint.  [default: keep]",
+    ),
+    click.option(
+        "--cache-dir", type=PATH, metavar="DIR",
+        help="Where stores of checkpoints are kept.  [default: $EDGEMEM_CACHE, or the system's "
+        "folder for caches]",
     ),
 )  # fmt: skip
 
@@ -77,8 +95,13 @@ def engine_options(
 
 
 def streaming_options(command: Callable) -> Callable:
-    """--policy and --trace."""
+    """--policy, --lookahead and --trace."""
     return _apply(_STREAMING, command)
+
+
+def model_options(command: Callable) -> Callable:
+    """MODEL, a store or a checkpoint, and how the latter is converted: --dtype and --cache-dir."""
+    return _apply(_MODEL, command)
 
 
 def sampling_options(command: Callable) -> Callable:
@@ -102,17 +125,23 @@ def usage_errors() -> Iterator[None]:
 
 
 def load_engine(
-    store: Path, memory: str, context: int | None, threads: int | None, ready: Callable, **more
+    model: Path, memory: str, context: int | None, threads: int | None, ready: Callable,
+    cache_dir: Path | None = None, dtype: str | None = None, **streaming,
 ):  # fmt: skip
     """The engine that the options ask for, with a progress bar while weights are read.
 
-    `ready(engine)` is called before that, and may refuse what comes later; `more` are other
-    arguments of `edgemem.load`.
+    A checkpoint is converted first, unless its store is in the cache. `ready(engine)` is called
+    before weights are read, and may refuse what comes later. `streaming` are the other arguments
+    of `edgemem.load`.
     """
-    from .. import engine
+    from .. import budget, engine
+    from .cache import as_store
 
+    with usage_errors():
+        budget.Budget(memory)  # a wrong size is told before a long conversion
+        store = as_store(model, cache_dir, dtype)
     with usage_errors(), progress_bar("reading weights", "B") as progress:
-        return engine.load(store, memory, context, threads, progress, ready, **more)
+        return engine.load(store, memory, context, threads, progress, ready, **streaming)
 
 
 @contextlib.contextmanager
@@ -131,29 +160,6 @@ def progress_bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield update
-
-
-@contextlib.contextmanager
-def unwound_when_ended() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind like Ctrl-C: no half of a store and no child stays behind."""
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    numbers = [getattr(signal, name) for name in names]
-    # What is ignored (nohup) stays so, and only the main thread may ask for signals.
-    is_main = threading.current_thread() is threading.main_thread()
-    taken = [n for n in numbers if is_main and signal.getsignal(n) is signal.SIG_DFL]
-    for number in taken:
-        signal.signal(number, _end)
-    try:
-        yield
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _end(number: int, _frame) -> None:
-    with contextlib.suppress(OSError):  # a terminal that hung up takes no message
-        os.write(2, f"\nedgemem: ended by {signal.Signals(number).name}\n".encode())
-    sys.exit(128 + number)
 
 
 def print_json(data: dict) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+
 import click
 
 from . import options
 
 _HELP = """Measure the perplexity of a text.
+
+MODEL is a store, or a checkpoint, whose store is made once and kept (see 'edgemem run').
 
 The text is encoded without special tokens and cut into windows that do not overlap (the last may be
 shorter). In each window every token but the first is predicted from those before it. Perplexity is
@@ -19,7 +22,7 @@ the budget; with --limit only about as much of it as so many of the longest toke
 
 
 @click.command(help=_HELP, short_help="Measure how well a model predicts a text.")
-@options.STORE
+@options.model_options
 @click.option(
     "-f", "--file", type=options.PATH, required=True, metavar="TEXT",
     help="The text, in UTF-8; - for stdin.",
@@ -33,7 +36,9 @@ the budget; with --limit only about as much of it as so many of the longest toke
 )
 @options.engine_options("Most tokens of a window.  [default: --window]")
 @options.JSON
-def perplexity(store, file, window, limit, memory, context, threads, as_json):
+def perplexity(
+    model, dtype, cache_dir, file, window, limit, memory, context, threads, as_json
+):  # fmt: skip
     from .. import perplexity as measure
 
     text = None
@@ -47,7 +52,7 @@ def perplexity(store, file, window, limit, memory, context, threads, as_json):
         text = options.read_text(file, fits if most is None else min(fits, most))
         measure.check(engine, text, window, limit)
 
-    opened = options.load_engine(store, memory, context or window, threads, ready)
+    opened = options.load_engine(model, memory, context or window, threads, ready, cache_dir, dtype)
     with opened as engine, options.usage_errors():
         with options.progress_bar("measuring", " tokens") as progress:
             report = measure.perplexity(engine, text, window, limit, progress)

@@ -12,6 +12,9 @@ from . import options
 
 _HELP = """Generate text that continues a prompt.
 
+MODEL is a store, or a checkpoint (a Hugging Face folder or a GGUF file): its store is made once, as
+'edgemem convert' makes it, kept in a cache folder, and made again when the checkpoint has changed.
+
 The prompt is -p TEXT, the contents of -f FILE, or what stdin gives; of the latter two, one newline
 at the end is dropped. Text goes to stdout as it is made, an account of the run to stderr.
 
@@ -23,7 +26,7 @@ read_bytes_per_token, stall_share and device_share.
 
 
 @click.command(help=_HELP, short_help="Generate text from a prompt.")
-@options.STORE
+@options.model_options
 @click.option("-p", "--prompt", metavar="TEXT", help="The prompt.")
 @click.option("-f", "--file", type=options.PATH, help="Read the prompt from a file.")
 @click.option(
@@ -36,8 +39,8 @@ read_bytes_per_token, stall_share and device_share.
 @options.streaming_options
 @options.JSON
 def run(
-    store, prompt, file, max_tokens, stop, memory, context, threads, policy, trace, as_json,
-    **sampling,
+    model, dtype, cache_dir, prompt, file, max_tokens, stop, memory, context, threads, policy,
+    lookahead, trace, as_json, **sampling,
 ):  # fmt: skip
     if prompt is not None and file is not None:
         raise click.UsageError("give the prompt with -p or with -f, not both")
@@ -50,14 +53,21 @@ def run(
         text = read_prompt(prompt, file, engine.text_room(engine.context))
         engine.check(text, **arguments)
 
-    opened = options.load_engine(store, memory, context, threads, ready, policy=policy, trace=trace)
+    opened = options.load_engine(
+        model, memory, context, threads, ready, cache_dir, dtype, policy=policy,
+        lookahead=lookahead, trace=trace,
+    )  # fmt: skip
     with opened as engine:
         generate(engine, text, as_json, **arguments)
 
 
 def generation_arguments(max_tokens: int, stop: Sequence[str], sampling: dict) -> dict:
     """The arguments of `Engine.generate` that were given."""
+    from ..sampler import Sampling
+
     given = {name: value for name, value in sampling.items() if value is not None}
+    with options.usage_errors():
+        Sampling.of(given)  # before a checkpoint is converted, which may take long
     return {"max_tokens": max_tokens, "stop": list(map(options.argument_text, stop)), **given}
 
 

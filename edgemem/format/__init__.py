@@ -12,6 +12,7 @@ from .directory import ENTRY, check_directory
 from .frame import (
     FOOTER_BYTES,
     HEADER_BYTES,
+    MAGIC,
     MAJOR,
     MAX_PAGE,
     MIN_PAGE,
@@ -31,7 +32,7 @@ EMBED, DENSE, FFN, EXPERT, SHARED, HEAD = Kind
 
 __all__ = [
     "DENSE", "EMBED", "ENTRY", "EXPERT", "FFN", "FOOTER_BYTES", "HEAD", "HEADER_BYTES",
-    "MAJOR", "MAX_PAGE", "MINOR", "MIN_PAGE", "NO_LAYER", "SEGMENT_ALIGN", "SHARED",
+    "MAGIC", "MAJOR", "MAX_PAGE", "MINOR", "MIN_PAGE", "NO_LAYER", "SEGMENT_ALIGN", "SHARED",
     "Footer", "Kind", "Layout", "Meta", "Part", "Section", "Segment", "bundle_order",
     "bundle_parts", "check_directory", "check_page_size", "decode_footer", "decode_header",
     "decode_meta", "encode_footer", "encode_header", "encode_meta", "parse_json",

@@ -20,7 +20,7 @@ _FOOTER = struct.Struct("<8sQQ" + 3 * "QQII" + "I")
 HEADER_BYTES, FOOTER_BYTES = _HEADER.size, _FOOTER.size
 """What the header and footer pages say; zeros fill the rest of each page."""
 
-_HEADER_MAGIC = b"EDGEMEM\0"
+MAGIC = b"EDGEMEM\0"
 _FOOTER_MAGIC = b"EDGEFOOT"
 _MAX_META_BYTES = 64 << 20
 _MAX_TOKENIZER_BYTES = 256 << 20
@@ -59,13 +59,13 @@ def check_page_size(page_size: int) -> None:
 def encode_header(page_size: int, crc32c: Checksum) -> bytes:
     """The first page of a store."""
     check_page_size(page_size)
-    body = _HEADER.pack(_HEADER_MAGIC, MAJOR, MINOR, page_size, 0)[:-4]
+    body = _HEADER.pack(MAGIC, MAJOR, MINOR, page_size, 0)[:-4]
     return (body + crc32c(body).to_bytes(4, "little")).ljust(page_size, b"\0")
 
 
 def decode_header(data: bytes, crc32c: Checksum) -> int:
     """The page size that the first bytes of a store declare."""
-    if len(data) < _HEADER.size or data[: len(_HEADER_MAGIC)] != _HEADER_MAGIC:
+    if len(data) < _HEADER.size or data[: len(MAGIC)] != MAGIC:
         raise StoreError("this is not an edgemem store; make one with 'edgemem convert'")
     _, major, minor, page_size, crc = _HEADER.unpack_from(data)
     if crc32c(data[: _HEADER.size - 4]) != crc:

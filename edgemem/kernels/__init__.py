@@ -107,13 +107,13 @@ class Linears:
 class Table:
     """A matrix split over bundles of whole rows (the last may hold fewer): gathered, or multiplied.
 
-    `addresses` is uint64 [n_bundles]; whoever calls fills in those of the bundles that are needed.
+    Both take the bundles that are there now: their addresses, uint64 [k].
     """
 
-    def __init__(self, core: Core, layouts, addresses):
+    def __init__(self, core: Core, layouts):
         self._core = core
         self._segments = [layout["rows"] for layout in layouts]
-        self.addresses = np.array(addresses, np.uint64)
+        self._addresses = np.zeros(len(layouts), np.uint64)
         self.rows_per_bundle = self._segments[0].rows
         self._linears = ffi.new("em_linear[]", len(self._segments))
         rows = sum(segment.rows for segment in self._segments)
@@ -121,21 +121,28 @@ class Table:
             linear.dtype, linear.rows = segment.dtype.code, segment.rows
             linear.cols, linear.out_stride = segment.cols, rows
 
-    def gather(self, ids: np.ndarray, out: Array) -> None:
-        """out [n, cols] = the rows `ids`, int32 [n], contiguous, each checked by the caller."""
+    def gather(self, ids: np.ndarray, out: Array, here: np.ndarray, addresses: np.ndarray) -> None:
+        """out [n, cols] = the rows `ids`, int32 [n], contiguous, each checked by the caller.
+
+        Rows that are not in the bundles `here` are left as they are.
+        """
         first = self._segments[0]
+        self._addresses[:] = 0
+        self._addresses[here] = addresses
         status = lib.em_embed(
-            self._core.handle, pointer(self.addresses, "uint64_t *"), first.rows, first.dtype.code,
-            first.lanes, first.cols, pointer(ids, "int32_t *"), len(ids), out.pointer,
+            self._core.handle, pointer(self._addresses, "uint64_t *"), first.rows,
+            first.dtype.code, first.lanes, first.cols, pointer(ids, "int32_t *"), len(ids),
+            out.pointer,
         )  # fmt: skip
         check(status, "gathering rows")
 
-    def multiply(self, x, n_tokens: int, out: Array) -> None:
-        """out [n_tokens, rows] = x · tableᵀ, for a float pointer x to [n_tokens, cols]."""
-        start = 0
-        for linear, address in zip(self._linears, self.addresses.tolist(), strict=True):
-            linear.weights = ffi.cast("void *", address)
-            linear.out = out.pointer + start
-            start += linear.rows
-        status = lib.em_linears(self._core.handle, self._linears, len(self._linears), x, n_tokens)
+    def multiply(self, x, n_tokens: int, out: Array, start: int, addresses: np.ndarray) -> None:
+        """out [n_tokens, rows] = x · tableᵀ in the columns of bundles `start` and on, for a float
+        pointer x to [n_tokens, cols]; the others are left as they are."""
+        for i, address in enumerate(addresses.tolist(), start):
+            self._linears[i].weights = ffi.cast("void *", address)
+            self._linears[i].out = out.pointer + i * self.rows_per_bundle
+        status = lib.em_linears(
+            self._core.handle, self._linears + start, len(addresses), x, n_tokens
+        )
         check(status, "multiplying by a table")

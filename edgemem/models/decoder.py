@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +31,10 @@ class Layer:
         self._attention = Attention(work, index, layout)
         self._norm = Norm(work.core, layout, "ffn_norm", work.spec.norm_eps, work.spec.hidden)
         self._feed_forward = [part(work, index, layout) for part in feed_forward]
+        self.experts = next((p for p in self._feed_forward if isinstance(p, Experts)), None)
         self._address = None
+        with work.streamer.hold(self._id) as addresses:
+            self._bind(int(addresses[0]))
 
     def _bind(self, address: int) -> None:
         if address != self._address:
@@ -54,21 +58,22 @@ class Vocabulary:
     def __init__(self, work: Workspace, kind: Kind):
         self._work = work
         self._ids, layouts = work.bundles(kind)
-        self._table = Table(work.core, layouts, np.zeros(len(self._ids)))
+        self._table = Table(work.core, layouts)
 
     def embed(self, ids: np.ndarray, out: Array) -> None:
         """out [n, hidden] = the rows of `ids`, int32 [n], each in the vocabulary."""
         ids = np.ascontiguousarray(ids, np.int32)
-        wanted = np.unique(ids // self._table.rows_per_bundle)
-        with self._work.streamer.hold(self._ids[wanted]) as addresses:
-            self._table.addresses[wanted] = addresses
-            self._table.gather(ids, out)
+        wanted, uses = np.unique(ids // self._table.rows_per_bundle, return_counts=True)
+        for bundles in self._work.streamer.rounds(self._ids[wanted], uses, len(ids)):
+            bundles.wait()
+            here = wanted[bundles.first : bundles.first + len(bundles.addresses)]
+            self._table.gather(ids, out, here, bundles.addresses)
 
     def read_out(self, x, n_tokens: int, out: Array) -> None:
         """out [n_tokens, vocab] = the logits of x, a float pointer to [n_tokens, hidden]."""
-        with self._work.streamer.hold(self._ids) as addresses:
-            self._table.addresses[:] = addresses
-            self._table.multiply(x, n_tokens, out)
+        for bundles in self._work.streamer.rounds(self._ids, None, n_tokens):
+            bundles.wait()
+            self._table.multiply(x, n_tokens, out, bundles.first, bundles.addresses)
 
 
 class Decoder(ABC):
@@ -78,6 +83,9 @@ class Decoder(ABC):
         self.spec: ModelSpec = store.spec
         self._work = work = Workspace(store, streamer, core, max_tokens)
         self._layers = [Layer(work, i, self._parts(i)) for i in range(self.spec.n_layers)]
+        for layer, following in pairwise(self._layers):
+            if layer.experts is not None:
+                layer.experts.following = following.experts
         self._final_id, final = work.bundles(Kind.DENSE, self.spec.n_layers)
         self._final_norm = Norm(core, final[0], "norm", self.spec.norm_eps, self.spec.hidden)
         self._head = Vocabulary(work, Kind.HEAD)

@@ -130,7 +130,7 @@ class Dense:
 
     def __init__(self, work: Workspace, index: int, dense_layout):
         spec = work.spec
-        self._work, self._index = work, index
+        self._work = work
         self._id, layout = work.bundles(self.kind, index)
         shared = self.kind == Kind.SHARED
         width = spec.shared_intermediate if shared else spec.intermediate
@@ -148,7 +148,7 @@ class Dense:
     def run(self, n: int) -> None:
         first, tokens, weights = self._first, self._tokens, self._weights
         first.array[1] = n
-        for bundles in self._work.streamer.rounds(self._index, self._id, None, n):
+        for bundles in self._work.streamer.rounds(self._id, None, n):
             self._ffn.run(bundles, first.pointer, tokens.pointer, weights.pointer, n)
 
 
@@ -169,31 +169,46 @@ class SharedExpert(Dense):
 
 
 class Experts:
-    """A mixture of experts: each token takes its top k, weighted by the router's softmax."""
+    """A mixture of experts: each token takes its top k, weighted by the router's softmax.
+
+    `following` is the next layer's, if that is routed too: it foresees what it will want.
+    """
+
+    following: Experts | None = None
 
     def __init__(self, work: Workspace, index: int, dense_layout):
-        self._work, self._index = work, index
+        spec, s = work.spec, work.scratch
+        self._work = work
         self._ids, layouts = work.bundles(Kind.EXPERT, index)
-        self._ffn = GatedFfn(work, layouts[0], work.spec.expert_intermediate)
-        router = [("router", None, work.scratch.router, 0)]
-        self._router = Linears(work.core, dense_layout, router)
-        self.bind = self._router.bind
+        self._ffn = GatedFfn(work, layouts[0], spec.expert_intermediate)
+        self._norm = Norm(work.core, dense_layout, "ffn_norm", spec.norm_eps, spec.hidden)
+        self._router = Linears(work.core, dense_layout, [("router", None, s.routing.logits, 0)])
+        self._foreseer = Linears(work.core, dense_layout, [("router", None, s.foreseen.logits, 0)])
 
-    def route(self, n: int) -> np.ndarray:
-        """uint32: the bundles that these tokens need, ascending."""
-        spec, s = self._work.spec, self._work.scratch
-        self._router.run(s.h.pointer, n)
-        wanted = lib.em_route(
-            self._work.core.handle, s.router.pointer, n, spec.n_experts, spec.top_k,
-            spec.normalize_top_k, s.experts.pointer, s.first.pointer, s.tokens.pointer,
-            s.weights.pointer,
-        )  # fmt: skip
-        assert wanted >= 0, "routing: the core refused its arguments"
-        return self._ids[s.experts.array[:wanted]]
+    def bind(self, address: int) -> None:
+        for part in (self._norm, self._router, self._foreseer):
+            part.bind(address)
 
     def run(self, n: int) -> None:
         s = self._work.scratch
-        wanted = self.route(n)
-        uses = np.diff(s.first.array[: len(wanted) + 1]) if n > 1 else None
-        for bundles in self._work.streamer.rounds(self._index, wanted, uses, n):
-            self._ffn.run(bundles, s.first.pointer, s.tokens.pointer, s.weights.pointer, n)
+        self._router.run(s.h.pointer, n)
+        routing = s.routing
+        wanted = self._ids[routing.choose(self._work, n)]
+        uses = routing.uses(len(wanted)) if n > 1 else None
+        foresee = None if self.following is None else lambda: self.following.foresee(n)
+        for bundles in self._work.streamer.rounds(wanted, uses, n, foresee):
+            self._ffn.run(
+                bundles, routing.first.pointer, routing.tokens.pointer, routing.weights.pointer, n
+            )
+
+    def foresee(self, n: int) -> np.ndarray:
+        """The bundles that the present state asks for, likeliest first, before this layer's turn.
+
+        Its attention and the layer before will yet change the state. Source: bench/LOG.md.
+        """
+        s = self._work.scratch
+        self._norm.run(s.x.pointer, n, s.ahead.pointer)
+        self._foreseer.run(s.ahead.pointer, n)
+        chosen = s.foreseen.choose(self._work, n)
+        likely = s.foreseen.uses(len(chosen)) if n > 1 else s.foreseen.weights.array[: len(chosen)]
+        return self._ids[chosen[np.argsort(-likely, kind="stable")]]

@@ -24,13 +24,36 @@ class Scratch:
         self.attended = Array((n_tokens, heads))
         self.cos = Array((n_tokens, spec.head_dim // 2))
         self.sin = Array((n_tokens, spec.head_dim // 2))
+        self.ahead = Array((n_tokens if any(spec.routed) else 1, spec.hidden))
+        self.routing = Routing(spec, n_tokens)
+        self.foreseen = Routing(spec, n_tokens)
+
+
+class Routing:
+    """Which experts tokens take: `logits` in; pairs of em_ffn_run out."""
+
+    def __init__(self, spec: ModelSpec, n_tokens: int):
         pairs = n_tokens * max(spec.top_k, 1)
-        self.router = Array((n_tokens, max(spec.n_experts, 1)))
+        self.logits = Array((n_tokens, max(spec.n_experts, 1)))
         self.experts = Array(max(spec.n_experts, 1), np.uint32)
         self.first = Array(spec.n_experts + 2, np.int32)
         self.tokens = Array(pairs, np.int32)
         self.weights = Array(pairs)
-        self.shared_gate = Array(n_tokens)
+
+    def choose(self, work: Workspace, n: int) -> np.ndarray:
+        """uint32: the experts that n tokens need, ascending."""
+        spec = work.spec
+        wanted = lib.em_route(
+            work.core.handle, self.logits.pointer, n, spec.n_experts, spec.top_k,
+            spec.normalize_top_k, self.experts.pointer, self.first.pointer, self.tokens.pointer,
+            self.weights.pointer,
+        )  # fmt: skip
+        assert wanted >= 0, "routing: the core refused its arguments"
+        return self.experts.array[:wanted]
+
+    def uses(self, wanted: int) -> np.ndarray:
+        """int32: how many tokens take each of the experts chosen last."""
+        return np.diff(self.first.array[: wanted + 1])
 
 
 def core_scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:
@@ -51,7 +74,8 @@ def core_scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:
 def scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:
     """Bytes of a `Scratch`, of the core's scratch, and of two rows of logits, one its reader's."""
     heads = 2 * spec.n_heads + 2 * spec.n_kv_heads
-    floats = 2 * spec.hidden + (heads + 1) * spec.head_dim + spec.n_experts + 2 * spec.top_k + 4
+    floats = 3 * spec.hidden + (heads + 1) * spec.head_dim
+    floats += 2 * (spec.n_experts + 2 * spec.top_k) + 4
     return core_scratch_bytes(spec, n_tokens, threads) + 4 * (
         n_tokens * floats + 2 * spec.vocab_size
     )

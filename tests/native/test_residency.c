@@ -25,7 +25,7 @@ static void make_world(world *w, int32_t slots) {
     for (int32_t i = 0; i < BUNDLES; i++) {
         int32_t slot_class = i % 3 == 0;
         uint64_t pages = slot_class ? 7 : 2;
-        w->bundles[i] = (em_bundle){offset, pages * PAGE, pages * PAGE - 100, 0, slot_class};
+        w->bundles[i] = (em_bundle){offset, pages * PAGE, pages * PAGE - 100, PAGE, 0, slot_class};
         w->bytes[i] = exact(pages * PAGE);
         for (uint64_t k = 0; k < pages * PAGE - 100; k++) /* painted: no two places look alike */
             w->bytes[i][k] = (uint8_t)((offset + k) % 251);
@@ -92,8 +92,13 @@ static void random_verbs(const char *engine, uint32_t seed, int32_t depth) {
         } else {
             uint32_t ids[4];
             for (int i = 0; i < 4; i++) ids[i] = random_bits(&seed) % BUNDLES;
-            em_residency_prefetch(r, ids, 4, ranks);
+            em_residency_prefetch(r, ids, 4, ranks, UINT64_MAX);
             if (random_bits(&seed) % 3 == 0) em_residency_cancel(r);
+            int32_t open = 1 + (int32_t)(random_bits(&seed) % (uint32_t)w.classes[0].n_slots);
+            int32_t status =
+                em_residency_resize(r, (int32_t)(random_bits(&seed) % CLASSES), open, ranks);
+            CHECK(status == EM_OK || status == EM_NO_MEMORY, "status %d", status);
+            em_residency_set_depth(r, 1 + (int32_t)(random_bits(&seed) % (uint32_t)depth));
         }
         for (int a = 0; a < HELD; a++)
             for (int b = 0; b < a; b++)
@@ -142,18 +147,49 @@ static void lowest_rank_leaves(void) {
     em_residency_acquire(r, all, 3, ranks, at);
     em_residency_wait(r, all, 3);
     em_residency_release(r, all, 3);
-    CHECK(em_residency_prefetch(r, (const uint32_t[]){5}, 1, ranks) == 1, "5 beats 2 (%g)",
-          ranks[2]);
-    CHECK(em_residency_prefetch(r, (const uint32_t[]){7}, 1, ranks) == 0, "7 beats none%s", "");
+    const uint32_t ahead[] = {2, 5, 7};
+    CHECK(em_residency_prefetch(r, ahead + 1, 2, ranks, 2 * PAGE) == 1, "room for one%s", "");
     em_residency_wait(r, (const uint32_t[]){5}, 1);
     em_residency_acquire(r, (const uint32_t[]){8}, 1, ranks, at);
     em_residency_wait(r, (const uint32_t[]){8}, 1);
     const int32_t *ready = em_residency_ready(r);
-    CHECK(ready[1] == 1 && ready[4] == 1 && ready[8] == 1, "%d %d %d", ready[1], ready[4],
-          ready[8]);
+    CHECK(ready[1] == EM_READY_WHOLE && ready[4] == EM_READY_WHOLE && ready[8] == EM_READY_WHOLE,
+          "%d %d %d", ready[1], ready[4], ready[8]);
     CHECK(ready[2] == 0 && ready[5] == 0, "%d %d", ready[2], ready[5]);
     em_residency_stats s = em_residency_statistics(r);
     CHECK(s.wasted_bytes == 2 * PAGE, "%ld wasted", (long)s.wasted_bytes);
+    em_residency_release(r, (const uint32_t[]){8}, 1);
+    CHECK(em_residency_prefetch(r, ahead, 3, ranks, UINT64_MAX) == 3, "2, 5 and 7%s", "");
+    CHECK(em_residency_wait(r, ahead, 3) == EM_OK, "not one of them left%s", "");
+    em_residency_close(r);
+    end_world(&w);
+}
+
+/* Closing slots keeps what ranks highest, and its bytes; opening them again finds them empty. */
+static void closing_slots(void) {
+    world w;
+    make_world(&w, 4);
+    em_residency *r = open_residency(&w, "threads", 2, NULL);
+    const uint32_t all[] = {1, 2, 4, 5};
+    float ranks[BUNDLES] = {0};
+    uint64_t at[4];
+    ranks[1] = 1, ranks[2] = 3, ranks[4] = 2, ranks[5] = 4;
+    em_residency_acquire(r, all, 4, ranks, at);
+    CHECK(em_residency_wait(r, all, 4) == EM_OK, "%d bundles", 4);
+    CHECK(em_residency_resize(r, 0, 3, ranks) == EM_NO_MEMORY, "all are pinned%s", "");
+    em_residency_release(r, all, 4);
+    CHECK(em_residency_resize(r, 0, 0, ranks) == EM_INVALID, "%d slots", 0);
+    CHECK(em_residency_resize(r, 0, 5, ranks) == EM_INVALID, "%d slots", 5);
+    CHECK(em_residency_resize(r, 0, 2, ranks) == EM_OK, "%d slots", 2);
+    const int32_t *ready = em_residency_ready(r);
+    CHECK(!ready[1] && ready[2] && !ready[4] && ready[5], "kept: %d %d %d %d", ready[1], ready[2],
+          ready[4], ready[5]);
+    em_residency_acquire(r, (const uint32_t[]){2, 5}, 2, ranks, at);
+    CHECK(right_bytes(&w, 2, at[0]) && right_bytes(&w, 5, at[1]), "moved bytes%s", "");
+    CHECK(em_residency_acquire(r, all, 1, ranks, at) == EM_NO_MEMORY, "both are pinned%s", "");
+    CHECK(em_residency_resize(r, 0, 4, ranks) == EM_OK, "%d slots", 4);
+    CHECK(em_residency_acquire(r, all, 1, ranks, at) == EM_OK, "%d slots", 4);
+    CHECK(em_residency_wait(r, all, 1) == EM_OK && right_bytes(&w, 1, at[0]), "bundle %d", 1);
     em_residency_close(r);
     end_world(&w);
 }
@@ -172,8 +208,8 @@ static void the_first_of_equals_leaves(void) {
     em_residency_acquire(r, next, 1, ranks, at);
     em_residency_wait(r, next, 1);
     const int32_t *ready = em_residency_ready(r);
-    CHECK(ready[2] == 0 && ready[5] == 1 && ready[8] == 1, "%d %d %d", ready[2], ready[5],
-          ready[8]);
+    CHECK(ready[2] == 0 && ready[5] == EM_READY_WHOLE && ready[8] == EM_READY_WHOLE, "%d %d %d",
+          ready[2], ready[5], ready[8]);
     em_residency_close(r);
     end_world(&w);
 }
@@ -187,7 +223,7 @@ static void cleared(const char *engine) {
     uint64_t at[2], again[2];
     for (int round = 0; r && round < 20; round++) {
         em_residency_acquire(r, pinned, 1, NULL, at);
-        em_residency_prefetch(r, ahead, 2, NULL);
+        em_residency_prefetch(r, ahead, 2, NULL, UINT64_MAX);
         em_residency_clear(r);
         const int32_t *ready = em_residency_ready(r);
         CHECK(ready[2] == 0 && ready[4] == 0, "%d %d", ready[2], ready[4]);
@@ -295,6 +331,7 @@ int main(void) {
     too_many_pins();
     lowest_rank_leaves();
     the_first_of_equals_leaves();
+    closing_slots();
     truncated_file();
     starting_over();
     return check_report();

@@ -135,8 +135,12 @@ def test_gathering_rows_is_exact(name, lanes, cores, rng):
         out = Array((len(ids), cols))
 
         def gather(core, bundles=bundles, ids=ids, out=out):
-            table = Table(core, [b.layout for b in bundles], [b.address for b in bundles])
-            table.gather(ids, out)
+            table = Table(core, [b.layout for b in bundles])
+            at = np.array([b.address for b in bundles], np.uint64)
+            out.array[:] = 7
+            table.gather(ids, out, np.array([1]), at[1:2])
+            assert (out.array[ids // len(bundles[0].values["rows"]) != 1] == 7).all()
+            table.gather(ids, out, np.arange(3), at)
             return out.array.copy()
 
         found = on_all(cores, gather)

@@ -1,4 +1,5 @@
-"""The law for streaming: budget, policy, I/O engine, threads and chunks never change an answer."""
+"""The law for streaming: budget, policy, lookahead, I/O engine, threads and chunks never change an
+answer, nor do slots that come and go."""
 
 import os
 import signal
@@ -10,7 +11,9 @@ import tiny
 from tiny_config import MODEL_TYPES
 
 import edgemem
-from edgemem import policies, residency
+from edgemem import inventory, policies, residency
+from edgemem._native import lib
+from edgemem.format import Kind
 
 POLICIES = [name for name in policies.POLICIES if name != "static"]
 ENGINES = ("threads", "io_uring")
@@ -57,12 +60,52 @@ def test_every_budget_gives_one_answer(kind, io_engine, stores):
         for policy in POLICIES:
             threads, chunk = 1 + ways % 3, (1, 5, None)[ways % 3]
             options = {"policy": policy, "threads": threads, "io_engine": io_engine}
+            options["lookahead"] = ways % 2 == 0
             with streaming.opened(stores[kind], share, chunk, **options) as engine:
                 assert streaming.streams(engine)
                 assert answer(engine) == expected, (share, policy, threads, chunk)
                 found = engine.trace.summary()["decode"]
                 assert found["tokens"] == 0 or found["misses"] >= 0
             ways += 1
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_a_head_that_streams_changes_no_answer(kind, stores, monkeypatch):
+    with edgemem.load(stores[kind]) as engine:
+        expected = answer(engine)
+    plannable = inventory.plannable
+    monkeypatch.setattr(inventory, "plannable", lambda store, head=True: plannable(store, True))
+    with streaming.opened(stores[kind], 0.0) as engine:
+        kinds = engine.store.entries["kind"][engine._plan.streamed]
+        assert Kind.HEAD in kinds and answer(engine) == expected
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_slots_that_come_and_go_change_no_answer(kind, stores, seed_base):
+    random = np.random.default_rng(seed_base)
+    with edgemem.load(stores[kind]) as engine:
+        expected = answer(engine)
+    with streaming.opened(stores[kind], 0.9, 4) as engine:
+        most, least = engine._slab_room(), engine._plan.least_bytes
+        counts = set()
+
+        def room():
+            counts.add(sum(engine.slots.values()))
+            return int(random.integers(least, most + 1))
+
+        engine._slab_room = room
+        assert answer(engine) == expected
+        assert len(counts) > 1 or engine._plan.counts.sum() - engine._plan.least.sum() < 2
+
+
+def test_what_is_foreseen_is_read_ahead(tiny_moe_store):
+    fast = {"kind": lib.EM_FAULT_NONE, "bytes_per_s": 3_000_000_000}
+    with streaming.opened(tiny_moe_store, 0.2, faults=fast) as engine:
+        answer(engine)
+        assert engine._streamer.statistics()["useful_bytes"] > 0
+    with streaming.opened(tiny_moe_store, 0.2, lookahead=False) as engine:
+        answer(engine)
+        assert engine._streamer.statistics()["prefetch_bytes"] == 0
 
 
 def test_without_direct_reads_the_answer_is_the_same(stores, monkeypatch):

@@ -13,7 +13,8 @@ from edgemem import belady
 def hits(demands, class_of, slots) -> list[int]:
     ids = np.array([i for wanted in demands for i in wanted], np.int64)
     starts = np.cumsum([0, *map(len, demands)])
-    return belady.hits(starts, ids, class_of, slots).tolist()
+    found = belady.hits(starts, ids, class_of, slots)
+    return [int(part.sum()) for part in np.split(found, starts[1:-1])]
 
 
 def most_hits(demands, slots: int) -> int:
@@ -73,10 +74,29 @@ def test_published_traces_give_the_replays_hits(shared):
     for share in (0.1, 0.5):
         slots = r.slots_of(share)
         found = belady.hits(r.starts, r.ids, r.class_of, slots)
-        assert np.array_equal(found, simulate(r, Belady(r), slots))
+        hits = np.add.reduceat(found, r.starts[:-1], dtype=np.int64)
+        assert np.array_equal(hits, simulate(r, Belady(r), slots))
 
 
 def test_what_is_read_once_hits_never_and_what_fits_misses_once():
     assert hits([[0], [1], [2], [3]], [0] * 4, [2]) == [0, 0, 0, 0]
     assert hits([[0, 1], [2, 3]] * 3, [0] * 4, [4]) == [0, 0, 2, 2, 2, 2]
     assert hits([[0, 1, 2, 3, 4], [3, 4], [0, 1]], [0] * 5, [2]) == [0, 2, 0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(wide, st.lists(st.integers(2, 9), min_size=40, max_size=40))
+def test_slots_may_change(demands, slots):
+    """Event by event; what exceeds them leaves by the time of its next use."""
+    pytest.importorskip("numba", reason="the replay needs numba: pip install edgemem[bench]")
+    from bench.replay_cache import Belady, simulate
+    from bench.replay_traces import _build
+
+    events = len(demands)
+    routing = _build(
+        "test", 1, np.zeros(20, np.int64), None, [0] * events, range(events), [1] * events, demands,
+        None,
+    )  # fmt: skip
+    resized = {event: [(slots[event],)] for event in range(events)}
+    expected = simulate(routing, Belady(routing), (slots[0],), resized).tolist()
+    assert hits(demands, [0] * 20, np.array(slots[:events])[:, None]) == expected

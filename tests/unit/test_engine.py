@@ -230,7 +230,7 @@ def test_logits_are_in_the_budget_while_they_are_made(tiny_moe_store):
 
 
 def test_a_cache_that_the_system_refuses_is_not_promised(stories_store, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise MemoryError("reserving")
 
     with edgemem.load(stories_store) as engine:

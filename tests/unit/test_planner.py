@@ -31,12 +31,16 @@ def test_a_plan_fits_its_room(model, share):
     if plan is None:
         assert room < floor
         return
-    assert plan.resident_bytes + plan.slab_bytes <= room
     if not len(plan.streamed):
-        assert plan.resident_bytes == sizes.sum()
+        assert plan.resident_bytes == sizes.sum() <= room
         return
+    slots = plan.slots(room - plan.resident_bytes)
+    taken = sum(count * int(sizes[layouts == layout][0]) for layout, count in slots.items())
+    assert plan.resident_bytes + taken <= room
+    more = plan.slots(room - plan.resident_bytes + 40 * 4096)
+    assert all(more[layout] >= count for layout, count in slots.items())
     assert set(plan.streamed.tolist()) == set(np.flatnonzero(may_stream).tolist())
-    for layout, count in plan.slots.items():
+    for layout, count in slots.items():
         mine = may_stream & (layouts == layout)
         least = min(max(2, int(at_once[mine].max())), int(mine.sum()))
         assert least <= count <= mine.sum()
@@ -53,4 +57,4 @@ def test_the_floor_is_honest(model):
 def test_room_is_not_wasted():
     layouts, sizes = np.zeros(100, int), np.full(100, 4096)
     plan = planner.plan(layouts, sizes, np.ones(100, bool), np.full(100, 4), 50 * 4096 + 4095)
-    assert plan.slots == {0: 50}
+    assert plan.slots(50 * 4096 + 4095) == {0: 50}

@@ -6,7 +6,7 @@ from edgemem.trace import RECENT_STEPS, Step, Trace
 
 NOTHING_STREAMED = {
     "hits": 0, "misses": 0, "hit_rate": None, "read_bytes_per_token": 0.0, "stall_seconds": 0.0,
-    "stall_share": 0.0, "device_seconds": 0.0, "device_share": 0.0,
+    "stall_share": 0.0, "device_seconds": 0.0, "device_share": 0.0, "withheld_bytes": 0,
 }  # fmt: skip
 
 

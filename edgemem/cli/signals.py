@@ -1,0 +1,37 @@
+"""Signals that end a process, handled while there is something to tidy up."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, object], None], *names: str) -> Iterator[None]:
+    """Give the signals of these names to `handler(number, frame)`, where they would end us.
+
+    What is ignored (nohup) stays so, and what the system lacks is passed over; only the main thread
+    may ask for signals, so that in others nothing changes.
+    """
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    ends = (signal.SIG_DFL, signal.default_int_handler)
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {n: signal.getsignal(n) for n in numbers if is_main and signal.getsignal(n) in ends}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def unwind(number: int, _frame) -> None:
+    """Unwind as Ctrl-C does, so that no half of a store stays behind, and no child."""
+    with contextlib.suppress(OSError):  # a terminal that hung up takes no message
+        os.write(2, f"\nedgemem: ended by {signal.Signals(number).name}\n".encode())
+    sys.exit(128 + number)
