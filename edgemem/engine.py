@@ -179,8 +179,8 @@ class Engine:
         ):  # fmt: skip
             self.chunk_tokens = self.logits_tokens = min(chunk, self.context)
             size = scratch_bytes(self.spec, self.chunk_tokens, self.threads)
-            facts = inventory.plannable(self.store, head)
-            self._plan = planner.plan(*facts, spare - size - kept)
+            bundles = inventory.plannable(self.store, head)
+            self._plan = planner.plan(bundles, spare - size - kept)
             if self._plan is None:
                 continue
             if len(self._plan.streamed):
@@ -194,7 +194,7 @@ class Engine:
     def _weight_items(self) -> list[Item]:
         """What the plan takes at least; without one, the least that a plan would take."""
         if self._plan is None:
-            least = planner.floor_bytes(*inventory.plannable(self.store, head=True))
+            least = planner.floor_bytes(inventory.plannable(self.store, head=True))
             return [Item("weights that every token needs, and one step's bundles", least)]
         items = [Item("weights", self._plan.resident_bytes)]
         if len(self._plan.streamed):
@@ -219,10 +219,14 @@ class Engine:
                 self._settle()
             room = self._slab_room()
             self._withheld = self._governor.withheld(room - self._plan.least_bytes)
-            slots = self._plan.slots(room - self._withheld)
+            room -= self._withheld
+            if room == self._fitted:
+                return
+            slots = self._plan.slots(room)
             if slots != self.slots:
                 self._streamer.resize(slots)
                 self.slots = slots
+            self._fitted = room
 
     def _promise(self, items: Sequence[Item], what: str, advise: Callable | None = None) -> None:
         """Put `items` into the budget before their memory is used; slots make place for them."""
@@ -243,7 +247,7 @@ class Engine:
             writer = TraceWriter(how.trace, said)
         residency = Residency(self.store, streamed, slots, progress, how.io_engine, how.faults)
         self._counted = dict.fromkeys(COUNTERS, 0)
-        self._stepping, self._withheld = False, 0
+        self._stepping, self._withheld, self._fitted = False, 0, room
         self._streamer = Streamer(residency, self._new_policy(), turns, how.lookahead)
         if writer is not None:
             self._streamer.recorder = Recorder(writer, self._statistics)

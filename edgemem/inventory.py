@@ -6,6 +6,7 @@ import numpy as np
 
 from .dtypes import BY_NAME, LANES, DType, matrix_bytes
 from .format import Kind, Segment
+from .planner import Bundles
 from .store import Store
 
 STREAMABLE = (Kind.EMBED, Kind.FFN, Kind.EXPERT)
@@ -67,16 +68,20 @@ def _bytes_as(segment: Segment, dtype: DType) -> int:
     return matrix_bytes(dtype, segment.rows, segment.cols, segment.lanes)
 
 
-def plannable(
-    store: Store, head: bool = False
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For each bundle: layout class, bytes in memory, whether it may stream, and how many of its
-    kind one token wants of a layer; what `planner.plan` takes. `head`: the output head may too."""
-    kinds = store.entries["kind"]
-    sizes = store.entries["page_count"].astype(np.int64) * store.page_size
-    at_once = np.where(kinds == Kind.EXPERT, max(store.spec.top_k, 1), 1)
-    may_stream = np.isin(kinds, (*STREAMABLE, Kind.HEAD) if head else STREAMABLE)
-    return store.entries["layout"].astype(np.int64), sizes, may_stream, at_once
+def plannable(store: Store, head: bool = False) -> Bundles:
+    """The store's bundles as the planner sees them. `head`: the output head may stream too."""
+    kinds, spec = store.entries["kind"], store.spec
+    experts, embeds = kinds == Kind.EXPERT, kinds == Kind.EMBED
+    use = np.ones(len(kinds))
+    use[experts] = spec.top_k / max(spec.n_experts, 1)
+    use[embeds] = 1 / max(int(embeds.sum()), 1)
+    return Bundles(
+        layouts=store.entries["layout"].astype(np.int64),
+        sizes=store.entries["page_count"].astype(np.int64) * store.page_size,
+        may_stream=np.isin(kinds, (*STREAMABLE, Kind.HEAD) if head else STREAMABLE),
+        at_once=np.where(experts, max(spec.top_k, 1), 1),
+        use=use,
+    )
 
 
 def turns(store: Store) -> np.ndarray:

@@ -11,12 +11,28 @@ MIN_SLOTS = 2
 
 
 @dataclass(frozen=True)
+class Bundles:
+    """What the planner knows of a store's bundles, each array by bundle.
+
+    Their layout class, bytes in memory, whether they may stream, how many of their kind one token
+    wants of a layer, and the share of tokens that want each.
+    """
+
+    layouts: np.ndarray
+    sizes: np.ndarray
+    may_stream: np.ndarray
+    at_once: np.ndarray
+    use: np.ndarray
+
+
+@dataclass(frozen=True)
 class Plan:
     """`streamed` are bundle ids (uint32, ascending); all others, of `resident_bytes`, stay.
 
     Nothing streams where everything fits: then `streamed` is empty. `classes` are the layout
-    classes of what streams; of each (int64 [n_classes]) `each` is a bundle's bytes, `counts` the
-    bundles that there are, and `least` the slots that a step cannot do without.
+    classes of what streams; of each (arrays [n_classes]) `each` is a bundle's bytes, `counts` the
+    bundles that there are, `least` the slots that a step cannot do without, and `demand` how many
+    bundles a token wants.
     """
 
     streamed: np.ndarray
@@ -25,6 +41,7 @@ class Plan:
     each: np.ndarray
     counts: np.ndarray
     least: np.ndarray
+    demand: np.ndarray
 
     @property
     def least_bytes(self) -> int:
@@ -32,29 +49,33 @@ class Plan:
         return int(self.least @ self.each)
 
     def slots(self, room: int) -> dict[int, int]:
-        """How many slots of each layout class `room` bytes hold: of each the same share of bundles.
+        """How many slots of each layout class `room` bytes hold: more where tokens want more.
 
         More room never gives a class fewer slots. Less than `least_bytes` counts as that.
         """
-        more = self.counts - self.least
-        span = int(more @ self.each)
-        spare = min(max(0, room - self.least_bytes), span)
-        slots = [low + n * spare // max(span, 1) for low, n in zip(self.least, more, strict=True)]
-        return dict(zip(self.classes.tolist(), map(int, slots), strict=True))
+        low, high = 0.0, float((self.counts / np.maximum(self.demand, 1e-9)).max(initial=0))
+        while high - low > 1e-3 * high + 1e-6:
+            middle = (low + high) / 2
+            fits = int(self._share(middle) @ self.each) <= room
+            low, high = (middle, high) if fits else (low, middle)
+        slots = self._share(high if int(self._share(high) @ self.each) <= room else low)
+        return dict(zip(self.classes.tolist(), slots.tolist(), strict=True))
+
+    def _share(self, tokens: float) -> np.ndarray:
+        """Slots for what so many tokens want, beside the least."""
+        more = np.floor(self.demand * tokens).astype(np.int64)
+        return np.minimum(self.least + more, self.counts)
 
 
-def plan(
-    layouts: np.ndarray, sizes: np.ndarray, may_stream: np.ndarray, at_once: np.ndarray, room: int
-) -> Plan | None:
+def plan(bundles: Bundles, room: int) -> Plan | None:
     """Share out `room` bytes: all bundles, or those that must be there and slots for the others.
 
-    For each bundle: its layout class, its bytes, whether it may stream, and how many of its class
-    one step wants at once. None if even one step's bundles do not fit.
+    None if even one step's bundles do not fit.
     """
-    if int(sizes.sum()) <= room:
+    if int(bundles.sizes.sum()) <= room:
         none = np.empty(0, np.int64)
-        return Plan(none.astype(np.uint32), int(sizes.sum()), none, none, none, none)
-    found = _least(layouts, sizes, may_stream, at_once)
+        return Plan(none.astype(np.uint32), int(bundles.sizes.sum()), none, none, none, none, none)
+    found = _least(bundles)
     if not len(found.classes) or found.resident_bytes + found.least_bytes > room:
         return None
     return found
@@ -73,20 +94,22 @@ def round_size(classes: np.ndarray, room: np.ndarray) -> int:
     return max(1, int(tight.min()) // 2) if len(tight) else len(classes)
 
 
-def floor_bytes(
-    layouts: np.ndarray, sizes: np.ndarray, may_stream: np.ndarray, at_once: np.ndarray
-) -> int:
+def floor_bytes(bundles: Bundles) -> int:
     """The least that `plan` can work with."""
-    found = _least(layouts, sizes, may_stream, at_once)
-    return min(int(sizes.sum()), found.resident_bytes + found.least_bytes)
+    found = _least(bundles)
+    return min(int(bundles.sizes.sum()), found.resident_bytes + found.least_bytes)
 
 
-def _least(layouts, sizes, may_stream, at_once) -> Plan:
-    classes = np.unique(layouts[may_stream])
+def _least(bundles: Bundles) -> Plan:
+    may_stream, sizes = bundles.may_stream, bundles.sizes
+    classes = np.unique(bundles.layouts[may_stream])
     each, counts, least = np.empty((3, len(classes)), np.int64)
+    demand = np.empty(len(classes))
     for i, layout in enumerate(classes):
-        mine = may_stream & (layouts == layout)
+        mine = may_stream & (bundles.layouts == layout)
         each[i], counts[i] = int(sizes[mine][0]), int(mine.sum())
-        least[i] = min(max(MIN_SLOTS, int(at_once[mine].max())), int(counts[i]))
+        least[i] = min(max(MIN_SLOTS, int(bundles.at_once[mine].max())), int(counts[i]))
+        demand[i] = bundles.use[mine].sum()
     streamed = np.flatnonzero(may_stream).astype(np.uint32)
-    return Plan(streamed, int(sizes[~may_stream].sum()), classes, each, counts, least)
+    resident_bytes = int(sizes[~may_stream].sum())
+    return Plan(streamed, resident_bytes, classes, each, counts, least, demand)

@@ -13,13 +13,13 @@ from edgemem.store import Store
 def opened(path, share: float, chunk: int | None = None, **options):
     """An engine with slots for `share` of its streamed bundles' bytes beyond the floor."""
     with Store.open(path) as store:
-        facts = inventory.plannable(store)
-    floor, whole = planner.floor_bytes(*facts), int(facts[1].sum())
+        bundles = inventory.plannable(store)
+    floor, whole = planner.floor_bytes(bundles), int(bundles.sizes.sum())
     room = floor + int(share * (whole - 1 - floor))
-    slab = room - int(facts[1][~facts[2]].sum())
+    slab = room - int(bundles.sizes[~bundles.may_stream].sum())
     plan = planner.plan
     with (
-        mock.patch.object(planner, "plan", lambda *facts: plan(*facts[:-1], room)),
+        mock.patch.object(planner, "plan", lambda bundles, _: plan(bundles, room)),
         mock.patch.object(Engine, "_slab_room", lambda self: slab),
     ):
         engine = edgemem.load(path, **options)

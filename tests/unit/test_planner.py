@@ -9,25 +9,26 @@ from edgemem import planner
 
 @st.composite
 def models(draw):
-    """(layouts, sizes, may_stream, at_once) of some classes, each with its own size."""
-    layouts, sizes, may_stream, at_once = [], [], [], []
+    """Bundles of some classes, each with its own size."""
+    layouts, sizes, may_stream, at_once, use = [], [], [], [], []
     for layout in range(draw(st.integers(1, 4))):
         size, streams = 4096 * draw(st.integers(1, 50)), draw(st.booleans())
-        wanted = draw(st.integers(1, 8))
+        wanted, used = draw(st.integers(1, 8)), draw(st.floats(0.001, 1))
         for _ in range(draw(st.integers(1, 40))):
             layouts.append(layout)
             sizes.append(size)
             may_stream.append(streams)
             at_once.append(wanted)
-    return tuple(np.array(column) for column in (layouts, sizes, may_stream, at_once))
+            use.append(used)
+    return planner.Bundles(*map(np.array, (layouts, sizes, may_stream, at_once, use)))
 
 
 @given(models(), st.floats(0, 1.2))
 def test_a_plan_fits_its_room(model, share):
-    layouts, sizes, may_stream, at_once = model
+    layouts, sizes, may_stream = model.layouts, model.sizes, model.may_stream
     room = int(share * sizes.sum())
-    plan = planner.plan(*model, room)
-    floor = planner.floor_bytes(*model)
+    plan = planner.plan(model, room)
+    floor = planner.floor_bytes(model)
     if plan is None:
         assert room < floor
         return
@@ -42,19 +43,32 @@ def test_a_plan_fits_its_room(model, share):
     assert set(plan.streamed.tolist()) == set(np.flatnonzero(may_stream).tolist())
     for layout, count in slots.items():
         mine = may_stream & (layouts == layout)
-        least = min(max(2, int(at_once[mine].max())), int(mine.sum()))
+        least = min(max(2, int(model.at_once[mine].max())), int(mine.sum()))
         assert least <= count <= mine.sum()
 
 
 @given(models())
 def test_the_floor_is_honest(model):
     """Exactly at the floor there is a plan; a byte below there is none."""
-    floor = planner.floor_bytes(*model)
-    assert planner.plan(*model, floor) is not None
-    assert planner.plan(*model, floor - 1) is None
+    floor = planner.floor_bytes(model)
+    assert planner.plan(model, floor) is not None
+    assert planner.plan(model, floor - 1) is None
 
 
 def test_room_is_not_wasted():
-    layouts, sizes = np.zeros(100, int), np.full(100, 4096)
-    plan = planner.plan(layouts, sizes, np.ones(100, bool), np.full(100, 4), 50 * 4096 + 4095)
+    n = np.ones(100)
+    model = planner.Bundles(np.zeros(100, int), np.full(100, 4096), n > 0, np.full(100, 4), n)
+    plan = planner.plan(model, 50 * 4096 + 4095)
     assert plan.slots(50 * 4096 + 4095) == {0: 50}
+
+
+def test_room_goes_where_tokens_want_more():
+    """A table of which a token takes one row gets little beside layers that it takes whole."""
+    layouts = np.repeat([0, 1], [1000, 20])
+    use = np.repeat([1 / 1000, 1.0], [1000, 20])
+    sizes = np.full(1020, 4096)
+    model = planner.Bundles(layouts, sizes, sizes > 0, np.ones(1020, int), use)
+    slots = planner.plan(model, 15 * 4096).slots(15 * 4096)
+    assert slots[1] >= 11 and slots[0] <= 4
+    slots = planner.plan(model, 500 * 4096).slots(500 * 4096)
+    assert slots == {0: 480, 1: 20}, "and the rest, once there is enough of the others"

@@ -1,0 +1,112 @@
+"""The elastic slab: what others do not use yet holds bundles, and goes back when they need it."""
+
+import numpy as np
+import pytest
+
+import edgemem
+from edgemem import inventory
+from edgemem.engine import Engine
+
+CONTEXT = 512
+RESERVE_BYTES = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def resident(tiny_moe_store):
+    with edgemem.load(tiny_moe_store, context=CONTEXT) as engine:
+        yield engine
+
+
+@pytest.fixture
+def engine(tiny_moe_store, resident, monkeypatch):
+    """In a budget for what must be there, the reserve, and a third of what may stream."""
+    items, bundles = resident.budget._items, inventory.plannable(resident.store)
+    streamed = int(bundles.sizes[bundles.may_stream].sum())
+    dense = int(bundles.sizes.sum()) - streamed
+    limit = sum(item.bytes for item in items[:4]) + dense + streamed // 3
+    monkeypatch.setattr("edgemem.engine.current_bytes", lambda: items[0].bytes)
+    # A step of few tokens, so that scratch is what it was in the engine that streams nothing.
+    monkeypatch.setattr("edgemem.engine.STREAMING_CHUNK_TOKENS", resident.chunk_tokens)
+    monkeypatch.setattr("edgemem.engine.STREAMING_RESERVE_BYTES", RESERVE_BYTES)
+    limit += 2 * RESERVE_BYTES
+    with edgemem.load(tiny_moe_store, memory=limit, context=CONTEXT) as engine:
+        assert len(engine._plan.streamed)
+        yield engine
+
+
+def slab_bytes(engine: Engine) -> int:
+    pairs = zip(engine._plan.classes.tolist(), engine._plan.each.tolist(), strict=True)
+    return sum(engine.slots[layout] * size for layout, size in pairs)
+
+
+def others_bytes(engine: Engine) -> int:
+    """What everything but the slab may have now."""
+    unused = max(1, engine._cache_count) * engine._kv_item.bytes
+    unused -= sum(cache.bytes - cache.unused_bytes for cache in engine._caches)
+    return engine.budget.promised - engine._plan.least_bytes - unused
+
+
+def assert_within(engine: Engine) -> None:
+    total = slab_bytes(engine) + others_bytes(engine)
+    assert total <= engine.budget.limit, "the budget is exceeded"
+    largest = int(engine._plan.each.max()) * len(engine._plan.each)
+    room = min(engine.budget.limit - total, engine._plan.counts @ engine._plan.each)
+    assert room <= RESERVE_BYTES + largest, "memory lies idle"
+
+
+def test_a_cache_that_fills_takes_its_memory_from_the_slab(engine, resident):
+    ids = np.random.default_rng(1).integers(0, engine.spec.vocab_size, CONTEXT)
+    before = slab_bytes(engine)
+    with engine.session() as session, resident.session() as expected:
+        for start in range(0, CONTEXT, 32):
+            part = ids[start : start + 32]
+            assert session.feed(part).tobytes() == expected.feed(part).tobytes()
+            assert_within(engine)
+    full = slab_bytes(engine)
+    assert before - full >= engine._kv_item.bytes // 2
+    with engine.session() as session:
+        session.feed(ids[:1])
+        assert full < slab_bytes(engine) <= before, "what was freed is lent again"
+        assert_within(engine)
+
+
+def test_sessions_take_what_they_fill_and_are_refused_in_the_end(engine, resident):
+    ids = np.random.default_rng(2).integers(0, engine.spec.vocab_size, CONTEXT)
+    expected = resident.session().feed(ids).tobytes()
+    sessions = []
+    with pytest.raises(edgemem.BudgetError, match="another session"):
+        while True:
+            sessions.append(engine.session())
+            assert sessions[-1].feed(ids).tobytes() == expected
+            assert_within(engine)
+    assert len(sessions) > 1
+    for session in sessions[1:]:
+        session.close()
+    assert sessions[0].feed is not None
+    with engine.session() as again:
+        assert again.feed(ids).tobytes() == expected
+        assert_within(engine)
+
+
+def test_logits_borrow_from_the_slab_and_give_back(engine, resident):
+    ids = np.random.default_rng(3).integers(0, engine.spec.vocab_size, 64)
+    before = slab_bytes(engine)
+    assert engine.logits(ids).tobytes() == resident.logits(ids).tobytes()
+    lent = 4 * engine.spec.vocab_size * len(ids)
+    assert slab_bytes(engine) <= before - lent
+    with engine.session() as session:
+        session.feed(ids[:1])
+        assert slab_bytes(engine) > before - lent
+        assert_within(engine)
+
+
+def test_short_memory_costs_slots_and_is_in_the_trace(engine, resident):
+    ids = np.random.default_rng(4).integers(0, engine.spec.vocab_size, 40)
+    before = slab_bytes(engine)
+    withheld = (before - engine._plan.least_bytes) // 2
+    engine._governor.withheld = lambda most: withheld
+    with engine.session() as session, resident.session() as expected:
+        assert session.feed(ids).tobytes() == expected.feed(ids).tobytes()
+    assert slab_bytes(engine) <= before - withheld
+    assert engine.trace.summary()["prefill"]["withheld_bytes"] == withheld
+    assert engine.trace.recent[-1].withheld_bytes == withheld
