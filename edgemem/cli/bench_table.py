@@ -59,7 +59,7 @@ def legend(results: list[dict]) -> str:
     parts = [
         f"Prompts of {one['prompt_tokens']} tokens and {one['new_tokens']} more, one by one; "
         f"medians of {one['repetitions']} repetitions (least–most), {start}.",
-        f"{one['threads']} threads, {one['isa']}; DRAM {_span(done, 'dram_bytes_per_second')}",
+        f"{one['threads']} threads, {one['isa']}; memory {_span(done, 'dram_bytes_per_second')}",
     ]
     streaming = [result for result in done if result["streamed_bundles"]]
     if streaming:
