@@ -364,7 +364,7 @@ class Engine:
         return now | {"stall_us": now["stall_us"] + self._core.stall_us()}
 
     def clear(self) -> None:
-        """Empty the slots and forget what the policy has learned, as just after loading.
+        """Empty the slots and forget what was learned of the demand, as just after loading.
 
         A trace that is being recorded ends.
         """

@@ -177,6 +177,7 @@ class Streamer:
         """Empty the slots and start anew with another policy. A trace cannot say so: it ends."""
         self._residency.clear()
         self._policy = policy
+        self._lookahead = Lookahead() if self._lookahead else None
         self._foreseen = self._foreseen[:0]
         self.end_recording()
 
