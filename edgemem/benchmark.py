@@ -54,9 +54,9 @@ class Spread:
 class PhaseReport:
     """Prefill or decode. Rates are of repetitions, all else of all of them together.
 
-    `hit_rate` is None where nothing streams; what was read ahead in time counts as a hit, so that it
-    may exceed Belady's, who reads nothing ahead. Shares are of the seconds: those in which products
-    waited for bundles, and in which the device read at all.
+    `hit_rate` is None where nothing streams; what was read ahead in time counts as a hit, so
+    that it may exceed Belady's, who reads nothing ahead. Shares are of the seconds: those in which
+    products waited for bundles, and in which the device read at all.
     """
 
     tokens_per_second: Spread

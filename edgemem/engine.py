@@ -38,6 +38,8 @@ CHUNK_TOKENS = 128
 """Tokens per forward pass in prefill."""
 STREAMING_CHUNK_TOKENS = 512
 """The same where bundles stream: each is read once for a chunk, so that large chunks read less."""
+SLAB_PER_SCRATCH = 8
+"""So much larger than the scratch of a large step the slab must be."""
 STREAMING_LOGITS_TOKENS = 16
 """Tokens per forward pass where bundles stream and every position's logits are wanted."""
 STREAMING_RESERVE_BYTES = 16 << 20
@@ -173,12 +175,14 @@ class Engine:
         """
         spare = self.budget.limit - sum(item.bytes for item in base)
         reserve = STREAMING_RESERVE_BYTES
+        small, large = (self._scratch_bytes(n) for n in (CHUNK_TOKENS, STREAMING_CHUNK_TOKENS))
         for head, chunk, kept in (
-            (False, CHUNK_TOKENS, 0), (False, STREAMING_CHUNK_TOKENS, 2 * reserve),
+            (False, CHUNK_TOKENS, 0),
+            (False, STREAMING_CHUNK_TOKENS, reserve + SLAB_PER_SCRATCH * (large - small)),
             (False, CHUNK_TOKENS, reserve), (True, CHUNK_TOKENS, reserve), (True, CHUNK_TOKENS, 0),
         ):  # fmt: skip
             self.chunk_tokens = self.logits_tokens = min(chunk, self.context)
-            size = scratch_bytes(self.spec, self.chunk_tokens, self.threads)
+            size = self._scratch_bytes(chunk)
             bundles = inventory.plannable(self.store, head)
             self._plan = planner.plan(bundles, spare - size - kept)
             if self._plan is None:
@@ -190,6 +194,9 @@ class Engine:
         weights = self._weight_items()
         self._weights_bytes = sum(item.bytes for item in weights)
         return [Item("scratch", size), *weights]
+
+    def _scratch_bytes(self, chunk: int) -> int:
+        return scratch_bytes(self.spec, min(chunk, self.context), self.threads)
 
     def _weight_items(self) -> list[Item]:
         """What the plan takes at least; without one, the least that a plan would take."""
@@ -421,7 +428,7 @@ class Engine:
         needed = self.budget.promised + sum(item.bytes for item in items)
         lines = [f"a text of {fits} would fit: shorten it (for perplexity: --limit)"]
         if needed <= machine_bytes():
-            lines.append(f"this would fit with --memory {-(-needed // MIB)}M")
+            lines.append(f"this would fit with --memory {_mebibytes(needed)}M")
         return lines
 
     def _advise(self, items: Sequence[Item], spare: int) -> list[str]:
@@ -442,8 +449,13 @@ class Engine:
                 break
         total = self.budget.promised + needed
         if total <= machine_bytes():
-            lines.append(f"this would fit with --memory {-(-total // MIB)}M")
+            lines.append(f"this would fit with --memory {_mebibytes(total)}M")
         return lines
+
+
+def _mebibytes(size: int) -> int:
+    """For advice: a process does not start with the same bytes each time."""
+    return -(-size // MIB) + 1
 
 
 def _check_isa() -> None:

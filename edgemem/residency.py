@@ -133,9 +133,10 @@ class Residency:
             most_bytes,
         )  # fmt: skip
 
-    def cancel(self) -> None:
-        """Forget what `prefetch` was asked for and has not started."""
-        lib.em_residency_cancel(self._native)
+    def cancel(self, stale: np.ndarray) -> None:
+        """Forget what `prefetch` was asked for and has not started. What was prefetched stays until
+        it is acquired, but for `stale` (uint32), which nobody waits for any more."""
+        lib.em_residency_cancel(self._native, pointer(stale, "uint32_t *"), len(stale))
 
     def clear(self) -> None:
         """Evict all that is not pinned: slots are as empty as after opening."""

@@ -223,8 +223,9 @@ void em_residency_release_all(em_residency *residency);
  * Returns how many were started or queued. */
 int32_t em_residency_prefetch(em_residency *residency, const uint32_t *ids, int32_t n,
                               const float *ranks, uint64_t most_bytes);
-/* Forgets prefetches that have not started yet. */
-void em_residency_cancel(em_residency *residency);
+/* Forgets prefetches that have not started yet. Bundles that were prefetched stay until they are
+ * acquired; `ids` names those that nobody waits for any more. */
+void em_residency_cancel(em_residency *residency, const uint32_t *ids, int32_t n);
 /* Evicts all that is not pinned, after waiting for what is on its way. */
 void em_residency_clear(em_residency *residency);
 /* Opens or closes slots of a class, from its last one on. What closing slots hold moves into the

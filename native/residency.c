@@ -52,6 +52,7 @@ static void load(em_residency *r, uint32_t bundle, int32_t slot, piece_queue *qu
     s->slot = slot;
     s->failed = false;
     s->prefetched = s->ahead = queue == &r->ahead;
+    s->stale = false;
     r->occupant[b->slot_class][slot] = (int32_t)bundle;
     uint8_t *to = slot_address(r, bundle);
     s->pieces_left = s->first_left = 0;
@@ -184,19 +185,25 @@ void *em_residency_reap(void *arg) {
 
 /* An empty slot of the class, or that of the unpinned resident with the lowest rank (then vacated),
  * of equals the one with the lowest number: so a replay, which knows no slots, finds the same. With
- * a bundle `below`, only what would leave before that. NO_SLOT if there is none; *loading tells
- * whether one may come free by itself. */
+ * a bundle `below`, only what would leave before that; what was prefetched and not used yet leaves
+ * only if it must, for demand. NO_SLOT if there is none; *loading tells whether one may come free
+ * by itself. */
 static int32_t take_slot(em_residency *r, int32_t slot_class, const float *ranks, int32_t below,
-                         bool *loading) {
+                         bool demanded, bool *loading) {
     const int32_t *occupant = r->occupant[slot_class];
-    int32_t best = NO_SLOT, last = below;
+    int32_t best = NO_SLOT, last_resort = NO_SLOT, last = below;
     float limit = below != EMPTY && ranks ? ranks[below] : 0;
     for (int32_t slot = 0; slot < r->n_open[slot_class]; slot++) {
         int32_t bundle = occupant[slot];
         if (bundle == EMPTY) return slot;
-        if (r->states[bundle].pins > 0) continue;
-        if (r->states[bundle].state == LOADING) {
+        const bundle_state *s = &r->states[bundle];
+        if (s->pins > 0) continue;
+        if (s->state == LOADING) {
             *loading = true;
+            continue;
+        }
+        if (s->prefetched && !s->stale) {
+            if (demanded) last_resort = slot;
             continue;
         }
         float rank = ranks ? ranks[bundle] : 0;
@@ -207,6 +214,7 @@ static int32_t take_slot(em_residency *r, int32_t slot_class, const float *ranks
             best = slot;
         }
     }
+    if (best == NO_SLOT) best = last_resort;
     if (best != NO_SLOT) vacate(r, (uint32_t)occupant[best]);
     return best;
 }
@@ -255,7 +263,7 @@ static bool place(em_residency *r, uint32_t bundle, const float *ranks) {
     int32_t slot_class = r->bundles[bundle].slot_class;
     for (;;) {
         bool loading = false;
-        int32_t slot = take_slot(r, slot_class, ranks, EMPTY, &loading);
+        int32_t slot = take_slot(r, slot_class, ranks, EMPTY, true, &loading);
         if (slot != NO_SLOT) {
             load(r, bundle, slot, &r->demand);
             return true;
@@ -326,7 +334,7 @@ int32_t em_residency_prefetch(em_residency *r, const uint32_t *ids, int32_t n, c
         if (r->states[ids[i]].state != ABSENT) continue;
         if (b->bytes > most_bytes) break;
         bool loading = false;
-        int32_t slot = take_slot(r, b->slot_class, ranks, EMPTY, &loading);
+        int32_t slot = take_slot(r, b->slot_class, ranks, EMPTY, false, &loading);
         if (slot == NO_SLOT) continue;
         load(r, ids[i], slot, &r->ahead);
         most_bytes -= b->bytes;
@@ -338,9 +346,11 @@ int32_t em_residency_prefetch(em_residency *r, const uint32_t *ids, int32_t n, c
     return started;
 }
 
-void em_residency_cancel(em_residency *r) {
+void em_residency_cancel(em_residency *r, const uint32_t *ids, int32_t n) {
     pthread_mutex_lock(&r->mutex);
     em_residency_drop_ahead(r);
+    for (int32_t i = 0; i < n; i++)
+        if (ids[i] < (uint32_t)r->n_bundles) r->states[ids[i]].stale = true;
     pthread_mutex_unlock(&r->mutex);
 }
 
@@ -361,7 +371,7 @@ static void close_slot(em_residency *r, int32_t slot_class, int32_t slot, const 
     int32_t bundle = r->occupant[slot_class][slot];
     if (bundle == EMPTY) return;
     bool loading = false;
-    int32_t to = take_slot(r, slot_class, ranks, bundle, &loading);
+    int32_t to = take_slot(r, slot_class, ranks, bundle, false, &loading);
     if (to == NO_SLOT) {
         vacate(r, (uint32_t)bundle);
         return;

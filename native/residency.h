@@ -16,7 +16,8 @@ typedef struct {
     int32_t first_left;  /* of these, those with bytes of the first part */
     uint8_t state;
     bool failed, verified;
-    bool prefetched; /* loaded ahead, and not acquired since */
+    bool prefetched; /* loaded ahead, and not acquired since: no victim, unless it is stale */
+    bool stale;      /* not wanted any more by whoever prefetched it */
     bool ahead;      /* what loads it now began as a prefetch */
     bool awaited;    /* loading, and acquired */
 } bundle_state;

@@ -93,7 +93,7 @@ static void random_verbs(const char *engine, uint32_t seed, int32_t depth) {
             uint32_t ids[4];
             for (int i = 0; i < 4; i++) ids[i] = random_bits(&seed) % BUNDLES;
             em_residency_prefetch(r, ids, 4, ranks, UINT64_MAX);
-            if (random_bits(&seed) % 3 == 0) em_residency_cancel(r);
+            if (random_bits(&seed) % 3 == 0) em_residency_cancel(r, ids, 2);
             int32_t open = 1 + (int32_t)(random_bits(&seed) % (uint32_t)w.classes[0].n_slots);
             int32_t status =
                 em_residency_resize(r, (int32_t)(random_bits(&seed) % CLASSES), open, ranks);
@@ -150,6 +150,7 @@ static void lowest_rank_leaves(void) {
     const uint32_t ahead[] = {2, 5, 7};
     CHECK(em_residency_prefetch(r, ahead + 1, 2, ranks, 2 * PAGE) == 1, "room for one%s", "");
     em_residency_wait(r, (const uint32_t[]){5}, 1);
+    em_residency_cancel(r, (const uint32_t[]){5}, 1); /* or 4 would leave, which ranks higher */
     em_residency_acquire(r, (const uint32_t[]){8}, 1, ranks, at);
     em_residency_wait(r, (const uint32_t[]){8}, 1);
     const int32_t *ready = em_residency_ready(r);
@@ -161,6 +162,10 @@ static void lowest_rank_leaves(void) {
     em_residency_release(r, (const uint32_t[]){8}, 1);
     CHECK(em_residency_prefetch(r, ahead, 3, ranks, UINT64_MAX) == 3, "2, 5 and 7%s", "");
     CHECK(em_residency_wait(r, ahead, 3) == EM_OK, "not one of them left%s", "");
+    CHECK(em_residency_prefetch(r, (const uint32_t[]){8}, 1, ranks, UINT64_MAX) == 0,
+          "what waits to be used is no victim%s", "");
+    CHECK(em_residency_acquire(r, (const uint32_t[]){8}, 1, ranks, at) == EM_OK, "but of demand%s",
+          "");
     em_residency_close(r);
     end_world(&w);
 }
