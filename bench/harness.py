@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edgemem._native import Slab, ffi, lib
+from edgemem._native import Slab
+from edgemem.benchmark import cpu_name
 from edgemem.kernels import Core
 
 
@@ -50,19 +51,11 @@ class PlainRead:
             self._slab.view[start : start + 1] = b"\1"
 
     def __call__(self) -> int:
-        address = ffi.cast("void *", self._slab.address)
-        lib.em_read_bytes(self._core.handle, address, self._slab.bytes)
+        self._core.read_bytes(self._slab.address, self._slab.bytes)
         return self._slab.bytes
 
 
 def fingerprint() -> str:
     """The host in one line, as far as it tells: processor, cores, memory, system."""
-    name = platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            lines = [line for line in file if line.startswith("model name")]
-        name = lines[0].split(":")[1].strip() if lines else name
-    except OSError:
-        pass
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
-    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
+    return f"{cpu_name()}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"

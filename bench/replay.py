@@ -4,7 +4,9 @@ TRACE is a file that `--trace` wrote, or a published one (`*.route.csv.xz`). A c
 of all bundles starts empty, and hits count after the first third of the steps. "closed" is how far
 the default comes from LRU towards Belady, which knows the future. For a trace of our own, the run
 that wrote it is replayed as well: its policy, its slots, and every step (not "static", whose
-profile the trace does not hold).
+profile the trace does not hold). Its hits are those of the live run, one by one. What was read
+ahead (a dense layer's bundle, the head's, and with lookahead all) was there or still on its way by
+chance: such hits are compared apart, and in replay count what stayed from earlier demand.
 """
 
 import argparse
@@ -46,7 +48,7 @@ def compare(routing: Routing, share: float) -> dict[str, float]:
 def again(routing: Routing) -> np.ndarray:
     """Replay the run that wrote this trace: hits of each event, int64 [events]."""
     policy = build(routing.policy, routing.layer_of, routing.n_layers)
-    return simulate(routing, policy, routing.slots)
+    return simulate(routing, policy, routing.slots, routing.resized)
 
 
 def show(routing: Routing, shares: list[float], names: list[str]) -> None:
@@ -68,9 +70,13 @@ def show_again(routing: Routing) -> None:
     line = f"{routing.name}: {routing.policy}, {sum(routing.slots)} slots: "
     line += f"hit rate {hit_rate(routing, hits, 0):.4f} in replay"
     if routing.hits is not None:
-        same = int((hits == routing.hits).sum())
-        live = hit_rate(routing, routing.hits, 0)
-        line += f", {live:.4f} live; hits are equal in {same} of {len(hits)} layers of steps"
+        line += f", {hit_rate(routing, routing.hits, 0):.4f} live"
+        ahead, equal = routing.read_ahead, hits == routing.hits
+        for name, events in (("layers", ~ahead), ("layers read ahead", ahead)):
+            if events.any():
+                line += (
+                    f"; hits are equal in {equal[events].sum()} of {events.sum()} {name} of steps"
+                )
     print(line)
 
 

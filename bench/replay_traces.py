@@ -1,12 +1,13 @@
 """Routing as arrays: what each layer of each step demanded, read from either format of trace."""
 
 import lzma
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from edgemem import tracefile
+from edgemem.errors import StoreError
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,9 @@ class Routing:
 
     Event e demands bundles ids[starts[e]:starts[e+1]], each once; `uses` is how many of the step's
     tokens took each. Bundles are numbered layer by layer; `class_of` is their layout class. The
-    policy, slots and hits are those of the run that was recorded, where it says.
+    policy, slots and hits are those of the run that was recorded, where it says; `resized` are the
+    slots that there were before the first event of a step, in turn; of the classes in `ahead`
+    bundles were read before they were demanded.
     """
 
     name: str
@@ -31,6 +34,8 @@ class Routing:
     policy: str | None = None
     slots: tuple[int, ...] | None = None
     hits: np.ndarray | None = None
+    resized: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
+    ahead: tuple[int, ...] = ()
 
     @property
     def n_steps(self) -> int:
@@ -46,6 +51,12 @@ class Routing:
         used = np.zeros(len(self.layer_of), np.int64)
         np.add.at(used, self.ids[demanded], self.uses[demanded])
         return used
+
+    @property
+    def read_ahead(self) -> np.ndarray:
+        """Which events demand bundles of a class that was read ahead, bool [events]."""
+        ahead = np.isin(self.class_of[self.ids], self.ahead)
+        return np.logical_or.reduceat(ahead, self.starts[:-1])
 
 
 def read(path: Path) -> Routing:
@@ -88,23 +99,30 @@ def _read_csv(path: Path) -> Routing:
 
 def _read_trace(path: Path) -> Routing:
     header, lines = tracefile.read(path)
-    layers, steps, tokens, ids, uses, hits = [], [], [], [], [], []
+    layers, steps, tokens, ids, uses, hits, resized = [], [], [], [], [], [], {}
     for step, line in enumerate(lines):
+        if "resized" in line:
+            resized[step] = list(map(tuple, line["resized"]))
+        if "layers" not in line:
+            continue
         layers += line["layers"]
         steps += [step] * len(line["layers"])
         tokens += [line["tokens"]] * len(line["layers"])
         ids += line["ids"]
         uses += line.get("uses") or [[1] * len(demanded) for demanded in line["ids"]]
         hits += line.get("hits", [])
+    if not layers:
+        raise StoreError(f"reading {path}: nothing streamed in this run; give it less memory")
     return _build(
         path.stem, header.n_layers, header.layer_of, header.class_of,
-        layers, steps, tokens, ids, uses, header.policy, header.slots, hits,
+        layers, steps, tokens, ids, uses, header.policy, header.slots, hits, resized,
+        header.read_ahead,
     )  # fmt: skip
 
 
 def _build(
     name, n_layers, layer_of, class_of, layers, steps, tokens, ids, uses,
-    policy=None, slots=None, hits=None,
+    policy=None, slots=None, hits=None, resized=None, ahead=(),
 ) -> Routing:  # fmt: skip
     flat = np.concatenate([np.asarray(demanded, np.int64) for demanded in ids])
     layer_of = np.asarray(layer_of, np.int64)
@@ -122,4 +140,6 @@ def _build(
         policy=policy,
         slots=slots,
         hits=np.array(hits, np.int64) if hits and len(hits) == len(layers) else None,
+        resized=resized or {},
+        ahead=ahead,
     )

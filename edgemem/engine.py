@@ -22,6 +22,7 @@ from .governor import Governor
 from .kernels import Core
 from .kvcache import KvCache, cache_bytes
 from .models.workspace import scratch_bytes
+from .recorder import Recorder, header
 from .residency import Residency, Slots
 from .sequence import TokenSequence, check_room
 from .session import DEFAULT_TOKENS, Session, check_ids, checked
@@ -30,6 +31,7 @@ from .store import Store
 from .streamer import Streamer
 from .tokenizer import ENCODING_BYTES, Tokenizer
 from .trace import COUNTERS, Trace
+from .tracefile import TraceWriter
 
 DEFAULT_CONTEXT = 4096
 CHUNK_TOKENS = 128
@@ -60,14 +62,16 @@ def load(
     threads: int | None = None, progress: Progress | None = None,
     ready: Callable[[Engine], None] | None = None, *,
     policy: str = policies.DEFAULT, lookahead: bool = True, io_engine: str | None = None,
-    faults: dict | None = None,
+    faults: dict | None = None, trace: str | os.PathLike | None = None,
 ) -> Engine:  # fmt: skip
     """Open a store and make its model ready to run.
 
     What does not fit `memory` streams: `policy` (one of policies.POLICIES) ranks what stays,
     `lookahead` reads what the next layer will likely want while the device has nothing else to do,
     `io_engine` is "io_uring" or "threads" (None: the best that works here), and `faults` (the
-    fields of em_faults) makes reads misbehave, for tests. None of them changes an answer.
+    fields of em_faults) makes reads misbehave, for tests. `trace` is a file to record what streamed
+    layers demand in every step (edgemem/tracefile.py), replaced if it exists. None of them changes
+    an answer.
 
     `memory` is the budget of the whole process: bytes, "4GiB", "50%" or "auto" (what is free here,
     less a reserve). `context` is the most tokens a session can hold, by default 4096 or what the
@@ -79,7 +83,7 @@ def load(
     Raises StoreError for what is wrong with the store, and BudgetError, with the sum, before any
     weight is read; ValueError or TypeError for arguments.
     """
-    how = Streaming(policy, lookahead, io_engine, faults)
+    how = Streaming(policy, lookahead, io_engine, faults, trace)
     return Engine(path, memory, context, threads, progress, ready, how)
 
 
@@ -91,6 +95,7 @@ class Streaming:
     lookahead: bool = True
     io_engine: str | None = None
     faults: dict | None = None
+    trace: str | os.PathLike | None = None
 
 
 def context_limit(spec: ModelSpec) -> int:
@@ -236,21 +241,33 @@ class Engine:
         self._fit_slab()
 
     def _load(self, progress: Progress | None) -> None:
+        started = perf_counter()
         self._core = Core(self.threads)
         self.isa = self._core.isa
         room = self._slab_room()
         self.slots = self._plan.slots(room)
         slots = [Slots(layout, count) for layout, count in self.slots.items()]
-        streamed, how = self._plan.streamed, self._streaming
+        streamed, how, writer = self._plan.streamed, self._streaming, None
+        turns = inventory.turns(self.store)
+        if how.trace is not None:
+            said = header(self.store, streamed, turns, self.slots, how.policy, how.lookahead)
+            writer = TraceWriter(how.trace, said)
         residency = Residency(self.store, streamed, slots, progress, how.io_engine, how.faults)
-        policy, turns = None, inventory.turns(self.store)
-        if len(streamed):
-            policy = policies.build(how.policy, turns[streamed], self.spec.n_layers + 2)
         self._counted = dict.fromkeys(COUNTERS, 0)
         self._stepping, self._withheld, self._fitted = False, 0, room
-        self._streamer = Streamer(residency, policy, turns, how.lookahead)
+        self._streamer = Streamer(residency, self._new_policy(), turns, how.lookahead)
+        if writer is not None:
+            self._streamer.recorder = Recorder(writer, self._statistics)
         self._model = models.build(self.store, self._streamer, self._core, self.chunk_tokens)
         self._streamer.take_demand()  # of nobody's step
+        self.load_seconds = perf_counter() - started
+
+    def _new_policy(self) -> policies.Policy | None:
+        streamed = self._plan.streamed
+        if not len(streamed):
+            return None
+        turns = inventory.turns(self.store)[streamed]
+        return policies.build(self._streaming.policy, turns, self.spec.n_layers + 2)
 
     def session(self) -> Session:
         """A new, empty sequence. Raises BudgetError if its KV cache does not fit the budget."""
@@ -334,6 +351,7 @@ class Engine:
             seconds, demand = perf_counter() - started, self._streamer.take_demand()
             counters = self._take_counters()
             self.trace.record(phase, len(ids), seconds, demand, self._withheld, **counters)
+            self._streamer.end_step(phase, len(ids))
             self._stepping = False
 
     def _settle(self) -> None:
@@ -344,11 +362,23 @@ class Engine:
 
     def _take_counters(self) -> dict[str, int]:
         """What streaming did since this was last asked."""
+        then, self._counted = self._counted, self._statistics()
+        return {name: self._counted[name] - then[name] for name in COUNTERS}
+
+    def _statistics(self) -> dict[str, int]:
+        """What streaming has done since open."""
         now = self._streamer.statistics() or dict.fromkeys(COUNTERS, 0)
-        then, self._counted = self._counted, now
-        counters = {name: now[name] - then[name] for name in COUNTERS}
-        counters["stall_us"] += self._core.take_stall_us()
-        return counters
+        return now | {"stall_us": now["stall_us"] + self._core.stall_us()}
+
+    def clear(self) -> None:
+        """Empty the slots and forget what was learned of the demand, as just after loading.
+
+        A trace that is being recorded ends.
+        """
+        with self._lock:
+            self._check_open()
+            self._settle()
+            self._streamer.clear(self._new_policy())
 
     def new_kv(self) -> KvCache:
         """A KV cache for a sequence. One is always in the budget; more are added to it."""

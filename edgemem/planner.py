@@ -81,6 +81,19 @@ def plan(bundles: Bundles, room: int) -> Plan | None:
     return found
 
 
+def round_size(classes: np.ndarray, room: np.ndarray) -> int:
+    """How many of some bundles are held at once, by the layout class of each and its slots.
+
+    All, or where they are more than the slots, in rounds half of those of the tightest class: the
+    next round lands while one is computed.
+    """
+    if len(classes) <= room.min():
+        return len(classes)
+    counts = np.bincount(classes)[classes]
+    tight = room[counts > room]
+    return max(1, int(tight.min()) // 2) if len(tight) else len(classes)
+
+
 def floor_bytes(bundles: Bundles) -> int:
     """The least that `plan` can work with."""
     found = _least(bundles)

@@ -138,6 +138,11 @@ class Residency:
         it is acquired, but for `stale` (uint32), which nobody waits for any more."""
         lib.em_residency_cancel(self._native, pointer(stale, "uint32_t *"), len(stale))
 
+    def clear(self) -> None:
+        """Evict all that is not pinned: slots are as empty as after opening."""
+        if self._native:
+            lib.em_residency_clear(self._native)
+
     def resize(self, slots: dict[int, int], ranks: np.ndarray) -> None:
         """Change how many slots each layout class has, up to those at open. Nothing may be held.
 

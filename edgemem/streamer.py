@@ -10,14 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from . import planner
 from ._native import ffi, pointer
 from .format import Kind
 from .lookahead import DISTANCES, Lookahead
 from .policies import Policy
 from .residency import Residency
+
+if TYPE_CHECKING:
+    from .recorder import Recorder
 
 AHEAD = 2
 """Turns that are read ahead where their demand is certain: one being read, one waiting."""
@@ -46,7 +51,8 @@ class Streamer:
     """Feeds a model from a residency; `policy` ranks what streams (None: nothing does).
 
     `turns` int64 [n_bundles] tell when in a step each bundle has its turn; policies number them as
-    layers. With `lookahead` what a model foresees is read ahead.
+    layers. With `lookahead` what a model foresees is read ahead. `recorder`, where there is one, is
+    told of every streamed turn, every step and every change of slots.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class Streamer:
     ):  # fmt: skip
         self._residency = residency
         self._policy = policy
+        self.recorder: Recorder | None = None
         self._demand: list[np.ndarray] = []
         self._lookahead = Lookahead() if lookahead else None
         self._foreseen: dict[int, list[tuple[int, np.ndarray]]] = {}
@@ -102,6 +109,8 @@ class Streamer:
         finally:
             for part, _, _ in held:
                 self._residency.release(part)
+        if self.recorder is not None:
+            self.recorder.demand(turn, indices, uses)
 
     def _give(self, held) -> Iterator[Bundles]:
         part, addresses, start = held[0]
@@ -111,13 +120,7 @@ class Streamer:
         residency.release(held.pop(0)[0])
 
     def _round_size(self, indices: np.ndarray) -> int:
-        """Half of the slots of the tightest class, where the turn wants more than there are."""
-        room = self._residency.room[indices]
-        if len(indices) <= room.min():
-            return len(indices)
-        counts = np.bincount(self._residency.classes[indices])[self._residency.classes[indices]]
-        tight = room[counts > room]
-        return max(1, int(tight.min()) // 2) if len(tight) else len(indices)
+        return planner.round_size(self._residency.classes[indices], self._residency.room[indices])
 
     def _learn(self, turn: int, indices: np.ndarray) -> None:
         """Compare what was foreseen with what came, and forget what has not started."""
@@ -161,6 +164,18 @@ class Streamer:
         """Change the slots of each layout class. Not while a step runs."""
         self._residency.resize(slots, self._policy.ranks(0))
         self._certain = _certain(self._residency, self._turns)
+        if self.recorder is not None:
+            self.recorder.resize(self.slots)
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """How many slots there are now of each layout class that streams."""
+        return tuple(self._residency.slots.values())
+
+    def end_step(self, phase: str, tokens: int) -> None:
+        """A step of `tokens` tokens is over."""
+        if self.recorder is not None:
+            self.recorder.step(phase, tokens)
 
     def settle(self) -> None:
         """Forget what an interrupted step held and demanded."""
@@ -170,6 +185,22 @@ class Streamer:
                 self._residency.cancel(foreseen)
         self._demand = []
         self._foreseen = {}
+        if self.recorder is not None:
+            self.recorder.drop()
+
+    def clear(self, policy: Policy | None) -> None:
+        """Empty the slots and start anew with another policy. A trace cannot say so: it ends."""
+        self._residency.clear()
+        self._policy = policy
+        self._lookahead = Lookahead() if self._lookahead else None
+        self._foreseen = {}
+        self.end_recording()
+
+    def end_recording(self) -> None:
+        """Let go of the recorder."""
+        if self.recorder is not None:
+            self.recorder.close()
+        self.recorder = None
 
     def error(self) -> Exception:
         """The exception for the read that failed."""
@@ -187,6 +218,7 @@ class Streamer:
     def close(self) -> None:
         """Wait for reads in flight and let go of the store's file."""
         self._residency.close()
+        self.end_recording()
 
 
 class _Hold:

@@ -71,25 +71,32 @@ class Trace:
 
     def summary(self) -> dict:
         """For each phase: steps, tokens, seconds, tokens_per_second, demand_bytes_per_token; and of
-        streaming hits, misses, read_bytes_per_token, stall_seconds, device_seconds and the most
-        withheld_bytes."""
+        streaming hits, misses, hit_rate (None of nothing), read_bytes_per_token, the seconds that
+        products stalled and that the device read, their shares, and the most withheld_bytes."""
         with self._lock:
             return {phase: _summarize(total) for phase, total in self._totals.items()}
 
 
 def _summarize(total: _Total) -> dict:
+    hits, misses = total.counters["hits"], total.counters["misses"]
+    stall, device = total.counters["stall_us"] / 1e6, total.counters["busy_us"] / 1e6
     return {
         "steps": total.steps,
         "tokens": total.tokens,
         "seconds": total.seconds,
-        "tokens_per_second": total.tokens / total.seconds if total.seconds > 0 else 0.0,
-        "demand_bytes_per_token": total.demand_bytes / total.tokens if total.tokens else 0.0,
-        "hits": total.counters["hits"],
-        "misses": total.counters["misses"],
-        "read_bytes_per_token": total.counters["read_bytes"] / total.tokens
-        if total.tokens
-        else 0.0,
-        "stall_seconds": total.counters["stall_us"] / 1e6,
-        "device_seconds": total.counters["busy_us"] / 1e6,
+        "tokens_per_second": _ratio(total.tokens, total.seconds),
+        "demand_bytes_per_token": _ratio(total.demand_bytes, total.tokens),
+        "hits": hits,
+        "misses": misses,
+        "hit_rate": hits / (hits + misses) if hits + misses else None,
+        "read_bytes_per_token": _ratio(total.counters["read_bytes"], total.tokens),
+        "stall_seconds": stall,
+        "stall_share": _ratio(stall, total.seconds),
+        "device_seconds": device,
+        "device_share": _ratio(device, total.seconds),
         "withheld_bytes": total.withheld_bytes,
     }
+
+
+def _ratio(amount: float, of: float) -> float:
+    return amount / of if of > 0 else 0.0

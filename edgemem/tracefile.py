@@ -2,30 +2,36 @@
 
 The first line describes the model and the cache:
 
-    {"edgemem_trace": 1, "model": "qwen3_moe", "policy": "next-use", "n_layers": 48,
-     "layer_of": [0, 0, …], "class_of": [0, 0, …], "slots": [614]}
+    {"edgemem_trace": 1, "model": "qwen3_moe", "policy": "next-use", "n_layers": 50,
+     "layer_of": [1, 1, …], "class_of": [0, 0, …], "slots": [614], "read_ahead": [0]}
 
 `layer_of` and `class_of` give the layer and the layout class of each streamed bundle, numbered as
-policies number them; `slots` is the size of the cache for each class. Every other line is a step:
+policies number them: layers are turns, of which the first is the embedding's and the last the
+head's. `slots` is the size of the cache for each class; `read_ahead` are the classes of which the
+run read bundles before they were demanded. Every other line is a step:
 
-    {"phase": "decode", "tokens": 1, "layers": [0, 1, …], "ids": [[3, 17], [140, 201], …],
+    {"phase": "decode", "tokens": 1, "layers": [1, 2, …], "ids": [[3, 17], [140, 201], …],
      "hits": [1, 2, …], …}
 
 with one item for each streamed layer, in the order in which the step came to them: the bundles that
-it demanded, ascending, and the counters that the run kept (COUNTERS). `uses`, where a step has
-several tokens, says how many of them took each bundle. A run that is killed loses at most its last
-line.
+it demanded, ascending, and the counters that the run kept (COUNTERS): how many were there already,
+the bytes read because they were not, the time that products waited, and bytes read ahead that came
+to use or were evicted before. `uses`, where a step has several tokens, says how many of them took
+each bundle. `resized`, where the cache has other slots than in the step before, lists what they
+became in turn, before this step began. A step that was interrupted or failed has no line, though it
+may have changed the cache. A run that is killed loses at most its last line.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .errors import StoreError
+from .errors import EdgeMemError, StoreError
 
 VERSION = 1
 COUNTERS = ("hits", "bytes", "stall_us", "prefetch_useful_bytes", "prefetch_wasted_bytes")
@@ -41,15 +47,25 @@ class TraceHeader:
     layer_of: tuple[int, ...]
     class_of: tuple[int, ...]
     slots: tuple[int, ...]
+    read_ahead: tuple[int, ...] = ()
 
 
 class TraceWriter:
-    """Writes a trace file: `demand` for each layer of a step, then `step`; close it at the end."""
+    """Writes a trace file: `demand` for each layer of a step, then `step`; close it at the end.
+
+    Raises EdgeMemError where the file cannot be written.
+    """
 
     def __init__(self, path: str | os.PathLike, header: TraceHeader):
-        self._file = Path(path).open("w", encoding="ascii")  # noqa: SIM115
-        self._write({"edgemem_trace": VERSION, **asdict(header)})
+        self._path = path
+        try:
+            # Unbuffered: a line is one call, which no interrupt leaves half done.
+            self._file = Path(path).open("wb", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise self._error(error) from error
         self._lists: dict[str, list] = {}
+        self._resized: list[tuple[int, ...]] = []
+        self._write({"edgemem_trace": VERSION, **asdict(header)})
 
     def demand(
         self, layer: int, ids: Sequence[int], uses: Sequence[int] | None = None, **counters: int
@@ -58,23 +74,46 @@ class TraceWriter:
         unknown = set(counters) - set(COUNTERS)
         if unknown:
             raise ValueError(f"{min(unknown)} is none of {', '.join(COUNTERS)}")
-        values = {"layers": layer, "ids": _ints(ids), **counters}
-        if uses is not None:
-            values["uses"] = _ints(uses)
+        uses = [1] * len(ids) if uses is None else _ints(uses)
+        values = {"layers": layer, "ids": _ints(ids), "uses": uses, **counters}
         for name, value in values.items():
             self._lists.setdefault(name, []).append(value)
 
+    def resize(self, slots: tuple[int, ...]) -> None:
+        """There are so many slots of each class from the next step on."""
+        self._resized.append(slots)
+
     def step(self, phase: str, tokens: int) -> None:
         """End the present step and write it."""
-        self._write({"phase": phase, "tokens": tokens, **self._lists})
+        lists, self._lists = self._lists, {}
+        if tokens == 1:
+            lists.pop("uses", None)
+        line = {"phase": phase, "tokens": tokens}
+        if self._resized:
+            line["resized"], self._resized = self._resized, []
+        self._write(line | lists)
+
+    def drop(self) -> None:
+        """Forget what the present step has demanded so far."""
         self._lists = {}
 
     def close(self) -> None:
+        """End the trace, at the last whole step."""
         self._file.close()
 
     def _write(self, value: dict) -> None:
-        self._file.write(json.dumps(value, separators=(",", ":")) + "\n")
-        self._file.flush()
+        line = json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
+        try:
+            written = self._file.write(line)
+            if written < len(line):
+                self._file.seek(-written, os.SEEK_CUR)
+                self._file.truncate()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise self._error(error) from error
+
+    def _error(self, error: OSError) -> EdgeMemError:
+        return EdgeMemError(f"recording a trace in {self._path}: {error.strerror or error}")
 
 
 def _ints(values: Sequence[int]) -> list[int]:

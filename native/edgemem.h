@@ -210,8 +210,8 @@ const char *em_residency_engine(const em_residency *residency);
 
 /* Pins bundles and gives their addresses; starts reading those that are absent, in this order, and
  * does not wait for them. Where a class has no free slot, the unpinned bundle with the lowest
- * ranks[bundle] leaves. EM_NO_MEMORY if more are pinned than there are slots: then nothing is
- * pinned. */
+ * ranks[bundle] leaves (of equals the first). EM_NO_MEMORY if more are pinned than there are slots:
+ * then nothing is pinned. */
 int32_t em_residency_acquire(em_residency *residency, const uint32_t *ids, int32_t n,
                              const float *ranks, uint64_t *addresses);
 /* Undoes one acquire of the same bundles. */
@@ -226,6 +226,8 @@ int32_t em_residency_prefetch(em_residency *residency, const uint32_t *ids, int3
 /* Forgets prefetches that have not started yet. Bundles that were prefetched stay until they are
  * acquired; `ids` names those that nobody waits for any more. */
 void em_residency_cancel(em_residency *residency, const uint32_t *ids, int32_t n);
+/* Evicts all that is not pinned, after waiting for what is on its way. */
+void em_residency_clear(em_residency *residency);
 /* Opens or closes slots of a class, from its last one on. What closing slots hold moves into the
  * others as far as its rank is higher than what is there; their memory goes back to the system.
  * EM_NO_MEMORY if one of them is pinned: then nothing changes. */

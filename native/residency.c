@@ -189,13 +189,16 @@ void *em_residency_reap(void *arg) {
 
 /* ---- slots ----------------------------------------------------------------------------------- */
 
-/* An empty slot of the class, or that of the unpinned resident with the lowest rank below `limit`
- * (then vacated); what was prefetched and not used yet leaves only if it must, for demand. NO_SLOT
- * if there is none; *loading tells whether one may come free by itself. */
-static int32_t take_slot(em_residency *r, int32_t slot_class, const float *ranks, float limit,
+/* An empty slot of the class, or that of the unpinned resident with the lowest rank (then vacated),
+ * of equals the one with the lowest number: so a replay, which knows no slots, finds the same. With
+ * a bundle `below`, only what would leave before that; what was prefetched and not used yet leaves
+ * only if it must, for demand. NO_SLOT if there is none; *loading tells whether one may come free
+ * by itself. */
+static int32_t take_slot(em_residency *r, int32_t slot_class, const float *ranks, int32_t below,
                          bool demanded, bool *loading) {
     const int32_t *occupant = r->occupant[slot_class];
-    int32_t best = NO_SLOT, last_resort = NO_SLOT;
+    int32_t best = NO_SLOT, last_resort = NO_SLOT, last = below;
+    float limit = below != EMPTY && ranks ? ranks[below] : 0;
     for (int32_t slot = 0; slot < r->n_open[slot_class]; slot++) {
         int32_t bundle = occupant[slot];
         if (bundle == EMPTY) return slot;
@@ -210,9 +213,10 @@ static int32_t take_slot(em_residency *r, int32_t slot_class, const float *ranks
             continue;
         }
         float rank = ranks ? ranks[bundle] : 0;
-        bool first = best == NO_SLOT && limit == INFINITY; /* demand takes whatever there is */
-        if (first || rank < limit) {
+        /* Demand takes whatever there is, also what has a rank that is no number. */
+        if (last == EMPTY || rank < limit || (rank == limit && bundle < last)) {
             limit = rank;
+            last = bundle;
             best = slot;
         }
     }
@@ -265,7 +269,7 @@ static bool place(em_residency *r, uint32_t bundle, const float *ranks) {
     int32_t slot_class = r->bundles[bundle].slot_class;
     for (;;) {
         bool loading = false;
-        int32_t slot = take_slot(r, slot_class, ranks, INFINITY, true, &loading);
+        int32_t slot = take_slot(r, slot_class, ranks, EMPTY, true, &loading);
         if (slot != NO_SLOT) {
             load(r, bundle, slot, &r->demand);
             return true;
@@ -336,7 +340,7 @@ int32_t em_residency_prefetch(em_residency *r, const uint32_t *ids, int32_t n, c
         if (r->states[ids[i]].state != ABSENT) continue;
         if (b->bytes > most_bytes) break;
         bool loading = false;
-        int32_t slot = take_slot(r, b->slot_class, ranks, INFINITY, false, &loading);
+        int32_t slot = take_slot(r, b->slot_class, ranks, EMPTY, false, &loading);
         if (slot == NO_SLOT) continue;
         load(r, ids[i], slot, &r->ahead);
         most_bytes -= b->bytes;
@@ -356,12 +360,24 @@ void em_residency_cancel(em_residency *r, const uint32_t *ids, int32_t n) {
     pthread_mutex_unlock(&r->mutex);
 }
 
+void em_residency_clear(em_residency *r) {
+    if (r->owner != getpid()) return;
+    pthread_mutex_lock(&r->mutex);
+    em_residency_drop_ahead(r);
+    for (int32_t i = 0; i < r->n_bundles; i++) {
+        bundle_state *s = &r->states[i];
+        while (s->pins == 0 && s->state == LOADING) pthread_cond_wait(&r->changed, &r->mutex);
+        if (s->pins == 0 && s->state == RESIDENT) vacate(r, (uint32_t)i);
+    }
+    pthread_mutex_unlock(&r->mutex);
+}
+
 /* What a closing slot holds goes into one that stays open, if that holds nothing or less. */
 static void close_slot(em_residency *r, int32_t slot_class, int32_t slot, const float *ranks) {
     int32_t bundle = r->occupant[slot_class][slot];
     if (bundle == EMPTY) return;
     bool loading = false;
-    int32_t to = take_slot(r, slot_class, ranks, ranks ? ranks[bundle] : 0, false, &loading);
+    int32_t to = take_slot(r, slot_class, ranks, bundle, false, &loading);
     if (to == NO_SLOT) {
         vacate(r, (uint32_t)bundle);
         return;

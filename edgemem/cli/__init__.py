@@ -14,6 +14,7 @@ import click
 
 from .. import __version__
 from ..errors import EdgeMemError
+from .bench import bench
 from .convert import convert
 from .demo import demo
 from .inspect import inspect
@@ -26,6 +27,7 @@ _ENOUGH_MEMORY = {
     "convert": "a machine with more memory, or a checkpoint whose largest tensor is smaller",
     "run": _LESS,
     "demo": "a smaller --context",
+    "bench": _LESS,
     "perplexity": f"a shorter text (--limit), {_LESS}",
 }
 """What each command can do about a lack of memory."""
@@ -83,7 +85,7 @@ def cli() -> None:
     """Run language models inside a memory budget that you set; stores are ready for streaming."""
 
 
-for command in (convert, run, inspect, verify, perplexity, demo):
+for command in (convert, run, inspect, verify, perplexity, bench, demo):
     cli.add_command(command)
 
 

@@ -6,10 +6,13 @@ from ..budget import peak_bytes, show_size
 from ..engine import Engine
 from ..generation import Generation
 
+STREAMING_FACTS = ("hit_rate", "read_bytes_per_token", "stall_share", "device_share")
+
 
 def account(engine: Engine, generation: Generation) -> dict:
     """What happened, in numbers."""
     phases = {"prefill": generation.prefill, "decode": generation.decode}
+    streamed = streaming(engine)
     return {
         "token_ids": generation.token_ids,
         "prompt_tokens": generation.prompt_tokens,
@@ -20,6 +23,7 @@ def account(engine: Engine, generation: Generation) -> dict:
                 "tokens": phase.tokens,
                 "seconds": phase.seconds,
                 "tokens_per_second": phase.tokens_per_second,
+                **streamed.get(name, {}),
             }
             for name, phase in phases.items()
         },
@@ -29,13 +33,34 @@ def account(engine: Engine, generation: Generation) -> dict:
     }
 
 
-def account_line(generation: Generation) -> str:
+def streaming(engine: Engine) -> dict[str, dict]:
+    """What streaming did in each phase so far; nothing of a phase in which nothing streamed."""
+    phases = engine.trace.summary().items()
+    return {
+        name: {fact: phase[fact] for fact in STREAMING_FACTS}
+        for name, phase in phases
+        if phase["hit_rate"] is not None
+    }
+
+
+def account_line(engine: Engine, generation: Generation) -> str:
     """What happened, in a line."""
     decode, prefill = generation.decode, generation.prefill
     parts = [
         f"{len(generation.token_ids)} tokens at {decode.tokens_per_second:.1f} tok/s",
         f"prompt of {generation.prompt_tokens} at {prefill.tokens_per_second:.1f} tok/s",
         f"ended by {generation.finish_reason}",
+        *_streaming_words(streaming(engine).get("decode")),
         f"peak memory {show_size(peak_bytes())}",
     ]
     return "edgemem: " + " · ".join(parts)
+
+
+def _streaming_words(decode: dict | None) -> list[str]:
+    if decode is None:
+        return []
+    return [
+        f"{show_size(decode['read_bytes_per_token'])} read per token",
+        f"{decode['hit_rate']:.0%} hits",
+        f"{decode['stall_share']:.0%} stalled",
+    ]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import signal
 import sys
 
 import click
 
 from . import options
-from .signals import handled
+from .signals import handled, unwind
 
 _HELP = """Convert a checkpoint into a store, a single file that holds all that a run needs. A
 checkpoint is a Hugging Face folder (config.json, tokenizer.json and safetensors) or a GGUF file
@@ -20,13 +17,6 @@ checkpoint is a Hugging Face folder (config.json, tokenizer.json and safetensors
 --dtype keep leaves the weights as they are; f16, q8_0 and q4_0 convert the matrices. Memory use
 stays within a small multiple of the largest tensor.
 """
-
-
-def _end(number: int, _frame) -> None:
-    """Unwind as Ctrl-C does, so that no half of a store stays behind."""
-    with contextlib.suppress(OSError):  # a terminal that hung up takes no message
-        os.write(2, f"\nedgemem: ended by {signal.Signals(number).name}\n".encode())
-    sys.exit(128 + number)
 
 
 @click.command(help=_HELP, short_help="Make a store from a checkpoint.")
@@ -50,7 +40,7 @@ def convert(source, output, dtype, page_size, force, as_json):
     from ..budget import show_size
 
     with (
-        handled(_end, "SIGTERM", "SIGHUP"),
+        handled(unwind, "SIGTERM", "SIGHUP"),
         options.usage_errors(),
         options.progress_bar("converting", "B") as progress,
     ):

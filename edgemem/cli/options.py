@@ -27,14 +27,27 @@ STOP = click.option(
 _MORE_BYTES = 16
 """A byte order mark, a newline at the end and the part of a character leave more than `most`."""
 
-_ENGINE = (
+_MEMORY = "Memory budget of the whole process: 4GiB, 512M, 50%, or auto (what is free here)"
+_THREADS = click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N",
+    help="Threads to compute with.  [default: the cores this process may use]",
+)  # fmt: skip
+
+POLICIES = ("next-use", "lru", "lfu")
+"""Those of edgemem.policies, the default first, that need no profile."""
+
+_STREAMING = (
     click.option(
-        "--memory", metavar="SIZE", default="auto", show_default=True,
-        help="Memory budget of the whole process: 4GiB, 512M, 50%, or auto (what is free here).",
+        "--policy", type=click.Choice(POLICIES), default=POLICIES[0], show_default=True,
+        help="Which of what streams stays in memory.",
     ),
     click.option(
-        "--threads", type=click.IntRange(min=1), metavar="N",
-        help="Threads to compute with.  [default: the cores this process may use]",
+        "--lookahead/--no-lookahead", default=True, show_default=True,
+        help="Read ahead what the next layer will likely want.",
+    ),
+    click.option(
+        "--trace", type=PATH, metavar="FILE",
+        help="Record what streamed layers demand in every step.",
     ),
 )  # fmt: skip
 
@@ -69,10 +82,21 @@ _SAMPLING = (
 
 def engine_options(
     help: str = "Most tokens of prompt and text together.  [default: 4096, or the model's if less]",
+    several_budgets: bool = False,
 ) -> Callable:
     """--memory, --context and --threads; `help` is that of --context."""
+    memory = click.option(
+        "--memory", metavar="SIZE", multiple=several_budgets, show_default=not several_budgets,
+        default=("auto",) if several_budgets else "auto",
+        help=_MEMORY + ("; repeatable.  [default: auto]" if several_budgets else "."),
+    )  # fmt: skip
     context = click.option("--context", type=click.IntRange(min=1), metavar="N", help=help)
-    return lambda command: _apply((_ENGINE[0], context, *_ENGINE[1:]), command)
+    return lambda command: _apply((memory, context, _THREADS), command)
+
+
+def streaming_options(command: Callable) -> Callable:
+    """--policy, --lookahead and --trace."""
+    return _apply(_STREAMING, command)
 
 
 def model_options(command: Callable) -> Callable:
@@ -102,12 +126,13 @@ def usage_errors() -> Iterator[None]:
 
 def load_engine(
     model: Path, memory: str, context: int | None, threads: int | None, ready: Callable,
-    cache_dir: Path | None = None, dtype: str | None = None,
+    cache_dir: Path | None = None, dtype: str | None = None, **streaming,
 ):  # fmt: skip
     """The engine that the options ask for, with a progress bar while weights are read.
 
     A checkpoint is converted first, unless its store is in the cache. `ready(engine)` is called
-    before weights are read, and may refuse what comes later.
+    before weights are read, and may refuse what comes later. `streaming` are the other arguments
+    of `edgemem.load`.
     """
     from .. import budget, engine
     from .cache import as_store
@@ -116,7 +141,7 @@ def load_engine(
         budget.Budget(memory)  # a wrong size is told before a long conversion
         store = as_store(model, cache_dir, dtype)
     with usage_errors(), progress_bar("reading weights", "B") as progress:
-        return engine.load(store, memory, context, threads, progress, ready)
+        return engine.load(store, memory, context, threads, progress, ready, **streaming)
 
 
 @contextlib.contextmanager

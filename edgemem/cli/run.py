@@ -20,7 +20,8 @@ at the end is dropped. Text goes to stdout as it is made, an account of the run 
 
 --json prints one object instead: text, token_ids, prompt_tokens, generated_tokens, finish_reason
 (eos, stop, length or context), prefill and decode (each: tokens, seconds, tokens_per_second),
-peak_rss_bytes, threads, isa.
+peak_rss_bytes, threads, isa; and of a model that streams, in prefill and decode, hit_rate,
+read_bytes_per_token, stall_share and device_share.
 """
 
 
@@ -35,10 +36,11 @@ peak_rss_bytes, threads, isa.
 @options.sampling_options
 @options.STOP
 @options.engine_options()
+@options.streaming_options
 @options.JSON
 def run(
-    model, dtype, cache_dir, prompt, file, max_tokens, stop, memory, context, threads, as_json,
-    **sampling,
+    model, dtype, cache_dir, prompt, file, max_tokens, stop, memory, context, threads, policy,
+    lookahead, trace, as_json, **sampling,
 ):  # fmt: skip
     if prompt is not None and file is not None:
         raise click.UsageError("give the prompt with -p or with -f, not both")
@@ -51,7 +53,10 @@ def run(
         text = read_prompt(prompt, file, engine.text_room(engine.context))
         engine.check(text, **arguments)
 
-    opened = options.load_engine(model, memory, context, threads, ready, cache_dir, dtype)
+    opened = options.load_engine(
+        model, memory, context, threads, ready, cache_dir, dtype, policy=policy,
+        lookahead=lookahead, trace=trace,
+    )  # fmt: skip
     with opened as engine:
         generate(engine, text, as_json, **arguments)
 
@@ -90,4 +95,4 @@ def generate(engine, prompt: str, as_json: bool, **arguments) -> None:
         sys.stdout.flush()
     if not generation.text.endswith("\n"):
         print(flush=True)
-    options.note(account_line(generation))
+    options.note(account_line(engine, generation))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -26,3 +28,10 @@ def handled(handler: Callable[[int, object], None], *names: str) -> Iterator[Non
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def unwind(number: int, _frame) -> None:
+    """Unwind as Ctrl-C does, so that no half of a store stays behind, and no child."""
+    with contextlib.suppress(OSError):  # a terminal that hung up takes no message
+        os.write(2, f"\nedgemem: ended by {signal.Signals(number).name}\n".encode())
+    sys.exit(128 + number)

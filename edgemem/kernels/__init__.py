@@ -53,10 +53,16 @@ class Core:
         self.handle = ffi.gc(out[0], lib.em_core_close)
         self.threads = threads
         self.isa = ffi.string(lib.em_core_isa(self.handle)).decode()
+        self._stall_us = 0
 
-    def take_stall_us(self) -> int:
-        """Microseconds that products waited for bundles since this was last asked."""
-        return lib.em_core_take_stall_us(self.handle)
+    def stall_us(self) -> int:
+        """Microseconds that products have waited for bundles so far."""
+        self._stall_us += lib.em_core_take_stall_us(self.handle)
+        return self._stall_us
+
+    def read_bytes(self, address: int, size: int) -> None:
+        """Read memory with all threads and do nothing with it: the pace that bounds products."""
+        lib.em_read_bytes(self.handle, ffi.cast("void *", address), size)
 
     def reserve(self, size: int) -> None:
         """Make scratch at least `size` bytes. Not while a step runs."""

@@ -199,6 +199,55 @@ static void closing_slots(void) {
     end_world(&w);
 }
 
+/* Ties go in the order of the bundles' numbers, wherever they lie. */
+static void the_first_of_equals_leaves(void) {
+    world w;
+    make_world(&w, 3);
+    em_residency *r = open_residency(&w, "threads", 4, NULL);
+    const uint32_t all[] = {8, 2, 5}, next[] = {1};
+    const float ranks[BUNDLES] = {0};
+    uint64_t at[3];
+    em_residency_acquire(r, all, 3, ranks, at);
+    em_residency_wait(r, all, 3);
+    em_residency_release(r, all, 3);
+    em_residency_acquire(r, next, 1, ranks, at);
+    em_residency_wait(r, next, 1);
+    const int32_t *ready = em_residency_ready(r);
+    CHECK(ready[2] == 0 && ready[5] == EM_READY_WHOLE && ready[8] == EM_READY_WHOLE, "%d %d %d",
+          ready[2], ready[5], ready[8]);
+    em_residency_close(r);
+    end_world(&w);
+}
+
+/* Clearing leaves what is pinned, waits for what is on its way, and all slots can be used after. */
+static void cleared(const char *engine) {
+    world w;
+    make_world(&w, 3);
+    em_residency *r = open_residency(&w, engine, 2, NULL);
+    const uint32_t pinned[] = {1}, ahead[] = {2, 4}, next[] = {5, 7};
+    uint64_t at[2], again[2];
+    for (int round = 0; r && round < 20; round++) {
+        em_residency_acquire(r, pinned, 1, NULL, at);
+        em_residency_prefetch(r, ahead, 2, NULL, UINT64_MAX);
+        em_residency_clear(r);
+        const int32_t *ready = em_residency_ready(r);
+        CHECK(ready[2] == 0 && ready[4] == 0, "%d %d", ready[2], ready[4]);
+        CHECK(em_residency_acquire(r, next, 2, NULL, again) == EM_OK, "round %d", round);
+        CHECK(em_residency_wait(r, next, 2) == EM_OK && right_bytes(&w, 7, again[1]), "%d", round);
+        CHECK(em_residency_wait(r, pinned, 1) == EM_OK && right_bytes(&w, 1, at[0]), "%d", round);
+        em_residency_release(r, next, 2);
+        em_residency_release(r, pinned, 1);
+        em_residency_clear(r);
+        CHECK(ready[1] == 0 && ready[5] == 0 && ready[7] == 0, "round %d", round);
+    }
+    if (r) {
+        CHECK(em_residency_statistics(r).hits == 0, "%ld hits",
+              (long)em_residency_statistics(r).hits);
+        em_residency_close(r);
+    }
+    end_world(&w);
+}
+
 /* Each read of a short run misbehaves in turn: an error names the bundle, or the bytes are right.
  */
 static void every_fault(const char *engine) {
@@ -282,9 +331,11 @@ int main(void) {
         for (uint32_t seed = 1; seed <= 6; seed++)
             random_verbs(engines[e], seed, 1 + (int)seed % 5);
         every_fault(engines[e]);
+        cleared(engines[e]);
     }
     too_many_pins();
     lowest_rank_leaves();
+    the_first_of_equals_leaves();
     closing_slots();
     truncated_file();
     starting_over();

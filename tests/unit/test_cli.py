@@ -46,7 +46,7 @@ def one_line(stderr):
 def test_version_and_help():
     assert run("--version")[0] == f"edgemem {edgemem.__version__}\n"
     stdout, _ = run("--help")
-    for command in ("convert", "run", "inspect", "verify", "perplexity", "demo"):
+    for command in ("convert", "run", "inspect", "verify", "perplexity", "bench", "demo"):
         assert command in stdout
         assert "--json" in run(command, "--help")[0]
 

@@ -5,8 +5,8 @@ import threading
 from edgemem.trace import RECENT_STEPS, Step, Trace
 
 NOTHING_STREAMED = {
-    "hits": 0, "misses": 0, "read_bytes_per_token": 0.0, "stall_seconds": 0.0,
-    "device_seconds": 0.0, "withheld_bytes": 0,
+    "hits": 0, "misses": 0, "hit_rate": None, "read_bytes_per_token": 0.0, "stall_seconds": 0.0,
+    "stall_share": 0.0, "device_seconds": 0.0, "device_share": 0.0, "withheld_bytes": 0,
 }  # fmt: skip
 
 
@@ -39,8 +39,8 @@ def test_streaming_is_counted():
     trace.record("decode", 2, 1.0, 50, hits=3, misses=1, read_bytes=40, stall_us=500000)
     trace.record("decode", 2, 1.0, 50, hits=4, busy_us=250000)
     assert trace.summary()["decode"].items() >= {
-        "hits": 7, "misses": 1, "read_bytes_per_token": 10.0, "stall_seconds": 0.5,
-        "device_seconds": 0.25,
+        "hits": 7, "misses": 1, "hit_rate": 0.875, "read_bytes_per_token": 10.0,
+        "stall_seconds": 0.5, "stall_share": 0.25, "device_seconds": 0.25, "device_share": 0.125,
     }.items()  # fmt: skip
 
 

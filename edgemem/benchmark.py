@@ -1,0 +1,390 @@
+"""How fast a model runs inside its budget, and how fast it could: the numbers of `edgemem bench`.
+
+A repetition is a session of its own: a prompt of random tokens, then as many single-token steps as
+are asked for, which feed more tokens of the same list. Not the model's own choices: greedy text
+falls into a loop, whose experts stay. Each repetition starts from empty slots, like a first run,
+unless `warm`; then one that is not counted comes before, and what it left stays.
+
+The ideal is what the hardware allows for the same demand: all weights that a token takes are read
+from DRAM once, and from flash those that the best of all caches (belady.py) would have missed, at
+the rates that this process measures itself, the one in parallel to the other. η is the time of that
+over the time that was measured.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import statistics
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import belady
+from ._native import isa_names
+from .budget import machine_bytes, peak_bytes, usable_cpus
+from .sequence import TokenSequence
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .residency import Residency
+
+PROMPT_TOKENS, NEW_TOKENS, REPETITIONS = 512, 128, 3
+
+FLASH_SECONDS = 1.0
+DRAM_SECONDS, DRAM_BYTES = 0.1, 1 << 30
+"""Plain reads go over as many resident bytes, for as long in each of five runs."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, minimum and maximum of repeated measurements, all in one unit."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """Prefill or decode. Rates are of repetitions, all else of all of them together.
+
+    `hit_rate` is None where nothing streams; what was read ahead in time counts as a hit, so
+    that it may exceed Belady's, who reads nothing ahead. Shares are of the seconds: those in which
+    products waited for bundles, and in which the device read at all.
+    """
+
+    tokens_per_second: Spread
+    demand_bytes_per_token: float
+    read_bytes_per_token: float
+    hit_rate: float | None
+    stall_share: float
+    device_share: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured on one engine; sizes in bytes, times in seconds, rates per second.
+
+    `slots`, as many as there were at the end, are for `streamed_bundles`. The rates of flash (at
+    reads of `record_bytes`) and DRAM are those that `ideal_seconds_per_token` of decode is made of;
+    `efficiency` is η, of the median repetition. Of flash, and of Belady, there is nothing to say
+    (None) where nothing streams.
+    """
+
+    budget_bytes: int
+    context: int
+    threads: int
+    isa: str
+    io_engine: str
+    policy: str
+    lookahead: bool
+    warm: bool
+    prompt_tokens: int
+    new_tokens: int
+    repetitions: int
+    load_seconds: float
+    load_bytes_per_second: float
+    resident_bytes: int
+    streamed_bytes: int
+    streamed_bundles: int
+    slots: int
+    slab_bytes: int
+    prefill: PhaseReport
+    decode: PhaseReport
+    first_token_seconds: Spread
+    belady_hit_rate: float | None
+    record_bytes: int | None
+    flash_bytes_per_second: float | None
+    dram_bytes_per_second: float
+    ideal_seconds_per_token: float
+    efficiency: float
+    peak_rss_bytes: int
+
+
+def measure(
+    engine: Engine, prompt_tokens: int = PROMPT_TOKENS, new_tokens: int = NEW_TOKENS,
+    repetitions: int = REPETITIONS, *, warm: bool = False, seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:  # fmt: skip
+    """Measure an engine that was just loaded and has run nothing yet.
+
+    A trace that it records is of the first repetition, or of all if `warm`. `progress(done_tokens,
+    total_tokens)` is called between steps. Raises what `check` raises, before any work.
+    """
+    check(engine, prompt_tokens, new_tokens, repetitions)
+    rounds, length = repetitions + warm, prompt_tokens + new_tokens
+    # Not numpy's generators: importing them takes memory that no budget has promised.
+    draw, vocab = random.Random(seed), range(engine.spec.vocab_size)
+    ids = np.array([draw.choices(vocab, k=length) for _ in range(rounds)], np.int32)
+    times, demands = np.zeros((rounds, 1 + new_tokens)), []
+    for i, row in enumerate(ids):
+        if i and not warm:
+            engine.clear()
+        if i == 0 or not warm:
+            demands.append(_Demand(engine))
+        if i == warm:  # from here on it counts
+            engine.trace.clear()
+        steps = _steps(engine, row, prompt_tokens, demands[-1], counts=i >= warm)
+        for step, seconds in enumerate(steps):
+            times[i, step] = seconds
+            if progress is not None:
+                progress(i * length + prompt_tokens + step, ids.size)
+    engine._streamer.end_recording()
+    return _report(engine, prompt_tokens, times[warm:], demands, warm)
+
+
+def check(engine: Engine, prompt_tokens: int, new_tokens: int, repetitions: int) -> None:
+    """Raise ValueError for what `measure` cannot do; needs no weights."""
+    for name, value in (
+        ("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repetitions", repetitions)
+    ):  # fmt: skip
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    if prompt_tokens + new_tokens > engine.context:
+        raise ValueError(
+            f"a prompt of {prompt_tokens} tokens and {new_tokens} more do not fit the context of "
+            f"{engine.context} tokens; ask for fewer, or for a larger context"
+        )
+
+
+def _steps(engine: Engine, ids: np.ndarray, prompt_tokens: int, demand: _Demand, counts: bool):
+    """Run one repetition; yields the seconds of the prompt, then of each token."""
+    sequence = TokenSequence(engine)
+    try:
+        demand.counts = False
+        started = perf_counter()
+        sequence.extend(ids[:prompt_tokens])
+        int(sequence.logits().argmax())
+        yield perf_counter() - started
+        demand.counts = counts
+        for token in ids[prompt_tokens:].tolist():
+            started = perf_counter()
+            sequence.append(token)
+            sequence.logits()
+            yield perf_counter() - started
+    finally:
+        sequence.close()
+
+
+class _Demand:
+    """A recorder that keeps what streamed layers demand, for Belady; it tells the one before it.
+
+    `counts` says whether what comes is of the decode that is measured.
+    """
+
+    def __init__(self, engine: Engine):
+        self.counts = False
+        self._now = engine._streamer.slots
+        self._ids, self._lengths, self._counted = array("I"), array("I"), array("B")
+        self._slots = array("I")
+        self._then = engine._streamer.recorder
+        engine._streamer.recorder = self
+
+    @property
+    def starts(self) -> np.ndarray:
+        ends = np.cumsum(np.frombuffer(self._lengths, np.uintc), dtype=np.int64)
+        return np.concatenate([np.zeros(1, np.int64), ends])
+
+    @property
+    def ids(self) -> np.ndarray:
+        return np.frombuffer(self._ids, np.uintc).astype(np.int64)
+
+    @property
+    def counted(self) -> np.ndarray:
+        return np.frombuffer(self._counted, bool)
+
+    @property
+    def slots(self) -> np.ndarray:
+        return np.frombuffer(self._slots, np.uintc).astype(np.int64).reshape(-1, len(self._now))
+
+    def demand(self, turn: int, indices: np.ndarray, uses: np.ndarray | None = None) -> None:
+        self._ids.frombytes(indices.tobytes())
+        self._lengths.append(len(indices))
+        self._counted.append(self.counts)
+        self._slots.extend(self._now)
+        if self._then is not None:
+            self._then.demand(turn, indices, uses)
+
+    def resize(self, slots: tuple[int, ...]) -> None:
+        self._now = slots
+        if self._then is not None:
+            self._then.resize(slots)
+
+    def step(self, phase: str, tokens: int) -> None:
+        if self._then is not None:
+            self._then.step(phase, tokens)
+
+    def drop(self) -> None:
+        if self._then is not None:
+            self._then.drop()
+
+    def close(self) -> None:
+        if self._then is not None:
+            self._then.close()
+        self._then = None
+
+
+def _report(
+    engine: Engine, prompt_tokens: int, times: np.ndarray, demands: list[_Demand], warm: bool
+) -> Report:
+    """`times` are seconds, float64 [repetitions, 1 + new_tokens]: of the prompt, of each token."""
+    residency, plan, how = engine._streamer._residency, engine._plan, engine._streaming
+    new_tokens = times.shape[1] - 1
+    seconds, peak = times[:, 1:].sum(axis=1), peak_bytes()
+    best = _belady(engine, demands)
+    summary = engine.trace.summary()
+    decode = _phase(summary["decode"], new_tokens / seconds)
+    dram = dram_rate(engine)
+    record, flash = flash_rate(engine) if len(plan.streamed) else (None, None)
+    missed = best.missed_bytes / (new_tokens * len(times)) / flash if flash else 0.0
+    ideal = max(decode.demand_bytes_per_token / dram, missed)
+    return Report(
+        budget_bytes=engine.budget.limit, context=engine.context, threads=engine.threads,
+        isa=engine.isa, io_engine=residency.engine, policy=how.policy,
+        lookahead=how.lookahead, warm=warm,
+        prompt_tokens=prompt_tokens, new_tokens=new_tokens, repetitions=len(times),
+        load_seconds=engine.load_seconds,
+        load_bytes_per_second=plan.resident_bytes / engine.load_seconds,
+        resident_bytes=plan.resident_bytes,
+        streamed_bytes=int(residency.sizes[plan.streamed].sum()),
+        streamed_bundles=len(plan.streamed), slots=sum(engine._streamer.slots),
+        slab_bytes=int(sum(plan.each * engine._streamer.slots)),
+        prefill=_phase(summary["prefill"], prompt_tokens / times[:, 0]), decode=decode,
+        first_token_seconds=_spread(times[:, 0]), belady_hit_rate=best.hit_rate,
+        record_bytes=record, flash_bytes_per_second=flash, dram_bytes_per_second=dram,
+        ideal_seconds_per_token=ideal,
+        efficiency=ideal / (statistics.median(seconds) / new_tokens),
+        peak_rss_bytes=peak,
+    )  # fmt: skip
+
+
+def _phase(summary: dict, rates: Sequence[float]) -> PhaseReport:
+    names = (
+        "demand_bytes_per_token", "read_bytes_per_token", "hit_rate", "stall_share", "device_share"
+    )  # fmt: skip
+    return PhaseReport(_spread(rates), **{name: summary[name] for name in names})
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    values = list(map(float, values))
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+@dataclass
+class _Best:
+    """What Belady's cache makes of the demand that counts."""
+
+    hits: int = 0
+    demanded: int = 0
+    missed_bytes: int = 0
+
+    @property
+    def hit_rate(self) -> float | None:
+        return self.hits / self.demanded if self.demanded else None
+
+
+def _belady(engine: Engine, demands: list[_Demand]) -> _Best:
+    """Each stretch of demand on its own: it began with empty slots, and the prompt filled them."""
+    residency, classes = engine._streamer._residency, _classes(engine)
+    best, sizes = _Best(), residency.sizes[residency.streamed]
+    for demand in demands:
+        if not len(demand.ids):
+            continue
+        there = belady.hits(demand.starts, demand.ids, classes, demand.slots)
+        counts = np.repeat(demand.counted, np.diff(demand.starts))
+        best.hits += int(there[counts].sum())
+        best.demanded += int(counts.sum())
+        best.missed_bytes += int(sizes[demand.ids[counts & ~there]].sum())
+    return best
+
+
+def dram_rate(engine: Engine) -> float:
+    """Bytes per second at which all threads read the resident weights and do nothing with them."""
+    residency = engine._streamer._residency
+    resident = residency.index_of < 0
+    start, size = int(residency.addresses[resident].min()), int(residency.sizes[resident].sum())
+    size, rates = min(size, DRAM_BYTES), []
+    engine._core.read_bytes(start, size)
+    for _ in range(5):
+        started, done = perf_counter(), 0
+        while perf_counter() - started < DRAM_SECONDS:
+            engine._core.read_bytes(start, size)
+            done += size
+        rates.append(done / (perf_counter() - started))
+    return statistics.median(rates)
+
+
+def flash_rate(engine: Engine, seconds: float = FLASH_SECONDS) -> tuple[int, float]:
+    """Read streamed bundles in random order, flat out: their size, and bytes per second.
+
+    Of the layout class that has most of the bytes; the slots are empty afterwards.
+    """
+    residency, classes = engine._streamer._residency, _classes(engine)
+    sizes = residency.sizes[residency.streamed]
+    largest = int(np.bincount(classes, sizes).argmax())
+    slots, ids = engine._streamer.slots[largest], np.flatnonzero(classes == largest).tolist()
+    random.Random(0).shuffle(ids)
+    ids = np.array(ids, np.uint32)
+    size = max(1, slots // 2)
+    parts = [ids[start : start + size] for start in range(0, len(ids), size)]
+    # What was read first leaves first: in a cycle longer than the slots, that never hits.
+    ranks, held, turn = np.zeros(len(sizes), np.float32), [], 0
+    residency.clear()
+    before, started = residency.statistics()["read_bytes"], perf_counter()
+    try:
+        while perf_counter() - started < seconds and (turn < len(parts) or len(ids) > slots):
+            part = parts[turn % len(parts)]
+            turn += 1
+            ranks[part] = turn
+            residency.acquire(part, ranks)
+            held.append(part)
+            if len(held) == 2:
+                _finish(residency, held)
+        while held:
+            _finish(residency, held)
+        elapsed = perf_counter() - started
+    finally:
+        for part in held:
+            residency.release(part)
+    read = residency.statistics()["read_bytes"] - before
+    engine.clear()
+    return int(sizes[ids[0]]), read / elapsed
+
+
+def _finish(residency: Residency, held: list[np.ndarray]) -> None:
+    residency.wait(held[0])
+    residency.release(held.pop(0))
+
+
+def _classes(engine: Engine) -> np.ndarray:
+    """The layout class of each streamed bundle, as `Streamer.slots` counts classes."""
+    residency = engine._streamer._residency
+    return np.searchsorted(list(residency.slots), residency.classes)
+
+
+def host() -> dict:
+    """The machine, as far as it tells: cpu, cores, usable_cores, memory_bytes, system, isa."""
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "usable_cores": usable_cpus(),
+        "memory_bytes": machine_bytes(),
+        "system": f"{platform.system()} {platform.release()}",
+        "isa": isa_names(),
+    }
+
+
+def cpu_name() -> str:
+    """What the processor calls itself, or its architecture."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            names = (line.split(":", 1)[1].strip() for line in file if line.startswith("model n"))
+            return next(names, platform.machine())
+    except OSError:
+        return platform.processor() or platform.machine()

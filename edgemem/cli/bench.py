@@ -1,0 +1,155 @@
+"""`edgemem bench`: how fast a model runs inside each of some budgets, and how fast it could."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from ..errors import BudgetError
+from . import options
+from .signals import handled, unwind
+
+_HELP = """Measure prefill and decode inside one or several memory budgets.
+
+Each repetition feeds a prompt of random tokens and then more of them one by one, in a session of
+its own that starts from empty slots (--warm: with those of the one before, after one that does not
+count). Each budget is measured in a process of its own.
+
+In the table, hits are of decode, stall is the share of its time in which products waited for
+bundles, and busy that in which the device read. η is the share of the pace that is possible:
+reading each token's weights once from DRAM, and from flash only what the best of all caches
+(Belady's, which knows the future) misses, at the rates that are measured beside it.
+
+--json prints one object with all that was measured. A budget below the floor is a row that says so,
+and ends in exit code 1.
+"""
+
+
+@click.command(help=_HELP, short_help="Measure speed inside memory budgets.")
+@options.model_options
+@click.option(
+    "-p", "--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True,
+    metavar="N", help="Tokens of each prompt.",
+)  # fmt: skip
+@click.option(
+    "-n", "--new-tokens", type=click.IntRange(min=1), default=128, show_default=True,
+    metavar="N", help="Tokens after it, one by one.",
+)  # fmt: skip
+@click.option(
+    "-r", "--repetitions", type=click.IntRange(min=1), default=3, show_default=True,
+    metavar="N", help="Sessions that are measured.",
+)  # fmt: skip
+@click.option("--warm", is_flag=True, help="Keep what is in the slots between repetitions.")
+@options.engine_options(
+    "Most tokens of a session.  [default: prompt and new tokens]", several_budgets=True
+)
+@options.streaming_options
+@options.JSON
+def bench(model, dtype, cache_dir, memory, trace, as_json, **more):
+    from ..store import Store
+    from .cache import as_store
+
+    if trace is not None and len(memory) > 1:
+        raise click.UsageError("--trace records one budget; give --memory once")
+    _check_sizes(memory)
+    with options.usage_errors():
+        store = as_store(model, cache_dir, dtype)
+    with Store.open(store) as opened:
+        facts = _facts(opened)
+    one = measured if len(memory) == 1 else measured_apart
+    results = [one(store, size, trace=trace, **more) for size in memory]
+    _show(facts, results, as_json)
+    if any("error" in result for result in results):
+        sys.exit(1)
+
+
+def _check_sizes(memory: list[str]) -> None:
+    """A wrong one is told before the others are measured."""
+    from ..budget import Budget
+
+    with options.usage_errors():
+        for size in memory:
+            Budget(size)
+
+
+def _facts(store) -> dict:
+    from .. import benchmark, inventory
+
+    return {
+        "store": str(store.path),
+        "model_type": store.spec.model_type,
+        "parameters": inventory.parameter_count(store),
+        "file_bytes": store.file_bytes,
+        "host": benchmark.host(),
+    }
+
+
+def measured(
+    store: Path, memory: str, prompt_tokens: int, new_tokens: int, repetitions: int, warm: bool,
+    context: int | None, threads: int | None, **streaming,
+) -> dict:  # fmt: skip
+    """What this process measures inside one budget, or why the model does not fit it."""
+    from .. import benchmark
+
+    counts = (prompt_tokens, new_tokens, repetitions)
+    context = context or prompt_tokens + new_tokens
+
+    def ready(engine):
+        with options.usage_errors():
+            benchmark.check(engine, *counts)
+
+    try:
+        opened = options.load_engine(store, memory, context, threads, ready, **streaming)
+    except BudgetError as error:
+        options.note(f"edgemem: {error}")
+        return {"memory": memory, "error": "does not fit", "message": str(error)}
+    label = f"measuring in {memory}"
+    with opened as engine, options.progress_bar(label, " tokens") as progress:
+        report = benchmark.measure(engine, *counts, warm=warm, progress=progress)
+    return {"memory": memory} | dataclasses.asdict(report)
+
+
+def measured_apart(
+    store: Path, memory: str, warm: bool, lookahead: bool, trace: None, **values: str | int | None
+) -> dict:
+    """The same from a process of its own, whose memory is all that counts. It dies with us."""
+    named = {name.replace("_", "-"): value for name, value in values.items() if value is not None}
+    arguments = [word for name, value in named.items() for word in (f"--{name}", str(value))]
+    arguments += ["--warm"] * warm + ["--no-lookahead"] * (not lookahead)
+    # With this process's own path: `-m` would look for edgemem in the current folder first.
+    code = f"import sys; sys.path[:] = {sys.path!r}; from edgemem.__main__ import main; main()"
+    command = [sys.executable, "-c", code, "bench", str(store), "--memory", memory, "--json"]
+    # Ctrl-C is for this process to hear, and to pass on as it leaves.
+    with (
+        handled(unwind, "SIGTERM", "SIGHUP"),
+        subprocess.Popen(
+            [*command, *arguments], stdout=subprocess.PIPE, start_new_session=True
+        ) as child,
+    ):
+        try:
+            output, _ = child.communicate()
+        finally:
+            child.kill()
+    try:
+        return json.loads(output)["results"][0]
+    except ValueError:  # it has said why, unless it was killed
+        status = child.returncode
+        reason = f"ended by {signal.Signals(-status).name}" if status < 0 else "failed"
+        message = f"measuring in {memory}: the process {reason} (exit code {status})"
+        options.note(f"edgemem: {message}")
+        return {"memory": memory, "error": reason, "message": message}
+
+
+def _show(facts: dict, results: list[dict], as_json: bool) -> None:
+    from .bench_table import heading, legend, table
+
+    if as_json:
+        options.print_json(facts | {"results": results})
+        return
+    print("\n\n".join(filter(None, (heading(facts), table(results), legend(results)))))

@@ -1,0 +1,90 @@
+"""What `edgemem bench` prints for people: a Markdown table with a row for each budget."""
+
+from __future__ import annotations
+
+from ..budget import show_size
+
+COLUMNS = (
+    "budget", "slots", "prefill tok/s", "first token", "decode tok/s", "read/token", "hits",
+    "Belady", "stall", "busy", "η", "peak RSS",
+)  # fmt: skip
+
+
+def heading(facts: dict) -> str:
+    """What all rows have in common: the model and the machine."""
+    host = facts["host"]
+    return (
+        f"{facts['store']}: {facts['model_type']}, {facts['parameters'] / 1e6:,.1f} M parameters, "
+        f"{show_size(facts['file_bytes'])}\n{host['cpu']}, {host['usable_cores']} cores, "
+        f"{show_size(host['memory_bytes'])}, {host['system']}"
+    )
+
+
+def table(results: list[dict]) -> str:
+    """A row for each result, padded so that it is a table on a terminal too."""
+    rows = [COLUMNS, *map(_row, results)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    lines = ["| " + " | ".join(f"{c:>{w}}" for c, w in zip(row, widths)) + " |" for row in rows]
+    rule = "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _row(result: dict) -> tuple[str, ...]:
+    if "error" in result:
+        return (result["memory"], result["error"], *[""] * (len(COLUMNS) - 2))
+    decode, streams = result["decode"], result["streamed_bundles"] > 0
+    return (
+        result["memory"],
+        f"{result['slots']}/{result['streamed_bundles']}" if streams else "all resident",
+        _rate(result["prefill"]["tokens_per_second"]),
+        _seconds(result["first_token_seconds"]["median"]),
+        _rate(decode["tokens_per_second"]),
+        show_size(decode["read_bytes_per_token"]) if streams else "–",
+        _share(decode["hit_rate"]),
+        _share(result["belady_hit_rate"]),
+        _share(decode["stall_share"] if streams else None),
+        _share(decode["device_share"] if streams else None),
+        f"{result['efficiency']:.2f}",
+        show_size(result["peak_rss_bytes"]),
+    )
+
+
+def legend(results: list[dict]) -> str:
+    """How the rows were measured, and the rates that η is made of."""
+    done = [result for result in results if "error" not in result]
+    if not done:
+        return ""
+    one = done[0]
+    start = "slots kept between them" if one["warm"] else "each from empty slots"
+    parts = [
+        f"Prompts of {one['prompt_tokens']} tokens and {one['new_tokens']} more, one by one; "
+        f"medians of {one['repetitions']} repetitions (least–most), {start}.",
+        f"{one['threads']} threads, {one['isa']}; memory {_span(done, 'dram_bytes_per_second')}",
+    ]
+    streaming = [result for result in done if result["streamed_bundles"]]
+    if streaming:
+        one = streaming[0]
+        parts[1] += (
+            f", flash {_span(streaming, 'flash_bytes_per_second')} at reads of "
+            f"{show_size(one['record_bytes'])}; {one['io_engine']}, policy {one['policy']}"
+        )
+    return "\n".join(parts) + "."
+
+
+def _span(results: list[dict], name: str) -> str:
+    texts = [f"{f(result[name] for result in results) / 1e9:.2f}" for f in (min, max)]
+    return "–".join(dict.fromkeys(texts)) + " GB/s"
+
+
+def _rate(spread: dict) -> str:
+    digits = 2 if spread["median"] < 10 else 1 if spread["median"] < 100 else 0
+    median, low, high = (f"{spread[name]:.{digits}f}" for name in ("median", "low", "high"))
+    return f"{median} ({low}–{high})"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _share(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f} %"
