@@ -1,4 +1,4 @@
-"""The law on a large model: `python -m bench.law STORE --memory 3GiB --memory 4GiB … [-p P] [-n N]`.
+"""The law on a large model: `python -m bench.law STORE --memory 3GiB --memory 4GiB [-p P] [-n N]`.
 
 Each budget runs in a process of its own, in several ways (policy, lookahead, I/O engine, threads,
 prefill chunk): P random tokens at once, N one by one. The bytes of all logits must be the same.

@@ -34,10 +34,9 @@ from .trace import COUNTERS, Trace
 from .tracefile import TraceWriter
 
 DEFAULT_CONTEXT = 4096
-CHUNK_TOKENS = 128
-"""Tokens per forward pass in prefill."""
-STREAMING_CHUNK_TOKENS = 512
-"""The same where bundles stream: each is read once for a chunk, so that large chunks read less."""
+CHUNK_TOKENS, LARGE_CHUNK_TOKENS = 128, 512
+"""Tokens per forward pass in prefill: the larger where its scratch fits. Then experts have more
+tokens each, and where bundles stream, each is read once for more of them."""
 SLAB_PER_SCRATCH = 8
 """So much larger than the scratch of a large step the slab must be."""
 STREAMING_LOGITS_TOKENS = 16
@@ -175,22 +174,20 @@ class Engine:
         """
         spare = self.budget.limit - sum(item.bytes for item in base)
         reserve = STREAMING_RESERVE_BYTES
-        small, large = (self._scratch_bytes(n) for n in (CHUNK_TOKENS, STREAMING_CHUNK_TOKENS))
-        for head, chunk, kept in (
-            (False, CHUNK_TOKENS, 0),
-            (False, STREAMING_CHUNK_TOKENS, reserve + SLAB_PER_SCRATCH * (large - small)),
-            (False, CHUNK_TOKENS, reserve), (True, CHUNK_TOKENS, reserve), (True, CHUNK_TOKENS, 0),
+        small, large = (self._scratch_bytes(n) for n in (CHUNK_TOKENS, LARGE_CHUNK_TOKENS))
+        for streams, head, chunk, kept in (
+            (False, False, LARGE_CHUNK_TOKENS, 0), (False, False, CHUNK_TOKENS, 0),
+            (True, False, LARGE_CHUNK_TOKENS, reserve + SLAB_PER_SCRATCH * (large - small)),
+            (True, False, CHUNK_TOKENS, reserve),
+            (True, True, CHUNK_TOKENS, reserve), (True, True, CHUNK_TOKENS, 0),
         ):  # fmt: skip
-            self.chunk_tokens = self.logits_tokens = min(chunk, self.context)
             size = self._scratch_bytes(chunk)
             bundles = inventory.plannable(self.store, head)
             self._plan = planner.plan(bundles, spare - size - kept)
-            if self._plan is None:
-                continue
-            if len(self._plan.streamed):
-                self.logits_tokens = min(STREAMING_LOGITS_TOKENS, self.context)
-            if kept or head or not len(self._plan.streamed):
+            if self._plan is not None and streams == (len(self._plan.streamed) > 0):
                 break
+        self.chunk_tokens = min(chunk, self.context)
+        self.logits_tokens = min(STREAMING_LOGITS_TOKENS if streams else CHUNK_TOKENS, self.context)
         weights = self._weight_items()
         self._weights_bytes = sum(item.bytes for item in weights)
         return [Item("scratch", size), *weights]

@@ -27,7 +27,8 @@ def prompt(vocab_size: int, which: int = 0) -> list[int]:
 
 def opened(store, threads: int, chunk: int):
     """An engine of the store whose prefill takes `chunk` tokens a step."""
-    with mock.patch.object(edgemem.engine, "CHUNK_TOKENS", chunk):
+    patch = mock.patch.multiple(edgemem.engine, CHUNK_TOKENS=chunk, LARGE_CHUNK_TOKENS=chunk)
+    with patch:
         return edgemem.load(store, context=CONTEXT, threads=threads)
 
 

@@ -152,7 +152,7 @@ def model(request, tmp_path_factory):
 
 
 def test_the_floor_that_a_refusal_names_is_the_floor(model, measured):
-    """It runs, and two MiB less (one is for luck) are refused at once, before any weight is read."""
+    """It runs; two MiB less (one is for luck) are refused at once, before any weight is read."""
     told, _ = model.check("floor", model.floor + 2 * MIB)  # another process, another floor, nearly
     assert "does not fit the memory budget" in told["less"]
     assert told["read"] == 0

@@ -26,7 +26,7 @@ def engine(tiny_moe_store, resident, monkeypatch):
     limit = sum(item.bytes for item in items[:4]) + dense + streamed // 3
     monkeypatch.setattr("edgemem.engine.current_bytes", lambda: items[0].bytes)
     # A step of few tokens, so that scratch is what it was in the engine that streams nothing.
-    monkeypatch.setattr("edgemem.engine.STREAMING_CHUNK_TOKENS", resident.chunk_tokens)
+    monkeypatch.setattr("edgemem.engine.LARGE_CHUNK_TOKENS", resident.chunk_tokens)
     monkeypatch.setattr("edgemem.engine.STREAMING_RESERVE_BYTES", RESERVE_BYTES)
     limit += 2 * RESERVE_BYTES
     with edgemem.load(tiny_moe_store, memory=limit, context=CONTEXT) as engine:
