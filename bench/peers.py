@@ -1,6 +1,6 @@
 """edgemem beside llama.cpp, inside the same memory budgets: the same tokens, in one run.
 
-`python -m bench.peers STORE GGUF [--memory SIZE]... [-p N] [-n N] [-r ROUNDS] [--json FILE]`
+`python -m bench.peers STORE GGUF [--memory SIZE]... [-p N] [-n N] [-r N] [--json FILE]`
 
 STORE and GGUF hold the same model (`bench.synth`, or `edgemem convert`). Fixed random tokens:
 prefill of p, then n single steps, no sampling. Every measurement is a process of its own, starts
@@ -75,6 +75,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("-p", "--prompt", type=int, default=64, help="tokens of prefill")
     parser.add_argument("-n", "--tokens", type=int, default=32, help="tokens of decode")
     parser.add_argument("-r", "--rounds", type=int, default=5)
+    parser.add_argument(
+        "--mapped-rounds", type=int, help="rounds of mapped runs inside budgets: they take long"
+    )
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=usable_cpus())
     parser.add_argument("--seed", type=int, default=0, help="of the tokens")
@@ -365,6 +368,9 @@ def compare(args: argparse.Namespace) -> None:
         others.append(busy_cores())
         turn = [plain, *todo]
         for case, outcomes in turn if number % 2 == 0 else reversed(turn):
+            slow = case.engine == "llama.cpp" and case.budget is not None
+            if slow and args.mapped_rounds is not None and number >= args.mapped_rounds:
+                continue
             case = replace(case, run=case.run | {"round": number})
             outcomes.append(measured(case, args.mmap_limit_seconds))
     notes = warnings(args.memory[0], others) + tried

@@ -31,7 +31,7 @@ from .store import Store
 from .streamer import Streamer
 from .tokenizer import ENCODING_BYTES, Tokenizer
 from .trace import COUNTERS, Trace
-from .tracefile import TraceWriter
+from .tracefile import TraceWriter, popularity
 
 DEFAULT_CONTEXT = 4096
 CHUNK_TOKENS, LARGE_CHUNK_TOKENS = 128, 512
@@ -60,13 +60,14 @@ def load(
     path: str | os.PathLike, memory: str | int = "auto", context: int | None = None,
     threads: int | None = None, progress: Progress | None = None,
     ready: Callable[[Engine], None] | None = None, *,
-    policy: str = policies.DEFAULT, lookahead: bool = True, io_engine: str | None = None,
-    faults: dict | None = None, trace: str | os.PathLike | None = None,
+    policy: str = policies.DEFAULT, profile: str | os.PathLike | None = None,
+    lookahead: bool = True, io_engine: str | None = None, faults: dict | None = None,
+    trace: str | os.PathLike | None = None,
 ) -> Engine:  # fmt: skip
     """Open a store and make its model ready to run.
 
-    What does not fit `memory` streams: `policy` (one of policies.POLICIES) ranks what stays,
-    `lookahead` reads what the next layer will likely want while the device has nothing else to do,
+    What does not fit `memory` streams: `policy` (one of policies.POLICIES) ranks what stays, for
+    "static" by popularity in `profile`, a trace that was recorded before; `lookahead` reads what the next layer will likely want while the device has nothing else to do,
     `io_engine` is "io_uring" or "threads" (None: the best that works here), and `faults` (the
     fields of em_faults) makes reads misbehave, for tests. `trace` is a file to record what streamed
     layers demand in every step (edgemem/tracefile.py), replaced if it exists. None of them changes
@@ -82,7 +83,7 @@ def load(
     Raises StoreError for what is wrong with the store, and BudgetError, with the sum, before any
     weight is read; ValueError or TypeError for arguments.
     """
-    how = Streaming(policy, lookahead, io_engine, faults, trace)
+    how = Streaming(policy, profile, lookahead, io_engine, faults, trace)
     return Engine(path, memory, context, threads, progress, ready, how)
 
 
@@ -91,6 +92,7 @@ class Streaming:
     """How bundles stream; see `load`."""
 
     policy: str = policies.DEFAULT
+    profile: str | os.PathLike | None = None
     lookahead: bool = True
     io_engine: str | None = None
     faults: dict | None = None
@@ -123,6 +125,8 @@ class Engine:
         if streaming.policy not in policies.POLICIES:
             names = ", ".join(policies.POLICIES)
             raise ValueError(f"policy {streaming.policy!r} is none of {names}")
+        if (streaming.policy == policies.Static.name) != (streaming.profile is not None):
+            raise ValueError("the static policy and a profile need each other")
         self._streaming = streaming
         self.budget = Budget(memory)
         self.threads = min(usable_cpus(), MAX_THREADS) if threads is None else int(threads)
@@ -153,6 +157,8 @@ class Engine:
         self._lock = threading.RLock()
         self._model = self._streamer = None
         self._kv_item = Item(f"KV cache ({self.context} tokens)", cache_bytes(spec, self.context))
+        # The first session's logits are in scratch.
+        self._session_items = [self._kv_item, Item("its logits", 4 * spec.vocab_size)]
         self._cache_count = 0
         self._caches: weakref.WeakSet[KvCache] = weakref.WeakSet()
         self._governor = Governor()
@@ -245,6 +251,7 @@ class Engine:
         self.slots = self._plan.slots(room)
         slots = [Slots(layout, count) for layout, count in self.slots.items()]
         streamed, how, writer = self._plan.streamed, self._streaming, None
+        policy = self._new_policy()
         turns = inventory.turns(self.store)
         if how.trace is not None:
             said = header(self.store, streamed, turns, self.slots, how.policy, how.lookahead)
@@ -252,7 +259,7 @@ class Engine:
         residency = Residency(self.store, streamed, slots, progress, how.io_engine, how.faults)
         self._counted = dict.fromkeys(COUNTERS, 0)
         self._stepping, self._withheld, self._fitted = False, 0, room
-        self._streamer = Streamer(residency, self._new_policy(), turns, how.lookahead)
+        self._streamer = Streamer(residency, policy, turns, how.lookahead)
         if writer is not None:
             self._streamer.recorder = Recorder(writer, self._statistics)
         self._model = models.build(self.store, self._streamer, self._core, self.chunk_tokens)
@@ -263,8 +270,9 @@ class Engine:
         streamed = self._plan.streamed
         if not len(streamed):
             return None
-        turns = inventory.turns(self.store)[streamed]
-        return policies.build(self._streaming.policy, turns, self.spec.n_layers + 2)
+        turns, how = inventory.turns(self.store)[streamed], self._streaming
+        known = None if how.profile is None else popularity(how.profile, turns.tolist())
+        return policies.build(how.policy, turns, self.spec.n_layers + 2, known)
 
     def session(self) -> Session:
         """A new, empty sequence. Raises BudgetError if its KV cache does not fit the budget."""
@@ -348,7 +356,7 @@ class Engine:
             seconds, demand = perf_counter() - started, self._streamer.take_demand()
             counters = self._take_counters()
             self.trace.record(phase, len(ids), seconds, demand, self._withheld, **counters)
-            self._streamer.end_step(phase, len(ids))
+            self._streamer.end_step(phase, len(ids), self._withheld)
             self._stepping = False
 
     def _settle(self) -> None:
@@ -381,7 +389,7 @@ class Engine:
         """A KV cache for a sequence. One is always in the budget; more are added to it."""
         with self._lock:
             if self._cache_count:
-                self._promise([self._kv_item], "another session")
+                self._promise(self._session_items, "another session")
             self._cache_count += 1
             try:
                 # What slots borrow must be touched page by page.
@@ -397,7 +405,7 @@ class Engine:
         with self._lock:
             self._cache_count -= 1
             if self._cache_count:
-                self.budget.give_back([self._kv_item])
+                self.budget.give_back(self._session_items)
 
     def promise_text(self, size: int) -> None:
         """Put what encoding `size` bytes takes into the budget, where it stays, as memory does."""

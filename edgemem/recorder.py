@@ -57,9 +57,9 @@ class Recorder:
         """From now on there are so many slots."""
         self._writer.resize(slots)
 
-    def step(self, phase: str, tokens: int) -> None:
-        """A step is over."""
-        self._writer.step(phase, tokens)
+    def step(self, phase: str, tokens: int, withheld_bytes: int = 0) -> None:
+        """A step is over, in which slots were denied some memory."""
+        self._writer.step(phase, tokens, withheld_bytes)
 
     def drop(self) -> None:
         """Forget a step that was interrupted or failed."""

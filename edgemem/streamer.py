@@ -172,10 +172,10 @@ class Streamer:
         """How many slots there are now of each layout class that streams."""
         return tuple(self._residency.slots.values())
 
-    def end_step(self, phase: str, tokens: int) -> None:
-        """A step of `tokens` tokens is over."""
+    def end_step(self, phase: str, tokens: int, withheld_bytes: int = 0) -> None:
+        """A step of `tokens` tokens is over, in which slots were denied some memory."""
         if self.recorder is not None:
-            self.recorder.step(phase, tokens)
+            self.recorder.step(phase, tokens, withheld_bytes)
 
     def settle(self) -> None:
         """Forget what an interrupted step held and demanded."""

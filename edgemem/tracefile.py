@@ -18,7 +18,8 @@ it demanded, ascending, and the counters that the run kept (COUNTERS): how many 
 the bytes read because they were not, the time that products waited, and bytes read ahead that came
 to use or were evicted before. `uses`, where a step has several tokens, says how many of them took
 each bundle. `resized`, where the cache has other slots than in the step before, lists what they
-became in turn, before this step began. A step that was interrupted or failed has no line, though it
+became in turn, before this step began; `withheld_bytes` is what the slots were denied then because
+the system was short of memory (absent for 0). A step that was interrupted or failed has no line, though it
 may have changed the cache. A run that is killed loses at most its last line.
 """
 
@@ -30,6 +31,8 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import numpy as np
 
 from .errors import EdgeMemError, StoreError
 
@@ -83,7 +86,7 @@ class TraceWriter:
         """There are so many slots of each class from the next step on."""
         self._resized.append(slots)
 
-    def step(self, phase: str, tokens: int) -> None:
+    def step(self, phase: str, tokens: int, withheld_bytes: int = 0) -> None:
         """End the present step and write it."""
         lists, self._lists = self._lists, {}
         if tokens == 1:
@@ -91,6 +94,8 @@ class TraceWriter:
         line = {"phase": phase, "tokens": tokens}
         if self._resized:
             line["resized"], self._resized = self._resized, []
+        if withheld_bytes:
+            line["withheld_bytes"] = withheld_bytes
         self._write(line | lists)
 
     def drop(self) -> None:
@@ -139,12 +144,36 @@ def read(path: str | os.PathLike) -> tuple[TraceHeader, Iterator[dict]]:
     return header, lines
 
 
+def popularity(path: str | os.PathLike, layer_of: Sequence[int]) -> np.ndarray:
+    """How many tokens of a trace took each bundle, float32 [n]: a profile of what it recorded.
+
+    Raises StoreError unless the trace is of a model whose streamed bundles lie in `layer_of`.
+    """
+    header, steps = read(path)
+    if header.layer_of != tuple(layer_of):
+        raise StoreError(
+            f"reading the profile {path}: other bundles streamed when it was recorded; record one "
+            "of this model, in a similar budget"
+        )
+    counts = np.zeros(len(header.layer_of), np.float32)
+    for step in steps:
+        try:
+            ones = [1] * len(step["ids"])
+            for ids, uses in zip(step["ids"], step.get("uses", ones), strict=True):
+                np.add.at(counts, np.asarray(ids, np.uint32), uses)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise StoreError(f"reading the profile {path}: a step is wrong: {error}") from None
+    return counts
+
+
 def _lines(path: str | os.PathLike) -> Iterator[dict]:
-    with Path(path).open(encoding="ascii") as file:
-        for line in file:
-            if not line.endswith("\n"):
-                return
-            try:
+    try:
+        with Path(path).open(encoding="ascii") as file:
+            for line in file:
+                if not line.endswith("\n"):
+                    return
                 yield json.loads(line)
-            except ValueError as error:
-                raise StoreError(f"reading {path}: a line is no JSON: {error}") from None
+    except ValueError as error:
+        raise StoreError(f"reading {path}: a line is no JSON: {error}") from None
+    except OSError as error:
+        raise StoreError(f"reading {path}: {error.strerror}") from error

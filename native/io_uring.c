@@ -14,7 +14,10 @@
 
 #define WAKE_TAG UINT64_MAX
 
-/* Submitters own the submission ring, the reaper the completion ring; the kernel keeps them apart.
+/* Buffers are not registered: that would pin the slab's pages, and slots that close give theirs
+ * back while the ring lives.
+ *
+ * Submitters own the submission ring, the reaper the completion ring; the kernel keeps them apart.
  */
 struct em_io {
     int fd, ring;

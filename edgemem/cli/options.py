@@ -33,13 +33,17 @@ _THREADS = click.option(
     help="Threads to compute with.  [default: the cores this process may use]",
 )  # fmt: skip
 
-POLICIES = ("next-use", "lru", "lfu")
-"""Those of edgemem.policies, the default first, that need no profile."""
+POLICIES = ("next-use", "lru", "lfu", "static")
+"""Those of edgemem.policies, the default first."""
 
 _STREAMING = (
     click.option(
         "--policy", type=click.Choice(POLICIES), default=POLICIES[0], show_default=True,
         help="Which of what streams stays in memory.",
+    ),
+    click.option(
+        "--profile", type=PATH, metavar="FILE",
+        help="A trace that says what is popular, for the static policy.",
     ),
     click.option(
         "--lookahead/--no-lookahead", default=True, show_default=True,
@@ -95,7 +99,7 @@ def engine_options(
 
 
 def streaming_options(command: Callable) -> Callable:
-    """--policy, --lookahead and --trace."""
+    """--policy, --profile, --lookahead and --trace."""
     return _apply(_STREAMING, command)
 
 

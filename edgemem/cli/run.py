@@ -40,7 +40,7 @@ read_bytes_per_token, stall_share and device_share.
 @options.JSON
 def run(
     model, dtype, cache_dir, prompt, file, max_tokens, stop, memory, context, threads, policy,
-    lookahead, trace, as_json, **sampling,
+    profile, lookahead, trace, as_json, **sampling,
 ):  # fmt: skip
     if prompt is not None and file is not None:
         raise click.UsageError("give the prompt with -p or with -f, not both")
@@ -55,7 +55,7 @@ def run(
 
     opened = options.load_engine(
         model, memory, context, threads, ready, cache_dir, dtype, policy=policy,
-        lookahead=lookahead, trace=trace,
+        profile=profile, lookahead=lookahead, trace=trace,
     )  # fmt: skip
     with opened as engine:
         generate(engine, text, as_json, **arguments)

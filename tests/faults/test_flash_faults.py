@@ -41,16 +41,21 @@ def fault(kind: int, first: int, **more) -> dict:
 @pytest.mark.parametrize("kind", ("ERROR", "SHORT", "LATE", "FLIP"))
 def test_every_read_of_a_run_may_misbehave(kind, io_engine, store, expected):
     """Reads are counted from 0, once for the resident bundles and once for the streamed."""
-    for first in range(12):
+    with streaming.opened(store, 0.0) as engine:
+        answer(engine)
+        reads = engine._streamer.statistics()["reads"]
+    for first in range(reads + 1):
         faults = fault(getattr(lib, f"EM_FAULT_{kind}"), first, late_us=3000)
         options = {"faults": faults, "io_engine": io_engine, "threads": 2}
         try:
             with streaming.opened(store, 0.0, **options) as engine:
                 try:
                     assert answer(engine) == expected, first
-                    # An error that was met is told; a flip that was not can lie in padding.
-                    reads = engine._streamer.statistics()["reads"]
-                    assert kind != "ERROR" or reads <= first
+                    # An error that was met is told, unless it was of a read ahead, which is tried
+                    # again; a flip that was met but not told lies in padding.
+                    ended = engine._streamer.statistics()
+                    ahead = ended["prefetch_bytes"] > 0
+                    assert kind != "ERROR" or ended["reads"] <= first or ahead
                 except (edgemem.FlashError, edgemem.CorruptError) as error:
                     assert "expert bundle" in str(error) and "of layer" in str(error)
                     assert kind in ("ERROR", "FLIP"), error

@@ -214,3 +214,39 @@ def test_with_lookahead_a_trace_says_that_hits_are_by_chance(stores, tmp_path, c
     assert routing.read_ahead.all()
     replay.show_again(routing)
     assert "layers read ahead of steps" in capsys.readouterr().out
+
+
+def test_a_trace_is_a_profile_for_the_static_policy(tiny_moe_store, tmp_path):
+    path = tmp_path / "profile.trace"
+    with edgemem.load(tiny_moe_store) as engine:
+        expected = engine.generate("The river", max_tokens=20)
+    with streaming.opened(tiny_moe_store, 0.3, trace=path) as engine:
+        assert engine.generate("The river", max_tokens=20) == expected
+    with streaming.opened(tiny_moe_store, 0.3, policy="static", profile=path) as engine:
+        assert engine.generate("The river", max_tokens=20) == expected
+        known = engine._streamer._policy.ranks(1)
+    routing = replay_traces.read(path)
+    taken = np.zeros(len(known), np.int64)
+    np.add.at(taken, routing.ids, routing.uses)
+    assert np.array_equal(known, taken) and taken.sum() > 0
+
+
+def test_a_profile_of_something_else_is_refused_before_weights_are_read(
+    tiny_moe_store, stores, tmp_path
+):
+    read = []
+    with streaming.opened(tiny_moe_store, 0.3, trace=tmp_path / "trace") as engine:
+        run(engine)
+    (tmp_path / "text").write_text("Once upon a time\n")
+    for name, store in (("trace", stores["mixtral-0"]), ("text", tiny_moe_store),
+                        ("absent", tiny_moe_store)):  # fmt: skip
+        options = {"policy": "static", "profile": tmp_path / name}
+        with (
+            pytest.raises(edgemem.StoreError, match=name),
+            streaming.opened(store, 0.3, progress=lambda *_: read.append(1), **options),
+        ):
+            pass
+    assert not read
+    for options in ({"policy": "static"}, {"profile": tmp_path / "trace"}):
+        with pytest.raises(ValueError, match="need each other"):
+            edgemem.load(tiny_moe_store, **options)
