@@ -216,7 +216,7 @@ class _Demand:
         if self._then is not None:
             self._then.resize(slots)
 
-    def step(self, phase: str, tokens: int) -> None:
+    def step(self, phase: str, tokens: int, withheld_bytes: int = 0) -> None:
         if self._then is not None:
             self._then.step(phase, tokens)
 

@@ -67,11 +67,12 @@ def load(
     """Open a store and make its model ready to run.
 
     What does not fit `memory` streams: `policy` (one of policies.POLICIES) ranks what stays, for
-    "static" by popularity in `profile`, a trace that was recorded before; `lookahead` reads what the next layer will likely want while the device has nothing else to do,
-    `io_engine` is "io_uring" or "threads" (None: the best that works here), and `faults` (the
-    fields of em_faults) makes reads misbehave, for tests. `trace` is a file to record what streamed
-    layers demand in every step (edgemem/tracefile.py), replaced if it exists. None of them changes
-    an answer.
+    "static" by popularity in `profile`, a trace that was recorded before. `lookahead` reads what
+    the next layers will likely want while the device has nothing else to do. `io_engine` is
+    "io_uring" or "threads" (None: the best that works here), and `faults` (the fields of
+    em_faults) makes reads misbehave, for tests. `trace` is a file to record what streamed layers
+    demand in every step (edgemem/tracefile.py), replaced if it exists. None of them changes an
+    answer.
 
     `memory` is the budget of the whole process: bytes, "4GiB", "50%" or "auto" (what is free here,
     less a reserve). `context` is the most tokens a session can hold, by default 4096 or what the

@@ -19,8 +19,8 @@ the bytes read because they were not, the time that products waited, and bytes r
 to use or were evicted before. `uses`, where a step has several tokens, says how many of them took
 each bundle. `resized`, where the cache has other slots than in the step before, lists what they
 became in turn, before this step began; `withheld_bytes` is what the slots were denied then because
-the system was short of memory (absent for 0). A step that was interrupted or failed has no line, though it
-may have changed the cache. A run that is killed loses at most its last line.
+the system was short of memory (absent for 0). A step that was interrupted or failed has no line,
+though it may have changed the cache. A run that is killed loses at most its last line.
 """
 
 from __future__ import annotations
