@@ -17,7 +17,7 @@ import numpy as np
 from . import planner
 from ._native import ffi, pointer
 from .format import Kind
-from .lookahead import DISTANCES, Lookahead
+from .lookahead import Lookahead
 from .policies import Policy
 from .residency import Residency
 
@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 AHEAD = 2
 """Turns that are read ahead where their demand is certain: one being read, one waiting."""
 
-Foresee = Callable[[int], "np.ndarray | None"]
-"""What the layer so far ahead will likely want, likeliest first: bundles, uint32 [n]; None where
-that cannot be told."""
+Foresee = Callable[[], np.ndarray]
+"""What the next layer will likely want, likeliest first: bundles, uint32 [n]."""
 
 
 @dataclass(slots=True)
@@ -64,7 +63,7 @@ class Streamer:
         self.recorder: Recorder | None = None
         self._demand: list[np.ndarray] = []
         self._lookahead = Lookahead() if lookahead else None
-        self._foreseen: dict[int, list[tuple[int, np.ndarray]]] = {}
+        self._foreseen = np.empty(0, np.uint32)
         if policy is not None:
             self._turns = turns[residency.streamed]
             self._wanted = np.zeros(len(residency.streamed), bool)
@@ -102,7 +101,7 @@ class Streamer:
                 if len(held) == 2:
                     yield from self._give(held)
             if start + size >= len(indices):
-                self._learn(turn, indices)
+                self._learn(indices)
                 self._look_ahead(turn, ranks, foresee)
             while held:
                 yield from self._give(held)
@@ -122,17 +121,16 @@ class Streamer:
     def _round_size(self, indices: np.ndarray) -> int:
         return planner.round_size(self._residency.classes[indices], self._residency.room[indices])
 
-    def _learn(self, turn: int, indices: np.ndarray) -> None:
+    def _learn(self, indices: np.ndarray) -> None:
         """Compare what was foreseen with what came, and forget what has not started."""
-        if not self._foreseen:
+        foreseen, self._foreseen = self._foreseen, self._foreseen[:0]
+        if not len(foreseen):
             return
         self._wanted[indices] = True
-        guesses = self._foreseen.pop(turn, ())
-        for distance, foreseen in guesses:
-            self._lookahead.learn(distance, len(foreseen), int(self._wanted[foreseen].sum()))
-        stale = [foreseen[~self._wanted[foreseen]] for _, foreseen in guesses]
-        self._residency.cancel(np.concatenate(stale) if stale else indices[:0])
+        used = self._wanted[foreseen]
         self._wanted[indices] = False
+        self._lookahead.learn(len(foreseen), int(used.sum()))
+        self._residency.cancel(foreseen[~used])
 
     def _look_ahead(self, turn: int, ranks: np.ndarray, foresee: Foresee | None) -> None:
         """Start on the next turns' bundles while this turn is computed."""
@@ -141,24 +139,16 @@ class Streamer:
             self._residency.prefetch(certain, ranks)
         if foresee is None or self._lookahead is None:
             return
-        self._lookahead.begin(*self._residency.clocks())
-        for distance in DISTANCES:
-            room = self._lookahead.room(distance)
-            ids = foresee(distance) if room > 0 else None
-            if ids is not None:
-                self._read_likely(distance, self._residency.index_of[ids], ranks, room)
-
-    def _read_likely(self, distance: int, likely: np.ndarray, ranks: np.ndarray, room: int) -> None:
-        residency, likely = self._residency, likely.astype(np.uint32)
-        absent = likely[residency.flags[likely] == 0]
-        if not len(absent):
+        residency = self._residency
+        room = self._lookahead.admit(*residency.clocks())
+        if not room:
             return
-        # The resident among them go along, so that none of them makes place for another.
-        started = residency.prefetch(np.concatenate([absent, likely]), ranks, room)
-        if started:
-            absent = absent[:started]
-            self._lookahead.take(distance, int(residency.sizes[residency.streamed[absent]].sum()))
-            self._foreseen.setdefault(int(self._turns[absent[0]]), []).append((distance, absent))
+        likely = residency.index_of[foresee()].astype(np.uint32)
+        absent = likely[residency.flags[likely] == 0]
+        if len(absent):
+            # The resident among them go along, so that none of them makes place for another.
+            started = residency.prefetch(np.concatenate([absent, likely]), ranks, room)
+            self._foreseen = absent[:started]
 
     def resize(self, slots: dict[int, int]) -> None:
         """Change the slots of each layout class. Not while a step runs."""
@@ -180,11 +170,10 @@ class Streamer:
     def settle(self) -> None:
         """Forget what an interrupted step held and demanded."""
         self._residency.release_all()
-        for guesses in self._foreseen.values():
-            for _, foreseen in guesses:
-                self._residency.cancel(foreseen)
+        if len(self._foreseen):
+            self._residency.cancel(self._foreseen)
         self._demand = []
-        self._foreseen = {}
+        self._foreseen = self._foreseen[:0]
         if self.recorder is not None:
             self.recorder.drop()
 
@@ -193,7 +182,7 @@ class Streamer:
         self._residency.clear()
         self._policy = policy
         self._lookahead = Lookahead() if self._lookahead else None
-        self._foreseen = {}
+        self._foreseen = self._foreseen[:0]
         self.end_recording()
 
     def end_recording(self) -> None:

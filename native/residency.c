@@ -51,6 +51,11 @@ static uint8_t *slot_address(const em_residency *r, uint32_t bundle) {
     return (uint8_t *)c->start + (uint64_t)r->states[bundle].slot * c->slot_bytes;
 }
 
+/* Pieces of equal size (whole pages), none over `most`. */
+static int32_t count_pieces(uint64_t bytes, uint64_t most) {
+    return (int32_t)((bytes + most - 1) / most);
+}
+
 static void load(em_residency *r, uint32_t bundle, int32_t slot, piece_queue *queue) {
     const em_bundle *b = &r->bundles[bundle];
     bundle_state *s = &r->states[bundle];
@@ -61,9 +66,12 @@ static void load(em_residency *r, uint32_t bundle, int32_t slot, piece_queue *qu
     s->stale = false;
     r->occupant[b->slot_class][slot] = (int32_t)bundle;
     uint8_t *to = slot_address(r, bundle);
-    s->pieces_left = s->first_left = 0;
-    for (uint64_t done = 0; done < b->bytes; done += r->piece_bytes, s->pieces_left++) {
-        uint64_t bytes = b->bytes - done < r->piece_bytes ? b->bytes - done : r->piece_bytes;
+    s->pieces_left = count_pieces(b->bytes, r->piece_bytes);
+    s->first_left = 0;
+    uint64_t even =
+        (uint64_t)em_round_up((int64_t)(b->bytes / (uint64_t)s->pieces_left), PAGE_BYTES);
+    for (uint64_t done = 0; done < b->bytes; done += even) {
+        uint64_t bytes = b->bytes - done < even ? b->bytes - done : even;
         bool first = done < b->first_bytes;
         s->first_left += first;
         queue_push(queue, (piece){bundle, 0, first, b->offset + done, bytes, to + done});
@@ -239,7 +247,7 @@ void em_residency_drop_ahead(em_residency *r) {
         piece p = r->ahead.items[(r->ahead.first + i) % r->ahead.capacity];
         const em_bundle *b = &r->bundles[p.bundle];
         bundle_state *s = &r->states[p.bundle];
-        int64_t pieces = (int64_t)((b->bytes + r->piece_bytes - 1) / r->piece_bytes);
+        int64_t pieces = count_pieces(b->bytes, r->piece_bytes);
         bool untouched =
             s->pins == 0 && p.offset == b->offset && s->pieces_left == pieces && i + pieces <= n;
         if (!untouched) {

@@ -195,23 +195,16 @@ class Experts:
         routing = s.routing
         wanted = self._ids[routing.choose(self._work, n)]
         uses = routing.uses(len(wanted)) if n > 1 else None
-        for bundles in self._work.streamer.rounds(wanted, uses, n, lambda d: self._ahead(d, n)):
+        foresee = None if self.following is None else lambda: self.following.foresee(n)
+        for bundles in self._work.streamer.rounds(wanted, uses, n, foresee):
             self._ffn.run(
                 bundles, routing.first.pointer, routing.tokens.pointer, routing.weights.pointer, n
             )
 
-    def _ahead(self, distance: int, n: int) -> np.ndarray | None:
-        part = self
-        for _ in range(distance):
-            part = part.following
-            if part is None:
-                return None
-        return part.foresee(n)
-
     def foresee(self, n: int) -> np.ndarray:
         """The bundles that the present state asks for, likeliest first, before this layer's turn.
 
-        Its attention and the layers before will yet change the state. Source: bench/LOG.md.
+        Its attention and the layer before will yet change the state. Source: bench/LOG.md.
         """
         s = self._work.scratch
         self._norm.run(s.x.pointer, n, s.ahead.pointer)

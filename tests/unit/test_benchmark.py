@@ -148,7 +148,7 @@ def test_the_host_tells_of_itself():
 
 
 def test_the_options_name_the_policies():
-    assert options.POLICIES == tuple(name for name in policies.POLICIES if name != "static")
+    assert options.POLICIES == tuple(policies.POLICIES)
     assert options.POLICIES[0] == policies.DEFAULT
 
 
@@ -246,7 +246,8 @@ def test_a_trace_of_a_benchmark(tiny_moe_store, floor, tmp_path):
         (("--memory", "1G", "--memory", "4X"), "4GiB", 2),
         (("-p", 5000), "context", 2),
         (("-n", 0), "new-tokens", 2),
-        (("--policy", "static"), "next-use", 2),
+        (("--policy", "fifo"), "next-use", 2),
+        (("--policy", "static"), "profile", 2),
         (("--trace", "nowhere/x"), "recording a trace in nowhere/x", 1),
     ],
 )

@@ -77,19 +77,29 @@ def test_lfu_ranks_by_uses(history):
         assert ranks.tolist() == count.tolist()
 
 
-def expected_next_use(history, step, layer):
-    """The definition: d + n_layers (1/p − 1), in float64, for every bundle as seen from `layer`."""
-    expected = np.empty(len(LAYER_OF))
-    for bundle in range(len(LAYER_OF)):
-        at = bundle // N_EXPERTS
-        rates = np.zeros(2)
-        for tokens, layers in history[: step + (at <= layer)]:
-            keep = 0.5 ** (tokens / np.array(next_use.HALF_LIVES))
-            rates = rates * keep + (1 - keep) * layers[at].get(bundle, 0) / tokens
-        p = rates @ next_use.SHARES + next_use.PRIOR
-        distance = (at - layer - 1) % N_LAYERS + 1
-        expected[bundle] = distance + N_LAYERS * (1 / p - 1)
-    return expected
+def expected_next_use(history):
+    """The definition, in float64 and loop by loop: after every layer, when each bundle is expected
+    to be used next (n_layers / p after its layer's last turn)."""
+    keep = 0.5 ** (1 / np.array(next_use.HALF_LIVES))
+    shares, rates = np.array(next_use.SHARES), np.zeros((len(keep), len(LAYER_OF)))
+    moment = np.array(LAYER_OF) + N_LAYERS * (1 / next_use.PRIOR - 1)
+    seen = np.zeros(N_LAYERS)
+    for step, (tokens, layers) in enumerate(history):
+        for layer in range(N_LAYERS):
+            uses = layers[layer]
+            if seen[layer] and uses:
+                credit = np.zeros(len(keep))
+                for bundle, count in uses.items():
+                    expected = rates[:, bundle] / (1 - keep ** seen[layer]) + next_use.LEAST_RATE
+                    credit += count * shares * expected / (shares @ expected)
+                shares = shares + next_use.LEARNING * (credit / sum(uses.values()) - shares)
+            seen[layer] += tokens
+            for bundle in np.flatnonzero(np.array(LAYER_OF) == layer):
+                used = uses.get(int(bundle), 0) / tokens
+                rates[:, bundle] = rates[:, bundle] * keep**tokens + (1 - keep**tokens) * used
+                p = shares @ (rates[:, bundle] / (1 - keep ** seen[layer])) + next_use.PRIOR
+                moment[bundle] = step * N_LAYERS + layer + N_LAYERS / p
+            yield moment.copy()
 
 
 @pytest.mark.parametrize("rebase", [1 << 14, 2 * N_LAYERS])
@@ -98,8 +108,8 @@ def expected_next_use(history, step, layer):
 def test_next_use_ranks_by_the_expected_time_of_the_next_use(rebase, history):
     saved, next_use._REBASE = next_use._REBASE, rebase
     try:
-        for step, layer, ranks in run(make(NextUse), history):
-            expected = expected_next_use(history, step, layer)
+        found = run(make(NextUse), history)
+        for (_, _, ranks), expected in zip(found, expected_next_use(history), strict=True):
             offsets = ranks + expected
             assert np.allclose(offsets, offsets[0], atol=1e-3 * N_LAYERS / next_use.PRIOR)
     finally:
