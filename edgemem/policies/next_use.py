@@ -15,9 +15,9 @@ import numpy as np
 
 from .policy import Policy
 
-HALF_LIVES = (0.7, 8.0, 32.0, 128.0)
+HALF_LIVES = (0.7, 16.0, 128.0)
 """Of the rates, in tokens."""
-SHARES = (0.2, 0.3, 0.3, 0.2)
+SHARES = (0.2, 0.7, 0.1)
 """Of the rates in the mixture at first."""
 LEARNING = 0.002
 """How far the shares move towards what one turn says."""
