@@ -47,7 +47,7 @@ def child(job: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("store", nargs="?")
-    parser.add_argument("--memory", action="append", default=[], metavar="SIZE")
+    parser.add_argument("--memory", action="append", default=[], metavar="SIZE", help="repeatable")
     parser.add_argument("-p", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("-n", type=int, default=16, help="tokens after it")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -55,6 +55,8 @@ def main() -> None:
     if args.job:
         print(digest(**json.loads(args.job)))
         return
+    if args.store is None:
+        parser.error("give a store")
     found = set()
     for memory in args.memory or ["auto"]:
         for way in WAYS:

@@ -10,12 +10,14 @@ chance: such hits are compared apart, and in replay count what stayed from earli
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from bench.replay_cache import Belady, hit_rate, simulate
 from bench.replay_traces import Routing, read
+from edgemem.errors import EdgeMemError
 from edgemem.policies import POLICIES, Policy, Static, build
 
 SHARES = (0.10, 0.25, 0.50)
@@ -80,15 +82,26 @@ def show_again(routing: Routing) -> None:
     print(line)
 
 
+def _share(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share; give one above 0, up to 1")
+    return float(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("traces", nargs="+", type=Path)
-    parser.add_argument("--share", action="append", type=float, help="of all bundles; repeatable")
+    parser.add_argument(
+        "--share", action="append", type=_share, help="of all bundles, as 0.25; repeatable"
+    )
     args = parser.parse_args()
     names = [*POLICIES, "belady"]
+    try:
+        routings = [read(path) for path in args.traces]
+    except EdgeMemError as error:
+        sys.exit(f"error: {error}")
     print("| trace | cache | " + " | ".join(names) + " | closed | published LRU / Belady |")
     print("|---" * (len(names) + 4) + "|")
-    routings = [read(path) for path in args.traces]
     for routing in routings:
         show(routing, args.share or list(SHARES), names)
     for routing in routings:

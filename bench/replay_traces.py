@@ -42,8 +42,8 @@ class Routing:
         return int(self.steps[-1]) + 1
 
     def slots_of(self, share: float) -> tuple[int, ...]:
-        """A cache that holds this share of all bundles, class by class."""
-        return tuple(int(share * count) for count in np.bincount(self.class_of))
+        """A cache that holds this share of all bundles, class by class, at least one of each."""
+        return tuple(max(1, int(share * count)) for count in np.bincount(self.class_of))
 
     def popularity(self, events: np.ndarray) -> np.ndarray:
         """How often each bundle was used in these events (bool [events]), int64 [n]."""
@@ -61,7 +61,12 @@ class Routing:
 
 def read(path: Path) -> Routing:
     """A `.route.csv.xz` of a published engine, or a file that `--trace` wrote."""
-    return _read_csv(path) if path.name.endswith(".csv.xz") else _read_trace(path)
+    try:
+        return _read_csv(path) if path.name.endswith(".csv.xz") else _read_trace(path)
+    except OSError as error:
+        raise StoreError(f"reading {path}: {error.strerror or error}") from error
+    except (lzma.LZMAError, EOFError, LookupError, TypeError, ValueError, StopIteration) as error:
+        raise StoreError(f"reading {path}: it is no trace: {error}") from error
 
 
 def of_tokens(name: str, picks: np.ndarray, n_experts: int) -> Routing:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from edgemem import __version__
 from edgemem.errors import StoreError, UnsupportedError
-from edgemem.format import check_page_size
+from edgemem.format import MAGIC, check_page_size
 from edgemem.memory import peak_bytes
 from edgemem.tokenizer import Tokenizer
 from edgemem.writer import StoreWriter, check_target
@@ -67,6 +67,7 @@ def convert(
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(bundler.DTYPES)}")
     check_page_size(page_size)
     check_target(target, force)
+    _check_apart(source, target)
     with open_checkpoint(source) as checkpoint:
         description = describe(checkpoint.config, checkpoint.generation)
         plan = bundler.plan(description, checkpoint.tensors, dtype)
@@ -96,6 +97,22 @@ def convert(
             seconds=time.perf_counter() - started,
             peak_rss_bytes=peak_bytes(),
             notes=description.notes,
+        )
+
+
+def _check_apart(source: Path, target: Path) -> None:
+    """What `force` replaces may be anything but what is converted."""
+    if not (source.exists() and target.is_file()):
+        return
+    if source.is_dir():
+        with target.open("rb") as file:
+            is_store = file.read(len(MAGIC)) == MAGIC
+        apart = is_store or not os.path.samefile(source, target.parent)
+    else:
+        apart = not os.path.samefile(source, target)
+    if not apart:
+        raise StoreError(
+            f"writing {target}: it belongs to the checkpoint that is converted; choose another name"
         )
 
 

@@ -121,9 +121,10 @@ def measure(
     rounds, length = repetitions + warm, prompt_tokens + new_tokens
     # Not numpy's generators: importing them takes memory that no budget has promised.
     draw, vocab = random.Random(seed), range(engine.spec.vocab_size)
-    ids = np.array([draw.choices(vocab, k=length) for _ in range(rounds)], np.int32)
-    times, demands = np.zeros((rounds, 1 + new_tokens)), []
-    for i, row in enumerate(ids):
+    times, demands = [], []
+    for i in range(rounds):
+        row = np.array(draw.choices(vocab, k=length), np.int32)
+        times.append(np.zeros(1 + new_tokens))
         if i and not warm:
             engine.clear()
         if i == 0 or not warm:
@@ -132,11 +133,11 @@ def measure(
             engine.trace.clear()
         steps = _steps(engine, row, prompt_tokens, demands[-1], counts=i >= warm)
         for step, seconds in enumerate(steps):
-            times[i, step] = seconds
+            times[i][step] = seconds
             if progress is not None:
-                progress(i * length + prompt_tokens + step, ids.size)
+                progress(i * length + prompt_tokens + step, rounds * length)
     engine._streamer.end_recording()
-    return _report(engine, prompt_tokens, times[warm:], demands, warm)
+    return _report(engine, prompt_tokens, np.array(times[warm:]), demands, warm)
 
 
 def check(engine: Engine, prompt_tokens: int, new_tokens: int, repetitions: int) -> None:
@@ -218,7 +219,7 @@ class _Demand:
 
     def step(self, phase: str, tokens: int, withheld_bytes: int = 0) -> None:
         if self._then is not None:
-            self._then.step(phase, tokens)
+            self._then.step(phase, tokens, withheld_bytes)
 
     def drop(self) -> None:
         if self._then is not None:

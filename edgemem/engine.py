@@ -32,6 +32,7 @@ from .streamer import Streamer
 from .tokenizer import ENCODING_BYTES, Tokenizer
 from .trace import COUNTERS, Trace
 from .tracefile import TraceWriter, popularity
+from .tracefile import read as read_trace
 
 DEFAULT_CONTEXT = 4096
 CHUNK_TOKENS, LARGE_CHUNK_TOKENS = 128, 512
@@ -71,7 +72,7 @@ def load(
     the next layers will likely want while the device has nothing else to do. `io_engine` is
     "io_uring" or "threads" (None: the best that works here), and `faults` (the fields of
     em_faults) makes reads misbehave, for tests. `trace` is a file to record what streamed layers
-    demand in every step (edgemem/tracefile.py), replaced if it exists. None of them changes an
+    demand in every step (edgemem/tracefile.py); it replaces an older one. None of them changes an
     answer.
 
     `memory` is the budget of the whole process: bytes, "4GiB", "50%" or "auto" (what is free here,
@@ -269,9 +270,12 @@ class Engine:
 
     def _new_policy(self) -> policies.Policy | None:
         streamed = self._plan.streamed
+        how = self._streaming
         if not len(streamed):
+            if how.profile is not None:  # not needed now, but a wrong one is told all the same
+                read_trace(how.profile)
             return None
-        turns, how = inventory.turns(self.store)[streamed], self._streaming
+        turns = inventory.turns(self.store)[streamed]
         known = None if how.profile is None else popularity(how.profile, turns.tolist())
         return policies.build(how.policy, turns, self.spec.n_layers + 2, known)
 

@@ -37,6 +37,7 @@ import numpy as np
 from .errors import EdgeMemError, StoreError
 
 VERSION = 1
+_MAGIC = b'{"edgemem_trace":'
 COUNTERS = ("hits", "bytes", "stall_us", "prefetch_useful_bytes", "prefetch_wasted_bytes")
 
 
@@ -56,12 +57,13 @@ class TraceHeader:
 class TraceWriter:
     """Writes a trace file: `demand` for each layer of a step, then `step`; close it at the end.
 
-    Raises EdgeMemError where the file cannot be written.
+    An older trace is replaced, no other file. Raises EdgeMemError where it cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike, header: TraceHeader):
         self._path = path
         try:
+            self._check_target(Path(path))
             # Unbuffered: a line is one call, which no interrupt leaves half done.
             self._file = Path(path).open("wb", buffering=0)  # noqa: SIM115
         except OSError as error:
@@ -105,6 +107,17 @@ class TraceWriter:
     def close(self) -> None:
         """End the trace, at the last whole step."""
         self._file.close()
+
+    def _check_target(self, path: Path) -> None:
+        if not path.is_file():  # or a device, or a pipe
+            return
+        with path.open("rb") as file:
+            start = file.read(len(_MAGIC))
+        if start and start != _MAGIC:
+            raise EdgeMemError(
+                f"recording a trace in {path}: it holds something else than a trace, which is not "
+                "replaced; choose another file"
+            )
 
     def _write(self, value: dict) -> None:
         line = json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
@@ -173,7 +186,10 @@ def _lines(path: str | os.PathLike) -> Iterator[dict]:
                 if not line.endswith("\n"):
                     return
                 yield json.loads(line)
-    except ValueError as error:
-        raise StoreError(f"reading {path}: a line is no JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise StoreError(
+            f"reading {path}: it is no trace: a line is no JSON ({error}); record one with "
+            "--trace FILE"
+        ) from None
     except OSError as error:
         raise StoreError(f"reading {path}: {error.strerror}") from error

@@ -21,10 +21,11 @@ Each repetition feeds a prompt of random tokens and then more of them one by one
 its own that starts from empty slots (--warm: with those of the one before, after one that does not
 count). Each budget is measured in a process of its own.
 
-In the table, hits are of decode, stall is the share of its time in which products waited for
-bundles, and busy that in which the device read. η is the share of the pace that is possible:
-reading each token's weights once from DRAM, and from flash only what the best of all caches
-(Belady's, which knows the future) misses, at the rates that are measured beside it.
+In the table, hits are of decode (what was read ahead in time is one, so that there may be more than
+Belady's), stall is the share of its time in which products waited for bundles, and busy that in
+which the device read. η is the share of the pace that is possible: reading each token's weights
+once from DRAM, and from flash only what the best of all caches (Belady's, which knows the future)
+misses, at the rates that are measured beside it.
 
 --json prints one object with all that was measured. A budget below the floor is a row that says so,
 and ends in exit code 1.
@@ -124,12 +125,12 @@ def measured_apart(
     arguments += ["--warm"] * warm + ["--no-lookahead"] * (not lookahead)
     # With this process's own path: `-m` would look for edgemem in the current folder first.
     code = f"import sys; sys.path[:] = {sys.path!r}; from edgemem.__main__ import main; main()"
-    command = [sys.executable, "-c", code, "bench", str(store), "--memory", memory, "--json"]
+    command = [sys.executable, "-c", code, "bench", "--memory", memory, "--json", *arguments]
     # Ctrl-C is for this process to hear, and to pass on as it leaves.
     with (
         handled(unwind, "SIGTERM", "SIGHUP"),
         subprocess.Popen(
-            [*command, *arguments], stdout=subprocess.PIPE, start_new_session=True
+            [*command, "--", str(store)], stdout=subprocess.PIPE, start_new_session=True
         ) as child,
     ):
         try:

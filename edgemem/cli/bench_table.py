@@ -57,9 +57,10 @@ def legend(results: list[dict]) -> str:
     one = done[0]
     start = "slots kept between them" if one["warm"] else "each from empty slots"
     parts = [
-        f"Prompts of {one['prompt_tokens']} tokens and {one['new_tokens']} more, one by one; "
-        f"medians of {one['repetitions']} repetitions (least–most), {start}.",
-        f"{one['threads']} threads, {one['isa']}; memory {_span(done, 'dram_bytes_per_second')}",
+        f"Prompts of {_count(one['prompt_tokens'], 'token')} and {one['new_tokens']} more, one by "
+        f"one; medians of {_count(one['repetitions'], 'repetition')} (least–most), {start}.",
+        f"{_count(one['threads'], 'thread')}, {one['isa']}; "
+        f"memory {_span(done, 'dram_bytes_per_second')}",
     ]
     streaming = [result for result in done if result["streamed_bundles"]]
     if streaming:
@@ -69,6 +70,10 @@ def legend(results: list[dict]) -> str:
             f"{show_size(one['record_bytes'])}; {one['io_engine']}, policy {one['policy']}"
         )
     return "\n".join(parts) + "."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number != 1)
 
 
 def _span(results: list[dict], name: str) -> str:

@@ -234,6 +234,25 @@ def test_budgets_are_measured_wherever_one_stands(tiny_moe_store, tmp_path):
     assert result.returncode == 0 and result.stdout.count("all resident") == 2, result.stderr
 
 
+def test_a_store_whose_name_looks_like_an_option(tiny_moe_store, tmp_path):
+    (tmp_path / "-x").symlink_to(tiny_moe_store.resolve())
+    code = "from edgemem.__main__ import main; main()"
+    arguments = ["bench", *FEW, "--memory", "auto", "--memory", "90%", "--", "-x"]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=tmp_path, capture_output=True,
+        text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert result.returncode == 0 and result.stdout.count("all resident") == 2, result.stderr
+
+
+def test_what_the_governor_withheld_is_in_the_trace(tiny_moe_store, tmp_path):
+    with streaming.opened(tiny_moe_store, 0.2, trace=tmp_path / "x") as engine:
+        heard = benchmark._Demand(engine)
+        heard.step("decode", 1, withheld_bytes=4096)
+        engine._streamer.end_recording()
+    assert [line["withheld_bytes"] for line in tracefile.read(tmp_path / "x")[1]] == [4096]
+
+
 def test_a_trace_of_a_benchmark(tiny_moe_store, floor, tmp_path):
     trace = ("--trace", tmp_path / "x")
     bench(tiny_moe_store, *FEW, "--memory", f"{floor + 8}M", *trace)
@@ -250,6 +269,7 @@ def test_a_trace_of_a_benchmark(tiny_moe_store, floor, tmp_path):
         (("-n", 0), "new-tokens", 2),
         (("--policy", "fifo"), "next-use", 2),
         (("--policy", "static"), "profile", 2),
+        (("--policy", "static", "--profile", "nowhere"), "reading nowhere", 1),
         (("--trace", "nowhere/x"), "recording a trace in nowhere/x", 1),
     ],
 )

@@ -319,6 +319,21 @@ def test_an_existing_target_is_refused_before_the_source_is_read(tmp_path):
     assert target.read_text() == "precious"
 
 
+def test_force_does_not_replace_what_is_converted(llama, tmp_path):
+    part, store = llama.folder / "config.json", llama.folder / "a.edgemem"
+    before = part.read_bytes()
+    with pytest.raises(StoreError, match="belongs to the checkpoint.*choose another name"):
+        converters.convert(llama.folder, part, force=True)
+    assert part.read_bytes() == before
+    gguf = tmp_path / "a.gguf"
+    gguf.write_bytes(b"GGUF and all its weights")
+    with pytest.raises(StoreError, match="belongs to the checkpoint"):
+        converters.convert(gguf, gguf, force=True)
+    assert gguf.read_bytes() == b"GGUF and all its weights"
+    for _ in range(2):  # a store beside the checkpoint's own files is not one of them
+        converters.convert(llama.folder, store, force=True)
+
+
 def test_a_disk_without_room_is_refused_before_writing(llama, tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 1000, "total": 5000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)

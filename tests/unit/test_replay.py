@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgemem import tracefile
-from edgemem.errors import StoreError
+from edgemem.errors import EdgeMemError, StoreError
 from edgemem.policies import POLICIES, Lru, NextUse, Policy
 from edgemem.tracefile import TraceHeader, TraceWriter
 
 pytest.importorskip("numba", reason="the replay needs numba: pip install edgemem[bench]")
 
-from bench import replay, replay_traces, synth  # noqa: E402
-from bench import routing as routing_check  # noqa: E402
-from bench.replay_cache import Belady, hit_rate, simulate  # noqa: E402
+from bench import replay, replay_traces, synth
+from bench import routing as routing_check
+from bench.replay_cache import Belady, hit_rate, simulate
 
 
 def routing(demands: list[list[int]], n_layers=1, n_bundles=6, class_of=None):
@@ -170,12 +170,58 @@ def test_a_trace_that_was_cut_off_is_read_up_to_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}\n", "not json\n", '{"edgemem_trace":1}\n', '{"edgemem_trace":2}\n', "3\n"]
+    "text",
+    [
+        "",
+        "{}\n",
+        "not json\n",
+        "[" * 100000 + "\n",
+        '{"edgemem_trace":1}\n',
+        '{"edgemem_trace":2}\n',
+        "3\n",
+    ],
 )
 def test_what_is_no_trace_is_refused(tmp_path, text):
     (tmp_path / "x").write_text(text)
     with pytest.raises(StoreError, match="reading "):
         tracefile.read(tmp_path / "x")
+
+
+def test_a_class_of_few_bundles_has_a_slot_at_every_share(tmp_path, capsys, monkeypatch):
+    header = TraceHeader("qwen3_moe", "lru", 2, (0, 0, 0, 1), (0, 0, 0, 1), (2, 1))
+    with_head = TraceWriter(tmp_path / "x", header)
+    for demand in ([0, 1], [2]), ([1], [0]), ([1], [0]):
+        for ids in demand:
+            with_head.demand(0, ids, hits=0)
+        with_head.demand(1, [3], hits=0)
+        with_head.step("decode", 1)
+    with_head.close()
+    assert replay_traces.read(tmp_path / "x").slots_of(0.4) == (1, 1)
+    monkeypatch.setattr("sys.argv", ["replay", str(tmp_path / "x")])
+    replay.main()
+    assert capsys.readouterr().out.count("| x |") == len(replay.SHARES)
+
+
+@pytest.mark.parametrize("name", ["x", "x.route.csv.xz", "nowhere", "nowhere.csv.xz"])
+def test_a_replay_of_what_is_no_trace_is_an_error_in_one_line(tmp_path, monkeypatch, capsys, name):
+    if "x" == name[0]:
+        (tmp_path / name).write_text("garbage\n")
+    monkeypatch.setattr("sys.argv", ["replay", str(tmp_path / name)])
+    with pytest.raises(SystemExit, match="^error: reading .*[^\n]$"):
+        replay.main()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_trace_replaces_a_trace_and_nothing_else(tmp_path):
+    path = tmp_path / "x"
+    path.touch()
+    for _ in range(2):  # an empty file, then a trace
+        TraceWriter(path, HEADER).close()
+        assert tracefile.read(path)[0] == HEADER
+    path.write_bytes(b"GGUF and all its weights")
+    with pytest.raises(EdgeMemError, match="something else than a trace.*choose another file"):
+        TraceWriter(path, HEADER)
+    assert path.read_bytes() == b"GGUF and all its weights"
 
 
 def test_unknown_counters_are_refused(tmp_path):
