@@ -161,7 +161,7 @@ def popularity(path: str | os.PathLike, layer_of: Sequence[int]) -> np.ndarray:
             ones = [1] * len(step["ids"])
             for ids, uses in zip(step["ids"], step.get("uses", ones), strict=True):
                 np.add.at(counts, np.asarray(ids, np.uint32), uses)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise StoreError(f"reading the profile {path}: a step is wrong: {error}") from None
     return counts
 
@@ -173,7 +173,7 @@ def _lines(path: str | os.PathLike) -> Iterator[dict]:
                 if not line.endswith("\n"):
                     return
                 yield json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"reading {path}: a line is no JSON: {error}") from None
     except OSError as error:
         raise StoreError(f"reading {path}: {error.strerror}") from error

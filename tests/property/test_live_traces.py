@@ -1,5 +1,7 @@
 """A live run that was recorded replays to the same hits, layer by layer, without the model."""
 
+import json
+
 import numpy as np
 import pytest
 import streaming
@@ -246,6 +248,12 @@ def test_a_profile_of_something_else_is_refused_before_weights_are_read(
             streaming.opened(store, 0.3, progress=lambda *_: read.append(1), **options),
         ):
             pass
+    lines = (tmp_path / "trace").read_text().splitlines()
+    for step in ("[" * 100_000, "3", '{"ids":[[-1]]}', '{"ids":[[1e400]]}',
+                 '{"ids":[[0]],"uses":[[1%s]]}' % ("0" * 400)):  # fmt: skip
+        (tmp_path / "wrong").write_text(f"{lines[0]}\n{step}\n")
+        with pytest.raises(edgemem.StoreError, match="wrong"):
+            tracefile.popularity(tmp_path / "wrong", json.loads(lines[0])["layer_of"])
     assert not read
     for options in ({"policy": "static"}, {"profile": tmp_path / "trace"}):
         with pytest.raises(ValueError, match="need each other"):
