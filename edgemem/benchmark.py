@@ -218,7 +218,7 @@ class _Demand:
 
     def step(self, phase: str, tokens: int, withheld_bytes: int = 0) -> None:
         if self._then is not None:
-            self._then.step(phase, tokens)
+            self._then.step(phase, tokens, withheld_bytes)
 
     def drop(self) -> None:
         if self._then is not None:

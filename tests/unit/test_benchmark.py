@@ -118,9 +118,11 @@ def test_a_trace_is_of_the_first_repetition_or_of_all_warm_ones(
     warm, steps, tiny_moe_store, tmp_path
 ):
     with streaming.opened(tiny_moe_store, 0.2, trace=tmp_path / "x") as engine:
+        engine._governor.withheld = lambda most: 1
         benchmark.measure(engine, **COUNTS, warm=warm)
         engine.generate("The", max_tokens=3)
-    assert len(list(tracefile.read(tmp_path / "x")[1])) == steps
+    lines = list(tracefile.read(tmp_path / "x")[1])
+    assert [line["withheld_bytes"] for line in lines] == [1] * steps
 
 
 @pytest.mark.parametrize(
