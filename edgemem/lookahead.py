@@ -9,6 +9,8 @@ from __future__ import annotations
 
 MEMORY = 64
 """Layers over which measurements are averaged."""
+LONGEST_IDLE_US = 100_000
+"""Idle time of one layer that counts: in a longer one nobody ran the model."""
 FIRST_PRECISION, LEAST_PRECISION, MOST_PRECISION = 0.75, 0.5, 0.98
 """What is assumed at first; below, reading ahead stops; above, there is nothing more to win."""
 FIRST_PAUSE = 16 * MEMORY
@@ -37,7 +39,7 @@ class Lookahead:
         now = (idle_us, read_bytes, busy_us)
         idle, read, busy = (a - b for a, b in zip(now, self._before, strict=True))
         self._before = now
-        self._idle_us += (idle - self._idle_us) / MEMORY
+        self._idle_us += (min(idle, LONGEST_IDLE_US) - self._idle_us) / MEMORY
         if busy > 0:
             weight = MEMORY if self._bytes_per_us else 1
             self._bytes_per_us += (read / busy - self._bytes_per_us) / weight
