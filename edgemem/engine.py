@@ -223,9 +223,11 @@ class Engine:
 
     def _fit_slab(self) -> None:
         """Open or close slots so that they fill what nothing else needs. Not while a step runs."""
-        if self._streamer is None or not len(self._plan.streamed):
+        if not len(self._plan.streamed):
             return
         with self._lock:
+            if self._streamer is None:  # not loaded yet, or closed meanwhile
+                return
             if self._stepping:  # the last step was interrupted, who knows where
                 self._settle()
             room = self._slab_room()

@@ -1,5 +1,8 @@
 """The elastic slab: what others do not use yet holds bundles, and goes back when they need it."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -110,3 +113,13 @@ def test_short_memory_costs_slots_and_is_in_the_trace(engine, resident):
     assert slab_bytes(engine) <= before - withheld
     assert engine.trace.summary()["prefill"]["withheld_bytes"] == withheld
     assert engine.trace.recent[-1].withheld_bytes == withheld
+
+
+def test_whoever_waits_while_the_engine_closes_learns_of_it(engine):
+    with ThreadPoolExecutor(1) as pool:
+        with engine._lock:
+            waiting = pool.submit(engine.logits, [1, 2, 3])
+            time.sleep(0.2)
+            engine.close()
+        with pytest.raises(ValueError, match="closed"):
+            waiting.result()
