@@ -163,6 +163,7 @@ class Engine:
         self._cache_count = 0
         self._caches: weakref.WeakSet[KvCache] = weakref.WeakSet()
         self._governor = Governor()
+        self._popularity: np.ndarray | None = None  # of the profile, read once
         self._text_promise = 0
         self._all_logits_promised = False
         base = [
@@ -274,8 +275,9 @@ class Engine:
         if not len(streamed):
             return None
         turns, how = inventory.turns(self.store)[streamed], self._streaming
-        known = None if how.profile is None else popularity(how.profile, turns.tolist())
-        return policies.build(how.policy, turns, self.spec.n_layers + 2, known)
+        if how.profile is not None and self._popularity is None:
+            self._popularity = popularity(how.profile, turns.tolist())
+        return policies.build(how.policy, turns, self.spec.n_layers + 2, self._popularity)
 
     def session(self) -> Session:
         """A new, empty sequence. Raises BudgetError if its KV cache does not fit the budget."""

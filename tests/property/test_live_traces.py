@@ -227,6 +227,11 @@ def test_a_trace_is_a_profile_for_the_static_policy(tiny_moe_store, tmp_path):
     with streaming.opened(tiny_moe_store, 0.3, policy="static", profile=path) as engine:
         assert engine.generate("The river", max_tokens=20) == expected
         known = engine._streamer._policy.ranks(1)
+        profile = path.read_bytes()
+        path.unlink()
+        engine.clear()
+        assert np.array_equal(known, engine._streamer._policy.ranks(1)), "it is read once"
+    path.write_bytes(profile)
     routing = replay_traces.read(path)
     taken = np.zeros(len(known), np.int64)
     np.add.at(taken, routing.ids, routing.uses)
