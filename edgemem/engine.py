@@ -394,9 +394,10 @@ class Engine:
         """A KV cache for a sequence. One is always in the budget; more are added to it."""
         with self._lock:
             if self._cache_count:
-                self._promise(self._session_items, "another session")
+                self.budget.take(self._session_items, self._advise, "another session")
             self._cache_count += 1
             try:
+                self._fit_slab()  # only now: what the cache does not use yet is lent
                 # What slots borrow must be touched page by page.
                 cache = KvCache(self.spec, self.context, huge=not len(self._plan.streamed))
             except BaseException:

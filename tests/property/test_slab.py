@@ -91,6 +91,17 @@ def test_sessions_take_what_they_fill_and_are_refused_in_the_end(engine, residen
         assert_within(engine)
 
 
+def test_a_session_that_holds_nothing_costs_no_slots(engine):
+    ids = np.random.default_rng(5).integers(0, engine.spec.vocab_size, 32)
+    with engine.session() as session:
+        session.feed(ids)
+        before = slab_bytes(engine)
+        lost = 4 * engine.spec.vocab_size + int(engine._plan.each.sum())
+        with engine.session():
+            assert slab_bytes(engine) >= before - lost
+            assert_within(engine)
+
+
 def test_logits_borrow_from_the_slab_and_give_back(engine, resident):
     ids = np.random.default_rng(3).integers(0, engine.spec.vocab_size, 64)
     before = slab_bytes(engine)
