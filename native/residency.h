@@ -14,7 +14,7 @@ typedef struct {
     int32_t pins;
     int32_t pieces_left; /* of the read that loads it */
     int32_t first_left;  /* of these, those with bytes of the first part */
-    int32_t error; /* why it failed: an errno, 0 for a wrong checksum */
+    int32_t error;       /* why it failed: an errno, 0 for a wrong checksum */
     uint8_t state;
     bool failed, verified;
     bool prefetched; /* loaded ahead, and not acquired since: no victim, unless it is stale */

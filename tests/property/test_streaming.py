@@ -156,9 +156,7 @@ def test_interrupted_steps_leave_the_engine_usable(stores):
 def test_a_forked_child_is_refused_and_lets_go(io_engine, threads, stores):
     """It has memory, but none of the threads that fill it."""
     engine_or_skip(io_engine, stores["qwen3_moe"])
-    with streaming.opened(
-        stores["qwen3_moe"], 0.2, io_engine=io_engine, threads=threads
-    ) as engine:
+    with streaming.opened(stores["qwen3_moe"], 0.2, io_engine=io_engine, threads=threads) as engine:
         expected = answer(engine)
         time.sleep(0.1)  # until all threads wait for work
         child = os.fork()
