@@ -27,7 +27,7 @@ import numpy as np
 
 from . import belady
 from ._native import isa_names
-from .budget import machine_bytes, peak_bytes, usable_cpus
+from .budget import Item, machine_bytes, peak_bytes, usable_cpus
 from .sequence import TokenSequence
 
 if TYPE_CHECKING:
@@ -119,6 +119,9 @@ def measure(
     """
     check(engine, prompt_tokens, new_tokens, repetitions)
     rounds, length = repetitions + warm, prompt_tokens + new_tokens
+    if len(engine._plan.streamed):
+        size = rounds * _demand_bytes(engine, prompt_tokens, new_tokens)
+        engine._promise([Item("record of the demand", size)], "measuring")
     # Not numpy's generators: importing them takes memory that no budget has promised.
     draw, vocab = random.Random(seed), range(engine.spec.vocab_size)
     times, demands = [], []
@@ -138,6 +141,15 @@ def measure(
                 progress(i * length + prompt_tokens + step, rounds * length)
     engine._streamer.end_recording()
     return _report(engine, prompt_tokens, np.array(times[warm:]), demands, warm)
+
+
+def _demand_bytes(engine: Engine, prompt_tokens: int, new_tokens: int) -> int:
+    """Bytes that a `_Demand` takes for a repetition, at most: arrays grow in large steps."""
+    spec, chunk = engine.spec, engine.chunk_tokens
+    chunks, beside = -(-prompt_tokens // chunk), 2 + len(engine.slots)
+    ids = new_tokens * (max(spec.top_k, 1) + beside)
+    ids += chunks * (max(spec.n_experts, chunk) + beside)
+    return 2 * 4 * ids * (spec.n_layers + 2)
 
 
 def check(engine: Engine, prompt_tokens: int, new_tokens: int, repetitions: int) -> None:

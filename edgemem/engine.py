@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from numbers import Integral
 from time import perf_counter
 
 import numpy as np
 
 from . import inventory, models, planner, policies
-from ._native import isa_names
+from .arguments import (
+    MAX_THREADS,
+    Streaming,
+    check_count,
+    check_isa,
+    check_streaming,
+    context_limit,
+)
 from .budget import MIB, Budget, Item, current_bytes, machine_bytes, show_size, usable_cpus
 from .dtypes import BY_NAME
-from .errors import UnsupportedError
 from .generation import Generation
 from .governor import Governor
 from .kernels import Core
@@ -26,7 +31,6 @@ from .recorder import Recorder, header
 from .residency import Residency, Slots
 from .sequence import TokenSequence, check_room
 from .session import DEFAULT_TOKENS, Session, check_ids, checked
-from .spec import ModelSpec
 from .store import Store
 from .streamer import Streamer
 from .tokenizer import ENCODING_BYTES, Tokenizer
@@ -50,9 +54,6 @@ HEADROOM_BYTES = 4 * MIB
 
 TEXT_BYTES = 2048
 """A text up to this length is encoded within the headroom."""
-
-MAX_THREADS = 1024
-"""The core starts no more."""
 
 Progress = Callable[[int, int], None]
 
@@ -89,26 +90,6 @@ def load(
     return Engine(path, memory, context, threads, progress, ready, how)
 
 
-@dataclass(frozen=True)
-class Streaming:
-    """How bundles stream; see `load`."""
-
-    policy: str = policies.DEFAULT
-    profile: str | os.PathLike | None = None
-    lookahead: bool = True
-    io_engine: str | None = None
-    faults: dict | None = None
-    trace: str | os.PathLike | None = None
-
-
-def context_limit(spec: ModelSpec) -> int:
-    """The longest context to ask for: the model's own, or what RoPE scaling stretches it to."""
-    if spec.rope.type == "default":
-        return spec.max_positions
-    stretched = (spec.rope.original_positions or spec.max_positions) * spec.rope.factor
-    return max(spec.max_positions, int(stretched))
-
-
 class Engine:
     """A loaded model. Thread-safe: steps of its sessions take turns.
 
@@ -121,14 +102,10 @@ class Engine:
         threads: int | None, progress: Progress | None = None,
         ready: Callable[[Engine], None] | None = None, streaming: Streaming = Streaming(),
     ):  # fmt: skip
-        _check_count("context", context)
-        _check_count("threads", threads, MAX_THREADS)
-        _check_isa()
-        if streaming.policy not in policies.POLICIES:
-            names = ", ".join(policies.POLICIES)
-            raise ValueError(f"policy {streaming.policy!r} is none of {names}")
-        if (streaming.policy == policies.Static.name) != (streaming.profile is not None):
-            raise ValueError("the static policy and a profile need each other")
+        check_count("context", context)
+        check_count("threads", threads, MAX_THREADS)
+        check_isa()
+        check_streaming(streaming)
         self._streaming = streaming
         self.budget = Budget(memory)
         self.threads = min(usable_cpus(), MAX_THREADS) if threads is None else int(threads)
@@ -162,8 +139,10 @@ class Engine:
         # The first session's logits are in scratch.
         self._session_items = [self._kv_item, Item("its logits", 4 * spec.vocab_size)]
         self._cache_count = 0
+        self._freed: deque[None] = deque()
         self._caches: weakref.WeakSet[KvCache] = weakref.WeakSet()
         self._governor = Governor()
+        self._popularity: np.ndarray | None = None  # of the profile, read once
         self._text_promise = 0
         self._all_logits_promised = False
         base = [
@@ -224,9 +203,11 @@ class Engine:
 
     def _fit_slab(self) -> None:
         """Open or close slots so that they fill what nothing else needs. Not while a step runs."""
-        if self._streamer is None or not len(self._plan.streamed):
+        if not len(self._plan.streamed):
             return
         with self._lock:
+            if self._streamer is None:  # not loaded yet, or closed meanwhile
+                return
             if self._stepping:  # the last step was interrupted, who knows where
                 self._settle()
             room = self._slab_room()
@@ -242,6 +223,8 @@ class Engine:
 
     def _promise(self, items: Sequence[Item], what: str, advise: Callable | None = None) -> None:
         """Put `items` into the budget before their memory is used; slots make place for them."""
+        with self._lock:
+            self._account_freed()
         self.budget.take(items, advise or self._advise, what)
         self._fit_slab()
 
@@ -276,8 +259,9 @@ class Engine:
                 read_trace(how.profile)
             return None
         turns = inventory.turns(self.store)[streamed]
-        known = None if how.profile is None else popularity(how.profile, turns.tolist())
-        return policies.build(how.policy, turns, self.spec.n_layers + 2, known)
+        if how.profile is not None and self._popularity is None:
+            self._popularity = popularity(how.profile, turns.tolist())
+        return policies.build(how.policy, turns, self.spec.n_layers + 2, self._popularity)
 
     def session(self) -> Session:
         """A new, empty sequence. Raises BudgetError if its KV cache does not fit the budget."""
@@ -393,10 +377,12 @@ class Engine:
     def new_kv(self) -> KvCache:
         """A KV cache for a sequence. One is always in the budget; more are added to it."""
         with self._lock:
+            self._account_freed()
             if self._cache_count:
-                self._promise(self._session_items, "another session")
+                self.budget.take(self._session_items, self._advise, "another session")
             self._cache_count += 1
             try:
+                self._fit_slab()  # only now: what the cache does not use yet is lent
                 # What slots borrow must be touched page by page.
                 cache = KvCache(self.spec, self.context, huge=not len(self._plan.streamed))
             except BaseException:
@@ -406,8 +392,18 @@ class Engine:
             return cache
 
     def free_kv(self) -> None:
-        """Says that a cache of `new_kv` is gone."""
-        with self._lock:
+        """Says that a cache of `new_kv` is gone; called by the garbage collector, in any thread and
+        in the middle of anything, so it waits for no lock: whoever holds it does the sums."""
+        self._freed.append(None)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._account_freed()
+            finally:
+                self._lock.release()
+
+    def _account_freed(self) -> None:
+        while self._freed:
+            self._freed.pop()
             self._cache_count -= 1
             if self._cache_count:
                 self.budget.give_back(self._session_items)
@@ -466,27 +462,6 @@ class Engine:
 def _mebibytes(size: int) -> int:
     """For advice: a process does not start with the same bytes each time."""
     return -(-size // MIB) + 1
-
-
-def _check_isa() -> None:
-    """Whoever forces an instruction set that is none learns of it before anything else happens."""
-    isa = os.environ.get("EDGEMEM_ISA")
-    if isa and isa not in isa_names():
-        raise UnsupportedError(
-            f"opening the core with EDGEMEM_ISA={isa}: not an instruction set that runs on this "
-            f"machine; unset it, or choose one of {', '.join(isa_names())}"
-        )
-
-
-def _check_count(name: str, value: int | None, most: int | None = None) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer or None, not {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, not {value}")
-    if most is not None and value > most:
-        raise ValueError(f"{name} must be at most {most}, not {value}")
 
 
 def _eos_ids(store: Store) -> frozenset[int]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 MEMORY = 64
 """Layers over which measurements are averaged."""
+LONGEST_IDLE_US = 100_000
+"""Idle time of one layer that counts: in a longer one nobody ran the model."""
 FIRST_PRECISION, LEAST_PRECISION, MOST_PRECISION = 0.75, 0.5, 0.98
 """What is assumed at first; below, reading ahead stops; above, there is nothing more to win."""
 FIRST_PAUSE = 16 * MEMORY
@@ -19,7 +21,7 @@ LONGEST_PAUSE = 1 << 20
 class Lookahead:
     """Admits bytes to be read ahead, from what was measured in the layers before.
 
-    `precision` is the share of what was read ahead that the next layer did use.
+    `precision` is the share of what was foreseen, and not in memory, that the next layer did use.
     """
 
     def __init__(self):
@@ -37,7 +39,7 @@ class Lookahead:
         now = (idle_us, read_bytes, busy_us)
         idle, read, busy = (a - b for a, b in zip(now, self._before, strict=True))
         self._before = now
-        self._idle_us += (idle - self._idle_us) / MEMORY
+        self._idle_us += (min(idle, LONGEST_IDLE_US) - self._idle_us) / MEMORY
         if busy > 0:
             weight = MEMORY if self._bytes_per_us else 1
             self._bytes_per_us += (read / busy - self._bytes_per_us) / weight
@@ -47,11 +49,11 @@ class Lookahead:
         in_vain = 1 - min(self.precision, MOST_PRECISION)
         return max(0, int(self._idle_us * self._bytes_per_us / in_vain))
 
-    def learn(self, started: int, used: int) -> None:
-        """Of `started` bundles that were read ahead of a layer it did use `used`."""
-        if not started:
+    def learn(self, foreseen: int, used: int) -> None:
+        """Of `foreseen` bundles that were not in memory a layer did use `used`."""
+        if not foreseen:
             return
-        self.precision += (used / started - self.precision) / MEMORY
+        self.precision += (used / foreseen - self.precision) / MEMORY
         if self.precision < LEAST_PRECISION:
             self._layers_left = self._pause
             self._pause = min(2 * self._pause, LONGEST_PAUSE)

@@ -22,14 +22,14 @@ from ._native import Slab, check, ffi, lib, pointer
 from .errors import CorruptError, EdgeMemError, FlashError
 from .store import Store
 
-DEPTHS = (2, 4, 8)
+DEPTHS = (4, 8)
 """Reads in flight that are tried while resident bundles are read; the knee serves from then on."""
 DEPTH = 8
 """Reads in flight where there is too little to read for a trial."""
 PIECE_BYTES = 512 << 10
 _TRIAL_BYTES = 48 << 20
 _TRIALS = 2
-_KNEE = 0.93
+_KNEE = 0.95
 """A depth is enough that gives this share of the best rate."""
 _ALL_BYTES = (1 << 64) - 1
 

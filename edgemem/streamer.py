@@ -100,9 +100,8 @@ class Streamer:
                 held.append((part, self._residency.acquire(part, ranks), start))
                 if len(held) == 2:
                     yield from self._give(held)
-            if start + size >= len(indices):
-                self._learn(indices)
-                self._look_ahead(turn, ranks, foresee)
+            self._learn(indices)
+            self._look_ahead(turn, ranks, foresee)
             while held:
                 yield from self._give(held)
         finally:
@@ -147,8 +146,8 @@ class Streamer:
         absent = likely[residency.flags[likely] == 0]
         if len(absent):
             # The resident among them go along, so that none of them makes place for another.
-            started = residency.prefetch(np.concatenate([absent, likely]), ranks, room)
-            self._foreseen = absent[:started]
+            residency.prefetch(np.concatenate([absent, likely]), ranks, room)
+            self._foreseen = absent
 
     def resize(self, slots: dict[int, int]) -> None:
         """Change the slots of each layout class. Not while a step runs."""
@@ -234,13 +233,13 @@ def _certain(residency: Residency, turns: np.ndarray) -> dict[int, np.ndarray]:
     for place, turn in enumerate(order.tolist()):
         following = np.roll(order, -place - 1)[:AHEAD]
         ahead = [part for t in following if t != turn for part in [sure[turns[sure] == t]]]
-        ids = [part[: _beside(residency, part, turns, turn)] for part in ahead if len(part)]
+        ids = [part[: _beside(residency, part)] for part in ahead if len(part)]
         if ids:
             found[turn] = np.concatenate(ids).astype(np.uint32)
     return found
 
 
-def _beside(residency: Residency, part: np.ndarray, turns: np.ndarray, turn: int) -> int:
+def _beside(residency: Residency, part: np.ndarray) -> int:
     """How many of a turn's certain bundles fit beside the bundles of the present turn."""
     room = int(residency.room[part].min())
     return max(0, room // 2 if len(part) > 1 else room - 1)

@@ -174,7 +174,7 @@ def popularity(path: str | os.PathLike, layer_of: Sequence[int]) -> np.ndarray:
             ones = [1] * len(step["ids"])
             for ids, uses in zip(step["ids"], step.get("uses", ones), strict=True):
                 np.add.at(counts, np.asarray(ids, np.uint32), uses)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise StoreError(f"reading the profile {path}: a step is wrong: {error}") from None
     return counts
 

@@ -189,7 +189,8 @@ typedef struct {
     int64_t idle_us;                    /* no acquired bundle was being read */
 } em_residency_stats;
 
-/* Why the last read failed: which bundle, and the errno (0 for a wrong checksum). */
+/* Why the last read failed of what was acquired: which bundle, and the errno (0 for a wrong
+ * checksum). */
 typedef struct {
     uint32_t bundle;
     int32_t error;

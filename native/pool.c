@@ -155,11 +155,11 @@ int32_t em_pool_open(int32_t n_threads, em_pool **out) {
 }
 
 void em_pool_close(em_pool *pool) {
-    if (!pool) return;
+    /* A forked child has no workers to wake, and what they wait on ends with the child. */
+    if (!pool || pool->owner != getpid()) return;
     atomic_store(&pool->closing, true);
     begin_region(pool, 0);
-    for (int32_t i = 1; i <= pool->n_started && pool->owner == getpid(); i++)
-        pthread_join(pool->threads[i], NULL);
+    for (int32_t i = 1; i <= pool->n_started; i++) pthread_join(pool->threads[i], NULL);
     pthread_mutex_destroy(&pool->mutex);
     pthread_cond_destroy(&pool->wake);
     free(pool->threads);

@@ -90,9 +90,9 @@ static void vacate(em_residency *r, uint32_t bundle) {
     __atomic_store_n(&r->ready[bundle], 0, __ATOMIC_RELEASE);
 }
 
-static void fail(em_residency *r, uint32_t bundle, int32_t error) {
-    if (!r->states[bundle].failed) r->failure = (em_read_failure){bundle, error};
-    r->states[bundle].failed = true;
+static void fail(bundle_state *s, int32_t error) {
+    if (!s->failed) s->error = error;
+    s->failed = true;
 }
 
 /* Time without a demanded read is idle: what reading ahead may use. */
@@ -120,15 +120,13 @@ static void end_load(em_residency *r, uint32_t bundle) {
         pthread_mutex_lock(&r->mutex);
     }
 #endif
-    if (!s->failed && !s->verified) {
+    if (!s->failed) {
+        start_reads(r); /* the device goes on meanwhile */
         const uint8_t *data = slot_address(r, bundle);
         pthread_mutex_unlock(&r->mutex);
         bool matches = em_crc32c(0, data, b->payload_bytes) == b->crc32c;
         pthread_mutex_lock(&r->mutex);
-        if (matches)
-            s->verified = true;
-        else
-            fail(r, bundle, 0);
+        if (!matches) fail(s, 0);
     }
     /* What was only tried ahead is read again once it is wanted, unless some of it was used. */
     if (s->failed && s->ahead && s->pins > 0 && r->ready[bundle] == EM_READY_NOT) {
@@ -145,6 +143,7 @@ static void end_load(em_residency *r, uint32_t bundle) {
         vacate(r, bundle);
     } else { /* whoever pinned it sees the flag, and its release frees the slot */
         s->state = RESIDENT;
+        r->failure = (em_read_failure){bundle, s->error};
         __atomic_store_n(&r->ready[bundle], EM_READY_FAILED, __ATOMIC_RELEASE);
     }
 }
@@ -173,8 +172,8 @@ static void end_piece(em_residency *r, const em_done *done) {
         queue_push(&r->demand, p);
         return;
     }
-    if (p.bytes > 0) fail(r, p.bundle, done->result < 0 ? (int32_t)-done->result : ENODATA);
     bundle_state *s = &r->states[p.bundle];
+    if (p.bytes > 0) fail(s, done->result < 0 ? (int32_t)-done->result : ENODATA);
     if (p.first && --s->first_left == 0 && !s->failed)
         __atomic_store_n(&r->ready[p.bundle], EM_READY_FIRST, __ATOMIC_RELEASE);
     if (--s->pieces_left == 0) end_load(r, p.bundle);

@@ -14,8 +14,9 @@ typedef struct {
     int32_t pins;
     int32_t pieces_left; /* of the read that loads it */
     int32_t first_left;  /* of these, those with bytes of the first part */
+    int32_t error;       /* why it failed: an errno, 0 for a wrong checksum */
     uint8_t state;
-    bool failed, verified;
+    bool failed;
     bool prefetched; /* loaded ahead, and not acquired since: no victim, unless it is stale */
     bool stale;      /* not wanted any more by whoever prefetched it */
     bool ahead;      /* what loads it now began as a prefetch */

@@ -13,7 +13,7 @@ import click
 
 from ..errors import BudgetError
 from . import options
-from .signals import handled, unwind
+from .signals import handled, main_code, unwind
 
 _HELP = """Measure prefill and decode inside one or several memory budgets.
 
@@ -123,9 +123,7 @@ def measured_apart(
     named = {name.replace("_", "-"): value for name, value in values.items() if value is not None}
     arguments = [word for name, value in named.items() for word in (f"--{name}", str(value))]
     arguments += ["--warm"] * warm + ["--no-lookahead"] * (not lookahead)
-    # With this process's own path: `-m` would look for edgemem in the current folder first.
-    code = f"import sys; sys.path[:] = {sys.path!r}; from edgemem.__main__ import main; main()"
-    command = [sys.executable, "-c", code, "bench", "--memory", memory, "--json", *arguments]
+    command = [sys.executable, "-c", main_code(), "bench", "--memory", memory, "--json", *arguments]
     # Ctrl-C is for this process to hear, and to pass on as it leaves.
     with (
         handled(unwind, "SIGTERM", "SIGHUP"),

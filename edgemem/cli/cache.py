@@ -28,7 +28,7 @@ from ..errors import CheckpointError, EdgeMemError, StoreError
 from ..format import MAGIC, MAJOR, MINOR
 from ..store import Store
 from .options import note
-from .signals import handled
+from .signals import handled, main_code
 
 try:
     import fcntl
@@ -40,9 +40,6 @@ _SPLIT_NAME = re.compile(r"(.+)-[0-9]{5}-of-([0-9]{5})\.gguf")
 _FOLDER_PATTERNS = ("*.json", "*.jinja", "*.safetensors")
 _NAME_LETTERS = 40
 """Of the source's name in the store's; a file's name may have 255 bytes, a letter up to 4."""
-
-_CONVERT = "import sys; sys.path[:] = {!r}; from edgemem.__main__ import main; main()"
-"""What finds the same edgemem as this process, and nothing in the current folder."""
 
 
 def as_store(
@@ -246,7 +243,7 @@ def _convert(source: _Source, target: Path, lock: int) -> None:
     It is in a session of its own too, so that Ctrl-C comes to this process alone. What would end
     this process is passed on, and the converter's last words and exit code are those of both.
     """
-    command = [sys.executable, "-c", _CONVERT.format(sys.path), "convert"]
+    command = [sys.executable, "-c", main_code(), "convert"]
     command += ["-o", target, "--dtype", source.dtype, "--", source.path]
     arrived: list[int] = []
     process = None

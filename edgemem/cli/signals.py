@@ -35,3 +35,28 @@ def unwind(number: int, _frame) -> None:
     with contextlib.suppress(OSError):  # a terminal that hung up takes no message
         os.write(2, f"\nedgemem: ended by {signal.Signals(number).name}\n".encode())
     sys.exit(128 + number)
+
+
+def end_with(parent: int) -> None:
+    """Have the system end this process as soon as `parent`, which started it, is gone, however that
+    ends (Linux; elsewhere a process outlives one that was killed)."""
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    except (OSError, AttributeError, TypeError):
+        return
+    if os.getppid() != parent:
+        sys.exit(128 + signal.SIGTERM)
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main_code() -> str:
+    """Python code of a child that runs edgemem's commands: the same edgemem as this process's, and
+    nothing of the current folder; it ends with this process."""
+    return (
+        f"import sys; sys.path[:] = {sys.path!r}; from edgemem.cli.signals import end_with; "
+        f"end_with({os.getpid()}); from edgemem.__main__ import main; main()"
+    )

@@ -289,6 +289,24 @@ static void every_fault(const char *engine) {
         }
 }
 
+/* What fails is what was acquired, whatever else failed after it. */
+static void the_failure_is_of_what_is_wanted(void) {
+    world w;
+    make_world(&w, 4);
+    em_faults faults = {EM_FAULT_ERROR, 0, 1000, 0, 0, 1};
+    em_residency *r = open_residency(&w, "threads", 1, &faults);
+    const uint32_t wanted = 1, ahead[] = {2, 4};
+    uint64_t at;
+    CHECK(em_residency_acquire(r, &wanted, 1, NULL, &at) == EM_OK, "bundle %u", wanted);
+    CHECK(em_residency_prefetch(r, ahead, 2, NULL, UINT64_MAX) == 2, "%d slots", 4);
+    CHECK(em_residency_wait(r, ahead, 2) == EM_FLASH, "bundle %u", ahead[0]);
+    CHECK(em_residency_wait(r, &wanted, 1) == EM_FLASH, "bundle %u", wanted);
+    em_read_failure f = em_residency_failure(r);
+    CHECK(f.bundle == wanted && f.error == EIO, "bundle %u errno %d", f.bundle, f.error);
+    em_residency_close(r);
+    end_world(&w);
+}
+
 /* Whoever was interrupted may start over; a rank that is no number is a victim like others. */
 static void starting_over(void) {
     world w;
@@ -338,6 +356,7 @@ int main(void) {
     the_first_of_equals_leaves();
     closing_slots();
     truncated_file();
+    the_failure_is_of_what_is_wanted();
     starting_over();
     return check_report();
 }

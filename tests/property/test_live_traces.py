@@ -1,5 +1,7 @@
 """A live run that was recorded replays to the same hits, layer by layer, without the model."""
 
+import json
+
 import numpy as np
 import pytest
 import streaming
@@ -225,6 +227,11 @@ def test_a_trace_is_a_profile_for_the_static_policy(tiny_moe_store, tmp_path):
     with streaming.opened(tiny_moe_store, 0.3, policy="static", profile=path) as engine:
         assert engine.generate("The river", max_tokens=20) == expected
         known = engine._streamer._policy.ranks(1)
+        profile = path.read_bytes()
+        path.unlink()
+        engine.clear()
+        assert np.array_equal(known, engine._streamer._policy.ranks(1)), "it is read once"
+    path.write_bytes(profile)
     routing = replay_traces.read(path)
     taken = np.zeros(len(known), np.int64)
     np.add.at(taken, routing.ids, routing.uses)
@@ -246,6 +253,12 @@ def test_a_profile_of_something_else_is_refused_before_weights_are_read(
             streaming.opened(store, 0.3, progress=lambda *_: read.append(1), **options),
         ):
             pass
+    lines = (tmp_path / "trace").read_text().splitlines()
+    for step in ("[" * 100_000, "3", '{"ids":[[-1]]}', '{"ids":[[1e400]]}',
+                 '{"ids":[[0]],"uses":[[1%s]]}' % ("0" * 400)):  # fmt: skip
+        (tmp_path / "wrong").write_text(f"{lines[0]}\n{step}\n")
+        with pytest.raises(edgemem.StoreError, match="wrong"):
+            tracefile.popularity(tmp_path / "wrong", json.loads(lines[0])["layer_of"])
     assert not read
     for options in ({"policy": "static"}, {"profile": tmp_path / "trace"}):
         with pytest.raises(ValueError, match="need each other"):

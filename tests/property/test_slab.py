@@ -1,5 +1,8 @@
 """The elastic slab: what others do not use yet holds bundles, and goes back when they need it."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -88,6 +91,17 @@ def test_sessions_take_what_they_fill_and_are_refused_in_the_end(engine, residen
         assert_within(engine)
 
 
+def test_a_session_that_holds_nothing_costs_no_slots(engine):
+    ids = np.random.default_rng(5).integers(0, engine.spec.vocab_size, 32)
+    with engine.session() as session:
+        session.feed(ids)
+        before = slab_bytes(engine)
+        lost = 4 * engine.spec.vocab_size + int(engine._plan.each.sum())
+        with engine.session():
+            assert slab_bytes(engine) >= before - lost
+            assert_within(engine)
+
+
 def test_logits_borrow_from_the_slab_and_give_back(engine, resident):
     ids = np.random.default_rng(3).integers(0, engine.spec.vocab_size, 64)
     before = slab_bytes(engine)
@@ -110,3 +124,13 @@ def test_short_memory_costs_slots_and_is_in_the_trace(engine, resident):
     assert slab_bytes(engine) <= before - withheld
     assert engine.trace.summary()["prefill"]["withheld_bytes"] == withheld
     assert engine.trace.recent[-1].withheld_bytes == withheld
+
+
+def test_whoever_waits_while_the_engine_closes_learns_of_it(engine):
+    with ThreadPoolExecutor(1) as pool:
+        with engine._lock:
+            waiting = pool.submit(engine.logits, [1, 2, 3])
+            time.sleep(0.2)
+            engine.close()
+        with pytest.raises(ValueError, match="closed"):
+            waiting.result()

@@ -3,6 +3,7 @@ answer, nor do slots that come and go."""
 
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -147,6 +148,28 @@ def test_interrupted_steps_leave_the_engine_usable(stores):
             assert answer(engine) == expected
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("threads", (1, 3))
+@pytest.mark.parametrize("io_engine", ENGINES)
+def test_a_forked_child_is_refused_and_lets_go(io_engine, threads, stores):
+    """It has memory, but none of the threads that fill it."""
+    engine_or_skip(io_engine, stores["qwen3_moe"])
+    with streaming.opened(stores["qwen3_moe"], 0.2, io_engine=io_engine, threads=threads) as engine:
+        expected = answer(engine)
+        time.sleep(0.1)  # until all threads wait for work
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            try:
+                engine.logits([1, 2, 3])
+            except edgemem.UnsupportedError:
+                engine.close()
+                os._exit(0)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert answer(engine) == expected, "the parent goes on"
 
 
 def test_trained_experts_stream_with_one_answer(tiny_moe_store):

@@ -118,9 +118,11 @@ def test_a_trace_is_of_the_first_repetition_or_of_all_warm_ones(
     warm, steps, tiny_moe_store, tmp_path
 ):
     with streaming.opened(tiny_moe_store, 0.2, trace=tmp_path / "x") as engine:
+        engine._governor.withheld = lambda most: 1
         benchmark.measure(engine, **COUNTS, warm=warm)
         engine.generate("The", max_tokens=3)
-    assert len(list(tracefile.read(tmp_path / "x")[1])) == steps
+    lines = list(tracefile.read(tmp_path / "x")[1])
+    assert [line["withheld_bytes"] for line in lines] == [1] * steps
 
 
 @pytest.mark.parametrize(
@@ -302,6 +304,15 @@ def test_whoever_is_ended_takes_the_child_along(name, code, tiny_moe_store):
         assert process.returncode == code and stdout == "" and "Traceback" not in stderr
         assert stderr.startswith("\nedgemem: ") and stderr.count("\n") == 2
         assert not child.is_running()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child")
+def test_whoever_is_killed_takes_the_child_along(tiny_moe_store):
+    with start_long(tiny_moe_store) as process:
+        child = child_of(process)
+        process.kill()
+        process.communicate(timeout=20)
+        assert psutil.wait_procs([child], 10)[0] == [child]
 
 
 def test_a_child_that_is_killed_is_a_row_that_says_so(tiny_moe_store):

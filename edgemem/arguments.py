@@ -1,0 +1,66 @@
+"""What whoever loads a model may ask for, and what is wrong with what was asked."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from numbers import Integral
+
+from . import policies
+from ._native import isa_names
+from .errors import UnsupportedError
+from .spec import ModelSpec
+
+MAX_THREADS = 1024
+"""The core starts no more."""
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How bundles stream; see `load`."""
+
+    policy: str = policies.DEFAULT
+    profile: str | os.PathLike | None = None
+    lookahead: bool = True
+    io_engine: str | None = None
+    faults: dict | None = None
+    trace: str | os.PathLike | None = None
+
+
+def check_streaming(streaming: Streaming) -> None:
+    """Raises ValueError for a policy that is none, or one without the profile that it needs."""
+    if streaming.policy not in policies.POLICIES:
+        names = ", ".join(policies.POLICIES)
+        raise ValueError(f"policy {streaming.policy!r} is none of {names}")
+    if (streaming.policy == policies.Static.name) != (streaming.profile is not None):
+        raise ValueError("the static policy and a profile need each other")
+
+
+def context_limit(spec: ModelSpec) -> int:
+    """The longest context to ask for: the model's own, or what RoPE scaling stretches it to."""
+    if spec.rope.type == "default":
+        return spec.max_positions
+    stretched = (spec.rope.original_positions or spec.max_positions) * spec.rope.factor
+    return max(spec.max_positions, int(stretched))
+
+
+def check_isa() -> None:
+    """Whoever forces an instruction set that is none learns of it before anything else happens."""
+    isa = os.environ.get("EDGEMEM_ISA")
+    if isa and isa not in isa_names():
+        raise UnsupportedError(
+            f"opening the core with EDGEMEM_ISA={isa}: not an instruction set that runs on this "
+            f"machine; unset it, or choose one of {', '.join(isa_names())}"
+        )
+
+
+def check_count(name: str, value: int | None, most: int | None = None) -> None:
+    """Raises TypeError or ValueError unless `value` is None or an integer from 1 to `most`."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer or None, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, not {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, not {value}")
