@@ -56,6 +56,11 @@ static int32_t count_pieces(uint64_t bytes, uint64_t most) {
     return (int32_t)((bytes + most - 1) / most);
 }
 
+static uint64_t piece_size(const em_residency *r, const em_bundle *b) {
+    uint64_t pieces = (uint64_t)count_pieces(b->bytes, r->piece_bytes);
+    return (uint64_t)em_round_up((int64_t)((b->bytes + pieces - 1) / pieces), PAGE_BYTES);
+}
+
 static void load(em_residency *r, uint32_t bundle, int32_t slot, piece_queue *queue) {
     const em_bundle *b = &r->bundles[bundle];
     bundle_state *s = &r->states[bundle];
@@ -67,14 +72,15 @@ static void load(em_residency *r, uint32_t bundle, int32_t slot, piece_queue *qu
     r->occupant[b->slot_class][slot] = (int32_t)bundle;
     uint8_t *to = slot_address(r, bundle);
     s->pieces_left = count_pieces(b->bytes, r->piece_bytes);
-    s->first_left = 0;
-    uint64_t even =
-        (uint64_t)em_round_up((int64_t)(b->bytes / (uint64_t)s->pieces_left), PAGE_BYTES);
-    for (uint64_t done = 0; done < b->bytes; done += even) {
-        uint64_t bytes = b->bytes - done < even ? b->bytes - done : even;
-        bool first = done < b->first_bytes;
+    s->first_left = s->summed = 0;
+    s->arrived = s->crc = 0;
+    uint64_t even = piece_size(r, b);
+    for (int32_t i = 0; i < s->pieces_left; i++) {
+        uint64_t start = (uint64_t)i * even;
+        uint64_t bytes = b->bytes - start < even ? b->bytes - start : even;
+        bool first = start < b->first_bytes;
         s->first_left += first;
-        queue_push(queue, (piece){bundle, 0, first, b->offset + done, bytes, to + done});
+        queue_push(queue, (piece){bundle, 0, i, first, b->offset + start, bytes, to + start});
     }
     *(s->prefetched ? &r->stats.prefetch_bytes : &r->stats.demand_bytes) += (int64_t)b->bytes;
 }
@@ -108,8 +114,25 @@ static void end_await(em_residency *r, uint32_t bundle) {
     if (--r->n_awaited == 0) r->idle_since_us = em_now_us();
 }
 
-/* The last piece of a bundle has ended. The checksum is computed without the mutex: nobody else
- * touches what is loading. */
+/* Continues the checksum over what has arrived without a gap, while it is still in the cache, and
+ * without the mutex: only the reaper touches what is loading. */
+static void sum_arrived(em_residency *r, uint32_t bundle, int32_t index) {
+    const em_bundle *b = &r->bundles[bundle];
+    bundle_state *s = &r->states[bundle];
+    if (index - s->summed < 64) s->arrived |= (uint64_t)1 << (index - s->summed);
+    if (!(s->arrived & 1)) return;
+    const uint8_t *data = slot_address(r, bundle);
+    uint64_t even = piece_size(r, b), start = (uint64_t)s->summed * even, end = start;
+    for (; s->arrived & 1; s->arrived >>= 1, s->summed++) end += even;
+    if (end > b->payload_bytes) end = b->payload_bytes;
+    if (start >= end) return;
+    start_reads(r); /* the device goes on meanwhile */
+    pthread_mutex_unlock(&r->mutex);
+    s->crc = em_crc32c(s->crc, data + start, end - start);
+    pthread_mutex_lock(&r->mutex);
+}
+
+/* The last piece of a bundle has ended. What the checksum does not cover yet, it covers now. */
 static void end_load(em_residency *r, uint32_t bundle) {
     const em_bundle *b = &r->bundles[bundle];
     bundle_state *s = &r->states[bundle];
@@ -121,12 +144,14 @@ static void end_load(em_residency *r, uint32_t bundle) {
     }
 #endif
     if (!s->failed) {
-        start_reads(r); /* the device goes on meanwhile */
-        const uint8_t *data = slot_address(r, bundle);
-        pthread_mutex_unlock(&r->mutex);
-        bool matches = em_crc32c(0, data, b->payload_bytes) == b->crc32c;
-        pthread_mutex_lock(&r->mutex);
-        if (!matches) fail(s, 0);
+        uint64_t start = (uint64_t)s->summed * piece_size(r, b);
+        if (start < b->payload_bytes) {
+            const uint8_t *data = slot_address(r, bundle) + start;
+            pthread_mutex_unlock(&r->mutex);
+            s->crc = em_crc32c(s->crc, data, b->payload_bytes - start);
+            pthread_mutex_lock(&r->mutex);
+        }
+        if (s->crc != b->crc32c) fail(s, 0);
     }
     /* What was only tried ahead is read again once it is wanted, unless some of it was used. */
     if (s->failed && s->ahead && s->pins > 0 && r->ready[bundle] == EM_READY_NOT) {
@@ -176,6 +201,7 @@ static void end_piece(em_residency *r, const em_done *done) {
     if (p.bytes > 0) fail(s, done->result < 0 ? (int32_t)-done->result : ENODATA);
     if (p.first && --s->first_left == 0 && !s->failed)
         __atomic_store_n(&r->ready[p.bundle], EM_READY_FIRST, __ATOMIC_RELEASE);
+    if (p.bytes == 0) sum_arrived(r, p.bundle, p.index);
     if (--s->pieces_left == 0) end_load(r, p.bundle);
 }
 

@@ -14,7 +14,10 @@ typedef struct {
     int32_t pins;
     int32_t pieces_left; /* of the read that loads it */
     int32_t first_left;  /* of these, those with bytes of the first part */
-    int32_t error;       /* why it failed: an errno, 0 for a wrong checksum */
+    int32_t summed;      /* pieces that `crc` covers, from the first on */
+    uint64_t arrived;    /* of the pieces after those, a bit for each that is there */
+    uint32_t crc;
+    int32_t error; /* why it failed: an errno, 0 for a wrong checksum */
     uint8_t state;
     bool failed;
     bool prefetched; /* loaded ahead, and not acquired since: no victim, unless it is stale */
@@ -27,7 +30,8 @@ typedef struct {
 typedef struct {
     uint32_t bundle;
     int32_t retries;
-    bool first; /* has bytes of the bundle's first part */
+    int32_t index; /* in its bundle */
+    bool first;    /* has bytes of the bundle's first part */
     uint64_t offset, bytes;
     uint8_t *buffer;
 } piece;
