@@ -141,6 +141,66 @@ int32_t em_attention_run(em_core *core, const em_attention *a, const float *q, i
 int32_t em_clamp(float *x, int64_t n, float limit);
 int32_t em_sigmoid(em_core *core, float *x, int32_t n);
 
+/* One of the calls above as a layer repeats it in every step: all that does not change with it.
+ * Pointers are to scratch of n tokens; numbers of rows and columns are for one token. */
+enum {
+    EM_OP_NORM = 0,
+    EM_OP_LINEARS = 1,
+    EM_OP_CLAMP = 2,
+    EM_OP_ATTEND = 3, /* store, then run */
+    EM_OP_ROUTE = 4,
+    EM_OP_SIGMOID = 5,
+};
+
+typedef struct {
+    const float *x, *weight;
+    float *out;
+    float eps;
+    int32_t rows, cols;
+} em_norm_op;
+
+typedef struct {
+    const em_linear *items;
+    const float *x;
+    int32_t n_items;
+} em_linears_op;
+
+typedef struct {
+    float *q;
+    const float *k, *v, *cos_table, *sin_table;
+    float *out;
+} em_attend_op;
+
+typedef struct {
+    const float *logits;
+    int32_t n_experts, top_k, normalize;
+    int32_t *n_chosen; /* what em_route returns */
+    uint32_t *experts;
+    int32_t *first, *tokens;
+    float *weights;
+} em_route_op;
+
+typedef struct {
+    float *x;
+    int32_t cols;
+    float limit; /* of EM_OP_CLAMP */
+} em_elements_op;
+
+typedef struct {
+    int32_t kind;
+    em_norm_op norm;
+    em_linears_op linears;
+    em_attend_op attend;
+    em_route_op route;
+    em_elements_op elements;
+} em_op;
+
+/* Runs operations one after another on n tokens at `position`; `attention` is the layer's, or NULL
+ * where none attends. Gives the first status that is not EM_OK, and in *failed which operation's.
+ */
+int32_t em_ops_run(em_core *core, const em_op *ops, int32_t n_ops, const em_attention *attention,
+                   int64_t position, int32_t n_tokens, int32_t *failed);
+
 /* ---- residency: which bundles are in memory, and where --------------------------------------- */
 
 /* What the fault engine does to reads [first, first + count), counted from 0 as they start. */

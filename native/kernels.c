@@ -71,8 +71,8 @@ EM_INLINE int64_t act_row(const em_acts *a, int64_t token) {
 #define FLOAT_GROUPS 4
 #define BLOCK_GROUPS 1
 
-/* For one token memory is the limit, and processors' own prefetchers stop at each page: ask for what
- * lies this far ahead, which may be the next group's (bench/LOG.md). */
+/* For one token memory is the limit, and processors' own prefetchers stop at each page: ask for
+ * what lies this far ahead, which may be the next group's (bench/LOG.md). */
 #define PREFETCH_BYTES 6144
 
 EM_INLINE void prefetch(const uint8_t *p, int64_t bytes) {

@@ -69,6 +69,36 @@ class Core:
         check(lib.em_core_reserve(self.handle, size), f"reserving {size} bytes of scratch")
 
 
+class Ops:
+    """Operations on one scratch that one native call runs one after another, in the order in which
+    they were added; whoever adds one fills in what `add` returns, and keeps what that points to."""
+
+    MOST = 16
+
+    def __init__(self, core: Core):
+        self._core = core
+        self._ops = ffi.new("em_op[]", self.MOST)
+        self._failed = ffi.new("int32_t *")
+        self._doing: list[str] = []
+
+    def add(self, kind: int, doing: str):
+        """A new em_op; `doing` is for the error if it fails."""
+        assert len(self._doing) < self.MOST, "a layer has more operations than were foreseen"
+        op = self._ops[len(self._doing)]
+        op.kind = kind
+        self._doing.append(doing)
+        return op
+
+    def run(self, n_tokens: int, attention=ffi.NULL, position: int = 0) -> None:
+        """Run them on n tokens; `attention` (em_attention): the layer's cache where one attends."""
+        status = lib.em_ops_run(
+            self._core.handle, self._ops, len(self._doing), attention, position, n_tokens,
+            self._failed,
+        )  # fmt: skip
+        if status != lib.EM_OK:
+            check(status, self._doing[self._failed[0]])
+
+
 class Linears:
     """Matrices of one bundle that read the same input: out_i (+)= W_i x + b_i.
 
@@ -97,6 +127,11 @@ class Linears:
             item.weights = ffi.cast("void *", address + weights)
             if bias is not None:
                 item.bias = ffi.cast("float *", address + bias)
+
+    def add_to(self, ops: Ops, x, doing: str) -> None:
+        """Let `ops` multiply x, a float pointer to [n_tokens, cols]."""
+        op = ops.add(lib.EM_OP_LINEARS, doing).linears
+        op.items, op.n_items, op.x = self._items, len(self._items), x
 
     def run(self, x, n_tokens: int) -> None:
         """x: float pointer to [n_tokens, cols]."""

@@ -7,7 +7,7 @@ import numpy as np
 from .._native import lib
 from ..dtypes import LANES, round_up
 from ..format import Kind, Layout
-from ..kernels import Array, Core
+from ..kernels import Array, Core, Linears, Ops
 from ..spec import ModelSpec
 
 
@@ -30,7 +30,7 @@ class Scratch:
 
 
 class Routing:
-    """Which experts tokens take: `logits` in; pairs of em_ffn_run out."""
+    """Which experts tokens take: pairs of em_ffn_run."""
 
     def __init__(self, spec: ModelSpec, n_tokens: int):
         pairs = n_tokens * max(spec.top_k, 1)
@@ -39,17 +39,24 @@ class Routing:
         self.first = Array(spec.n_experts + 2, np.int32)
         self.tokens = Array(pairs, np.int32)
         self.weights = Array(pairs)
+        self._n_chosen = Array(1, np.int32)
 
-    def choose(self, work: Workspace, n: int) -> np.ndarray:
-        """uint32: the experts that n tokens need, ascending."""
+    def add_to(self, ops: Ops, work: Workspace, layout, x: Array) -> Linears:
+        """Let `ops` route x [n, hidden] by a layer's router, whose matrix is still to be bound."""
         spec = work.spec
-        wanted = lib.em_route(
-            work.core.handle, self.logits.pointer, n, spec.n_experts, spec.top_k,
-            spec.normalize_top_k, self.experts.pointer, self.first.pointer, self.tokens.pointer,
-            self.weights.pointer,
-        )  # fmt: skip
-        assert wanted >= 0, "routing: the core refused its arguments"
-        return self.experts.array[:wanted]
+        router = Linears(work.core, layout, [("router", None, self.logits, 0)])
+        router.add_to(ops, x.pointer, "routing")
+        op = ops.add(lib.EM_OP_ROUTE, "routing").route
+        op.n_experts, op.top_k, op.normalize = spec.n_experts, spec.top_k, spec.normalize_top_k
+        for name in ("logits", "experts", "first", "tokens", "weights"):
+            setattr(op, name, getattr(self, name).pointer)
+        op.n_chosen = self._n_chosen.pointer
+        return router
+
+    @property
+    def chosen(self) -> np.ndarray:
+        """uint32: the experts that the tokens routed last need, ascending."""
+        return self.experts.array[: self._n_chosen.array[0]]
 
     def uses(self, wanted: int) -> np.ndarray:
         """int32: how many tokens take each of the experts chosen last."""
