@@ -55,6 +55,11 @@ void em_core_close(em_core *core);
 const char *em_core_isa(const em_core *core);
 /* Grows scratch to at least `bytes`; called when a model is opened, never in a step. */
 int32_t em_core_reserve(em_core *core, uint64_t bytes);
+/* Gives the memory of scratch beyond `bytes` back to the system until it is used again. */
+void em_core_trim(em_core *core, uint64_t bytes);
+/* Gives the whole pages of this memory, which its owner keeps, back to the system: then they are
+ * zero, and taken again when they are used. */
+void em_pages_drop(void *start, uint64_t bytes);
 /* Microseconds that em_ffn_run has waited for bundles since this was last asked. */
 int64_t em_core_take_stall_us(em_core *core);
 

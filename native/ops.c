@@ -43,6 +43,11 @@ int32_t em_core_reserve(em_core *core, uint64_t bytes) {
     return EM_OK;
 }
 
+void em_core_trim(em_core *core, uint64_t bytes) {
+    if (bytes < core->scratch_bytes)
+        em_pages_drop(core->scratch + bytes, core->scratch_bytes - bytes);
+}
+
 int64_t em_core_take_stall_us(em_core *core) {
     int64_t stall = core->stall_us;
     core->stall_us = 0;

@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from .._native import check, ffi, lib, pointer
+from .._native import Slab, check, ffi, lib, pointer
 
 ACTIVATION_CODES = {
     "silu": lib.EM_SILU,
@@ -20,13 +20,27 @@ ACTIVATION_CODES = {
 
 
 class Array:
-    """A numpy array together with its address, made once so that a step makes none."""
+    """A numpy array of zeros together with its address, made once so that a step makes none.
+
+    With `trimmed` it lies in small pages of its own, whose memory can be given back.
+    """
 
     __slots__ = ("array", "pointer")
 
-    def __init__(self, shape, dtype=np.float32):
-        self.array = np.zeros(shape, dtype)
+    def __init__(self, shape, dtype=np.float32, trimmed: bool = False):
+        if trimmed:
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            slab = Slab(size, huge=False)
+            self.array = np.frombuffer(slab.view, dtype).reshape(shape)
+        else:
+            self.array = np.zeros(shape, dtype)
         self.pointer = pointer(self.array, _CTYPES[np.dtype(dtype)])
+
+    def trim(self, rows: int) -> None:
+        """Give the memory beyond the first rows back; when used again, it is zero."""
+        used = self.array[:rows].nbytes
+        start = ffi.cast("char *", self.pointer) + used
+        lib.em_pages_drop(start, self.array.nbytes - used)
 
 
 _CTYPES = {
@@ -63,6 +77,10 @@ class Core:
     def read_bytes(self, address: int, size: int) -> None:
         """Read memory with all threads and do nothing with it: the pace that bounds products."""
         lib.em_read_bytes(self.handle, ffi.cast("void *", address), size)
+
+    def trim(self, size: int) -> None:
+        """Give the memory of scratch beyond `size` bytes back until it is used again."""
+        lib.em_core_trim(self.handle, size)
 
     def reserve(self, size: int) -> None:
         """Make scratch at least `size` bytes. Not while a step runs."""

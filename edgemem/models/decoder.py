@@ -127,6 +127,10 @@ class Decoder(ABC):
         kv.position += n
         return self._read_out(n, n_logits)
 
+    def trim(self, n_tokens: int) -> None:
+        """Give memory that steps of up to n tokens do not touch back until it is used again."""
+        self._work.trim(n_tokens)
+
     def _rotate(self, kv: KvCache, n: int) -> None:
         spec, s = self.spec, self._work.scratch
         length = max(kv.rope_length, kv.position + n) if spec.rope.type == "dynamic" else 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import numpy as np
 
 from .._native import lib
@@ -16,17 +18,22 @@ class Scratch:
 
     def __init__(self, spec: ModelSpec, n_tokens: int):
         heads, kv_heads = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-        self.x = Array((n_tokens, spec.hidden))  # the residual stream
-        self.h = Array((n_tokens, spec.hidden))  # its norm, what a block reads
-        self.q = Array((n_tokens, heads))
-        self.k = Array((n_tokens, kv_heads))
-        self.v = Array((n_tokens, kv_heads))
-        self.attended = Array((n_tokens, heads))
+        self.x = Array((n_tokens, spec.hidden), trimmed=True)  # the residual stream
+        self.h = Array((n_tokens, spec.hidden), trimmed=True)  # its norm, what a block reads
+        self.q = Array((n_tokens, heads), trimmed=True)
+        self.k = Array((n_tokens, kv_heads), trimmed=True)
+        self.v = Array((n_tokens, kv_heads), trimmed=True)
+        self.attended = Array((n_tokens, heads), trimmed=True)
         self.cos = Array((n_tokens, spec.head_dim // 2))
         self.sin = Array((n_tokens, spec.head_dim // 2))
-        self.ahead = Array((n_tokens if any(spec.routed) else 1, spec.hidden))
+        self.ahead = Array((n_tokens if any(spec.routed) else 1, spec.hidden), trimmed=True)
         self.routing = Routing(spec, n_tokens)
         self.foreseen = Routing(spec, n_tokens)
+
+    def trim(self, n_tokens: int) -> None:
+        """Give the memory of activations of more than n tokens back until it is used again."""
+        for array in (self.x, self.h, self.q, self.k, self.v, self.attended, self.ahead):
+            array.trim(n_tokens)
 
 
 class Routing:
@@ -78,6 +85,17 @@ def core_scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:
     return max(needs)
 
 
+def trimmed_bytes(spec: ModelSpec, of_tokens: int, n_tokens: int, threads: int) -> int:
+    """Bytes that `Workspace.trim` gives back of the scratch for so many tokens, at the least."""
+    heads, kv_heads = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+    floats = [spec.hidden, spec.hidden, heads, kv_heads, kv_heads, heads]
+    floats += [spec.hidden] if any(spec.routed) else []
+    core = core_scratch_bytes(spec, of_tokens, threads)
+    parts = [core - core_scratch_bytes(spec, n_tokens, threads)]
+    parts += [4 * (of_tokens - n_tokens) * width for width in floats]
+    return sum(max(0, part - 2 * mmap.PAGESIZE) for part in parts)
+
+
 def scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:
     """Bytes of a `Scratch`, of the core's scratch, and of two rows of logits, one its reader's."""
     heads = 2 * spec.n_heads + 2 * spec.n_kv_heads
@@ -97,6 +115,11 @@ class Workspace:
         self.scratch = Scratch(self.spec, n_tokens)
         self._store = store
         core.reserve(core_scratch_bytes(self.spec, n_tokens, core.threads))
+
+    def trim(self, n_tokens: int) -> None:
+        """Give memory that steps of up to n tokens do not touch back until it is used again."""
+        self.scratch.trim(n_tokens)
+        self.core.trim(core_scratch_bytes(self.spec, n_tokens, self.core.threads))
 
     def bundles(self, kind: Kind, layer: int | None = None) -> tuple[np.ndarray, list[Layout]]:
         """(ids uint32 [n], their layouts) of the bundles of one kind, in one layer or in none."""
