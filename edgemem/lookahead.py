@@ -36,9 +36,9 @@ class Lookahead:
         Call once for each layer with the residency's counters: time without a demanded read, bytes
         read, and time in which the device was reading.
         """
-        now = (idle_us, read_bytes, busy_us)
-        idle, read, busy = (a - b for a, b in zip(now, self._before, strict=True))
-        self._before = now
+        idle_before, read_before, busy_before = self._before
+        self._before = (idle_us, read_bytes, busy_us)
+        idle, read, busy = idle_us - idle_before, read_bytes - read_before, busy_us - busy_before
         self._idle_us += (min(idle, LONGEST_IDLE_US) - self._idle_us) / MEMORY
         if busy > 0:
             weight = MEMORY if self._bytes_per_us else 1

@@ -312,6 +312,34 @@ em_residency_stats em_residency_statistics(em_residency *residency);
 /* Adds up 8-byte words: the plain read that kernels are measured against. */
 uint64_t em_read_bytes(em_core *core, const void *data, uint64_t bytes);
 
+/* ---- policy: when bundles are expected to be used next ----------------------------------------
+ */
+
+enum { EM_MOST_RATES = 8 };
+
+/* The state of edgemem/policies/next_use.py, which says what it means and owns the arrays; there
+ * are n = starts[n_layers] bundles, numbered layer by layer. */
+typedef struct {
+    const int64_t *starts; /* [n_layers + 1]: the first bundle of each layer, and n */
+    const double *keep;    /* [n_rates]: what one token leaves of a rate */
+    double *weights;       /* [n_layers, n_rates]: a rate that was fed with ones, from 0 */
+    double *shares;        /* [n_rates]: of the rates in the mixture */
+    float *rates;          /* [n_rates, n] */
+    float *ranks;          /* [n] */
+    double learning, least_rate;
+    float prior;
+    int32_t n_layers, n_rates;
+    int32_t last_layer;    /* observed; -1 at first */
+    int64_t clock;         /* of this step's first layer, in layers */
+    int64_t longest_clock; /* where it is set back to 0 */
+} em_next_use;
+
+/* `tokens` tokens demanded bundles `ids` [n] of a layer, each once and each taken by uses[i] of the
+ * tokens (NULL: by one): restates the layer's ranks. EM_INVALID changes nothing: an id is not the
+ * layer's, or a number is out of range. */
+int32_t em_next_use_observe(em_next_use *state, int32_t layer, const int64_t *ids, int32_t n,
+                            const int64_t *uses, int64_t tokens);
+
 /* end cdef */
 
 #endif
