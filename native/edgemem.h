@@ -312,8 +312,7 @@ em_residency_stats em_residency_statistics(em_residency *residency);
 /* Adds up 8-byte words: the plain read that kernels are measured against. */
 uint64_t em_read_bytes(em_core *core, const void *data, uint64_t bytes);
 
-/* ---- policy: when bundles are expected to be used next ----------------------------------------
- */
+/* ---- policy: when bundles are expected to be used next -------------------------------------- */
 
 enum { EM_MOST_RATES = 8 };
 
