@@ -145,6 +145,12 @@ int32_t em_attention_run(em_core *core, const em_attention *a, const float *q, i
 
 int32_t em_clamp(float *x, int64_t n, float limit);
 int32_t em_sigmoid(em_core *core, float *x, int32_t n);
+/* Each of n_rows rows, in place. */
+int32_t em_softmax(em_core *core, float *x, int32_t n_rows, int32_t n_cols);
+/* What a product of block formats makes of its input x [n_rows, n_cols] first: blocks of 32, the
+ * last filled up with zeros. q [n_rows, blocks, 32]; scale and sum [n_rows, blocks]. */
+int32_t em_quantize(em_core *core, const float *x, int32_t n_rows, int32_t n_cols, int8_t *q,
+                    float *scale, int32_t *sum);
 
 /* One of the calls above as a layer repeats it in every step: all that does not change with it.
  * Pointers are to scratch of n tokens; numbers of rows and columns are for one token. */
@@ -311,6 +317,10 @@ em_read_failure em_residency_failure(em_residency *residency);
 em_residency_stats em_residency_statistics(em_residency *residency);
 /* Adds up 8-byte words: the plain read that kernels are measured against. */
 uint64_t em_read_bytes(em_core *core, const void *data, uint64_t bytes);
+/* `items` runs, shared by the threads, of the multiply-adds that products of this dtype are made
+ * of, without memory: the pace that bounds products of many tokens. Returns how many they were, or
+ * -1 for arguments out of range. */
+int64_t em_peak(em_core *core, int32_t dtype, int32_t items);
 
 /* ---- policy: when bundles are expected to be used next -------------------------------------- */
 

@@ -55,6 +55,9 @@ typedef struct {
     void (*unpack_row)(const uint8_t *data, int32_t dtype, int32_t lanes, int32_t cols, int64_t row,
                        float *out);
     uint64_t (*read_bytes)(const uint8_t *data, uint64_t bytes);
+    /* Some microseconds of the multiply-adds that a product of this dtype is made of, on memory of
+     * a few lines: how many. `sum` is what they add up to, so that none can be left out. */
+    int64_t (*peak)(int32_t dtype, float *sum);
 } em_kernels;
 
 /* Bytes of one group of `lanes` rows, and of its plane of scales (dtypes.py, FORMAT.md). */

@@ -230,6 +230,35 @@ int32_t em_sigmoid(em_core *core, float *x, int32_t n) {
 
 typedef struct {
     const em_kernels *kernels;
+    float *x;
+    int32_t n_cols;
+} softmax_task;
+
+static void softmax_row(void *arg, int64_t row, int32_t thread) {
+    (void)thread;
+    const softmax_task *t = arg;
+    t->kernels->softmax(t->x + row * t->n_cols, t->n_cols);
+}
+
+int32_t em_softmax(em_core *core, float *x, int32_t n_rows, int32_t n_cols) {
+    if (n_rows < 0 || n_cols < 1) return EM_INVALID;
+    softmax_task task = {core->kernels, x, n_cols};
+    em_core_run(core, softmax_row, &task, n_rows, (int64_t)n_rows * n_cols * 8);
+    return EM_OK;
+}
+
+int32_t em_quantize(em_core *core, const float *x, int32_t n_rows, int32_t n_cols, int8_t *q,
+                    float *scale, int32_t *sum) {
+    if (n_rows < 0 || n_cols < 1) return EM_INVALID;
+    em_acts acts = {x, q, scale, sum, NULL, n_cols, (n_cols + EM_BLOCK - 1) / EM_BLOCK};
+    em_acts_quantize(core, &acts, NULL, n_rows);
+    return EM_OK;
+}
+
+/* ---- what bounds products ---------------------------------------------------------------- */
+
+typedef struct {
+    const em_kernels *kernels;
     const uint8_t *data;
     uint64_t bytes;
     uint64_t sum;
@@ -249,6 +278,26 @@ uint64_t em_read_bytes(em_core *core, const void *data, uint64_t bytes) {
     read_task task = {core->kernels, data, bytes, 0};
     em_pool_run(core->pool, read_item, &task, (int64_t)((bytes + READ_CHUNK - 1) / READ_CHUNK));
     return task.sum;
+}
+
+typedef struct {
+    const em_kernels *kernels;
+    int32_t dtype;
+    int64_t done;
+} peak_task;
+
+static void peak_item(void *arg, int64_t item, int32_t thread) {
+    (void)item, (void)thread;
+    peak_task *t = arg;
+    float sum;
+    __atomic_fetch_add(&t->done, t->kernels->peak(t->dtype, &sum), __ATOMIC_RELAXED);
+}
+
+int64_t em_peak(em_core *core, int32_t dtype, int32_t items) {
+    if (!em_dtype_known(dtype) || items < 0) return -1;
+    peak_task task = {core->kernels, dtype, 0};
+    em_pool_run(core->pool, peak_item, &task, items);
+    return task.done;
 }
 
 /* ---- operations in a row ----------------------------------------------------------------- */
