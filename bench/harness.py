@@ -11,6 +11,9 @@ from edgemem._native import Slab
 from edgemem.benchmark import cpu_name
 from edgemem.kernels import Core
 
+QUIET_CORES = 0.1
+"""Other work below this does not matter."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -28,9 +31,10 @@ def spread(values: list[float]) -> Spread:
     return Spread(statistics.median(values), min(values), max(values))
 
 
-def rates(works: dict[str, Callable[[], float]], runs: int) -> dict[str, Spread]:
-    """Amounts per second of several kinds of work, taken in turn: A B A B …, so that drift of the
-    machine falls on all alike. Each function does its work once and returns how much it was."""
+def rounds(works: dict[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
+    """Amounts per second of several kinds of work in each of the runs, taken in turn: A B A B …,
+    so that drift of the machine falls on all alike. Each function does its work once and returns
+    how much it was; what it does first, before the runs, is not timed."""
     for work in works.values():
         work()
     found = {name: [] for name in works}
@@ -39,7 +43,12 @@ def rates(works: dict[str, Callable[[], float]], runs: int) -> dict[str, Spread]
             started = time.perf_counter()
             amount = work()
             found[name].append(amount / (time.perf_counter() - started))
-    return {name: spread(values) for name, values in found.items()}
+    return found
+
+
+def rates(works: dict[str, Callable[[], float]], runs: int) -> dict[str, Spread]:
+    """The spread of each kind of work's `rounds`."""
+    return {name: spread(values) for name, values in rounds(works, runs).items()}
 
 
 class PlainRead:
@@ -59,3 +68,19 @@ def fingerprint() -> str:
     """The host in one line, as far as it tells: processor, cores, memory, system."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
     return f"{cpu_name()}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
+
+
+def busy_cores(seconds: float = 1.0) -> float:
+    """Cores that other work keeps busy while nothing is measured here; 0 where it is not known."""
+
+    def used() -> int:
+        with open("/proc/stat", encoding="ascii") as file:
+            user, nice, system, _idle, _wait, irq, soft = map(int, file.readline().split()[1:8])
+        return user + nice + system + irq + soft
+
+    try:
+        before = used()
+        time.sleep(seconds)
+        return (used() - before) / os.sysconf("SC_CLK_TCK") / seconds
+    except (OSError, ValueError):
+        return 0.0

@@ -18,21 +18,18 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from bench.cgroup import MemoryGroup, NoControlGroup, evict
-from bench.harness import Spread, fingerprint, spread
+from bench.harness import QUIET_CORES, Spread, busy_cores, fingerprint, spread
 from bench.peer_models import peak_rss
 from edgemem.budget import auto_bytes, parse_size, show_size, usable_cpus
 from edgemem.errors import EdgeMemError
 from edgemem.store import Store
 
 MEMORY = ["3GiB", "4GiB", "8GiB"]
-QUIET_CORES = 0.1
-"""Other work below this does not matter."""
 
 
 @dataclass(frozen=True)
@@ -306,22 +303,6 @@ def report(args, measured: list[tuple[Case, list[Outcome]]], ceilings, notes: li
         print(f"{text} {show(rates, False)} GB/s", end="; " if name == "device" else "\n")
     for note in notes + [n for case, outs in measured for n in notes_of(case, outs, limit)]:
         print(f"* {note}")
-
-
-def busy_cores(seconds: float = 1.0) -> float:
-    """Cores that other work keeps busy while nothing is measured here; 0 where it is not known."""
-
-    def used() -> int:
-        with open("/proc/stat", encoding="ascii") as file:
-            user, nice, system, _idle, _wait, irq, soft = map(int, file.readline().split()[1:8])
-        return user + nice + system + irq + soft
-
-    try:
-        before = used()
-        time.sleep(seconds)
-        return (used() - before) / os.sysconf("SC_CLK_TCK") / seconds
-    except (OSError, ValueError):
-        return 0.0
 
 
 def check_room(args: argparse.Namespace) -> None:
