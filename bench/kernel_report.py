@@ -24,6 +24,12 @@ def over(values: list[float], others: list[float]) -> Spread:
     return spread([a / b for a, b in zip(values, others, strict=True)])
 
 
+def show(value: float | Spread) -> str:
+    """With about three digits."""
+    size = value.median if isinstance(value, Spread) else value
+    return f"{value:.{0 if size >= 100 else 1 if size >= 10 else 2}f}"
+
+
 def heading(facts: dict) -> str:
     """The host, how it was measured, and the table's head."""
     llama = facts.get("llama_cpp")
@@ -38,19 +44,19 @@ def heading(facts: dict) -> str:
 
 def row(record: dict) -> str:
     """One line of the table. Rates are in the unit of the bound: bytes or operations."""
-    amount, unit, digits = {
-        "peak": (record["operations"] / 1e9, "GOP/s", ".0f"),
-        None: (1e-3, "k calls/s", ".1f"),
-    }.get(record["bound"], (record["bytes"] / 1e9, "GB/s", ".1f"))
+    amount, unit = {
+        "peak": (record["operations"] / 1e9, "GOP/s"),
+        None: (1e-3, "k calls/s"),
+    }.get(record["bound"], (record["bytes"] / 1e9, "GB/s"))
     calls, bounds, theirs = record["calls_per_s"], record["bound_calls_per_s"], record["llama_cpp"]
     cells = [str(record[field]) for field in NAME]
-    cells += [f"{1e6 / spread(calls).median:.4g}", f"{scaled(calls, amount):{digits}} {unit}"]
-    cells += ["–"] * 4
+    cells += [show(spread([1e6 / rate for rate in calls]).median)]
+    cells += [f"{show(scaled(calls, amount))} {unit}", "–", "–", "–", "–"]
     if bounds:
-        cells[-4] = f"{record['bound']} {scaled(bounds, amount).median:{digits}}"
+        cells[-4] = f"{record['bound']} {show(scaled(bounds, amount).median)}"
         cells[-3] = f"{over(calls, bounds).median:.0%}"
     if theirs:
-        cells[-2] = f"{scaled(theirs['calls_per_s'], amount):{digits}} {theirs['layout']}"
+        cells[-2] = f"{show(scaled(theirs['calls_per_s'], amount))} {theirs['layout']}"
         cells[-1] = f"{over(calls, theirs['calls_per_s']).median:.2f}"
     return f"| {' | '.join(cells)} |"
 

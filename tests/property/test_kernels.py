@@ -198,6 +198,40 @@ def test_sigmoid(cores, rng):
         assert (np.abs(on_all(cores, sigmoid) - expected) <= 16 * U * expected).all()
 
 
+def test_softmax(cores, rng):
+    for cols in DIMENSIONS:
+        x = floats(rng, 3, cols) * 20
+
+        def softmax(core, x=x):
+            out = x.copy()
+            assert lib.em_softmax(core.handle, _pointer(out), *out.shape) == lib.EM_OK
+            return out
+
+        expected = np.exp(x.astype(np.float64) - x.max(axis=1, keepdims=True))
+        expected /= expected.sum(axis=1, keepdims=True)
+        error = np.abs(on_all(cores, softmax) - expected)
+        assert (error <= (cols + 60) * U * expected + 1e-37).all(), cols
+
+
+def test_quantizing(cores, rng):
+    for cols in DIMENSIONS:
+        x, blocks = floats(rng, 3, cols) * 20, -(-cols // 32)
+
+        def quantize(core, x=x, blocks=blocks):
+            q = ffi.new("int8_t[]", 3 * blocks * 32)
+            scale, total = Array((3, blocks)), Array((3, blocks), np.int32)
+            args = _pointer(x), *x.shape, q, scale.pointer, total.pointer
+            assert lib.em_quantize(core.handle, *args) == lib.EM_OK
+            found = np.frombuffer(ffi.buffer(q), np.int8).reshape(3, blocks, 32)
+            assert np.array_equal(found.sum(axis=2, dtype=np.int32), total.array)
+            return np.concatenate([found.astype(np.float32), scale.array[..., None]], axis=2)
+
+        found = on_all(cores, quantize)
+        quants, scales = reference.quantize_blocks(x)
+        assert np.array_equal(found[..., :32], quants), cols
+        assert np.array_equal(found[..., 32], scales), cols
+
+
 def run_route(core, logits: np.ndarray, top_k: int, normalize: bool) -> np.ndarray:
     """The weights that experts get, as a table [tokens, experts]: zero where not picked."""
     n, n_experts = logits.shape

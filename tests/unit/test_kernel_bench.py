@@ -86,13 +86,13 @@ RECORD = {
 
 def test_a_row_says_how_near_the_bound_it_comes():
     assert cells(row(RECORD))[6:] == [
-        "5e+04", "20.0 (19.0–22.0) GB/s", "read 40.0", "50%", "10.0 (10.0–10.0) CPU_REPACK", "2.00",
+        "50000", "20.0 (19.0–22.0) GB/s", "read 40.0", "50%", "10.0 (10.0–10.0) CPU_REPACK", "2.00",
     ]  # fmt: skip
     assert cells(row(RECORD | {"bound": "peak", "llama_cpp": None}))[7:] == [
-        "80 (76–88) GOP/s", "peak 160", "50%", "–", "–",
+        "80.0 (76.0–88.0) GOP/s", "peak 160", "50%", "–", "–",
     ]  # fmt: skip
     unbound = RECORD | {"bound": None, "bound_calls_per_s": [], "llama_cpp": None}
-    assert cells(row(unbound))[7:] == ["0.0 (0.0–0.0) k calls/s", "–", "–", "–", "–"]
+    assert cells(row(unbound))[7:] == ["0.02 (0.02–0.02) k calls/s", "–", "–", "–", "–"]
 
 
 def runs(**changes) -> tuple[dict, dict]:
