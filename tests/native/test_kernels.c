@@ -220,6 +220,18 @@ static void nothing_hides_overflow(const em_kernels *k) {
         }
 }
 
+/* Operands are ones (of Q4_0, 1 and 8; of Q8_0, 129 where the kernel leaves the bias in). */
+static void multiply_adds_are_counted(const em_kernels *k) {
+    static const double each[5][2] = {{1, 1}, {1, 1}, {1, 1}, {1, 129}, {4.5, 4.5}};
+    for (int32_t dtype = EM_F32; dtype <= EM_Q4_0; dtype++) {
+        float sum = 0;
+        int64_t count = k->peak(dtype, &sum);
+        double mean = (double)sum / (double)count;
+        CHECK(count > 10000 && (mean == each[dtype][0] || mean == each[dtype][1]),
+              "%s, dtype %d: %lld add up to %g", k->name, dtype, (long long)count, (double)sum);
+    }
+}
+
 static void crc_is_castagnoli(void) {
     uint8_t data[40000];
     uint32_t state = 5;
@@ -248,5 +260,6 @@ int main(void) {
     for_each_isa(same_bytes);
     for_each_isa(rows_unpack);
     for_each_isa(nothing_hides_overflow);
+    for_each_isa(multiply_adds_are_counted);
     return check_report();
 }
