@@ -4,10 +4,12 @@
 [--tokens N...] [--threads N...] [--rounds N] [--quick] [--json FILE] [--compare OLD.json]`
 
 A call must read its weights, or its keys and values, from memory, and do its multiply-adds: what
-would take longer at the pace of a plain read of memory, or of multiply-adds in registers, is its
+would take longer at the pace of a plain read of memory, or of multiply-adds without it, is its
 bound, and its share is how near it comes. Operations on a few rows are held to a plain read of the
 caches. A case's instruction sets, bounds and llama.cpp take turns in every round, so that drift of
-the machine falls on all alike. `--compare` ends with status 1 if something is slower than it was.
+the machine falls on all alike. All there is takes about an hour: name what matters, or `--quick`.
+llama.cpp takes as much memory as `--memory` again. `--compare` ends with status 1 if something is
+slower than it was.
 """
 
 import argparse
@@ -165,7 +167,11 @@ class Bench:
             return None
         rows, cols = PRODUCTS[case.shape]
         places = len(self.memory.bytes) // weight_bytes(case)
-        theirs = GgmlProduct(self.ggml, case.type, rows, cols, case.tokens, places)
+        try:
+            theirs = GgmlProduct(self.ggml, case.type, rows, cols, case.tokens, places)
+        except NoGgml as error:
+            self.notes.append(f"no llama.cpp for {name_of(asdict(case))}: {error}")
+            return None
         x = np.random.default_rng(1).standard_normal((case.tokens, cols), np.float32)
         theirs.fill(self.memory.bytes, x)
         return theirs
