@@ -2,7 +2,10 @@
 #include <immintrin.h>
 #include <string.h>
 
-#define EM_TOKENS 4
+/* Tiles of several tokens: as many sums as registers hold, and enough to hide a chain of adds. */
+#define FLOAT_TOKENS 8
+#define BLOCK_TILE_GROUPS 2
+#define BLOCK_TOKENS 4
 
 typedef __m512 vf;
 typedef __m512i vi;

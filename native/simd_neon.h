@@ -3,7 +3,10 @@
 #include <arm_neon.h>
 #include <string.h>
 
-#define EM_TOKENS 2
+/* Tiles of several tokens: what registers hold. */
+#define FLOAT_TOKENS 4
+#define BLOCK_TILE_GROUPS 1
+#define BLOCK_TOKENS 2
 #define EM_Q8_BIAS 0
 
 typedef struct {
