@@ -47,7 +47,7 @@ class Norm:
 
 
 class Attention:
-    """x += o(attend(rope(norm(q(h))), …)) with h = norm(x): grouped queries, f16 KV cache."""
+    """x += o(attend(rope(norm(q(h))), …)) with h = norm(x): grouped queries, KV cache."""
 
     def __init__(self, work: Workspace, index: int, layout):
         spec, core, s = work.spec, work.core, work.scratch

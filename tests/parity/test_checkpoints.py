@@ -91,7 +91,7 @@ def test_f16_keys_are_all_that_differs(shared, wikitext, judges, stories_store):
     with Store.open(stories_store) as store:
         weights = StoreWeights(store)
         exact = Forward(store.spec, weights).feed(ids)
-        rounded = Forward(store.spec, weights, kv_dtype=np.float16).feed(ids)
+        rounded = Forward(store.spec, weights, kv="f16").feed(ids)
     assert oracle.relative_error(exact, expected) <= 2e-5
     assert 1e-3 < oracle.relative_error(rounded, expected) <= LOGITS_BOUNDS["stories260k"]
 
