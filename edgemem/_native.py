@@ -46,9 +46,18 @@ def isa_names(running_only: bool = True) -> list[str]:
 
 
 def pointer(array: np.ndarray, ctype: str):
-    """A pointer to a contiguous array's first element; the array must outlive it."""
-    assert array.flags.c_contiguous
-    return ffi.cast(ctype, array.ctypes.data)
+    """A contiguous array's first element as `ctype` ("float *"); keeps the array alive.
+
+    What is derived from it (p + 1, a struct's field) does not. Costs 0.2 us. Raises ValueError for
+    an array that is not contiguous.
+    """
+    return ffi.from_buffer(_ARRAYS[ctype], array)
+
+
+_ARRAYS = {f"{name} *": ffi.typeof(f"{name}[]") for name in (
+    "float", "double", "int32_t", "int64_t", "uint16_t", "uint32_t", "uint64_t",
+)}  # fmt: skip
+"""Pointers that have a length and an owner, by the pointers that they serve as."""
 
 
 class Slab:

@@ -20,8 +20,6 @@ EM_INLINE int64_t em_min(int64_t a, int64_t b) { return a < b ? a : b; }
 EM_INLINE int64_t em_max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 int64_t em_now_us(void); /* a clock that never goes back */
-/* Gives the whole pages of anonymous memory back to the system; they are zero when next touched. */
-void em_pages_drop(void *start, uint64_t bytes);
 
 /* Takes pieces off the core's scratch, in order; `take` gives NULL once it is used up. */
 typedef struct {

@@ -55,6 +55,11 @@ void em_core_close(em_core *core);
 const char *em_core_isa(const em_core *core);
 /* Grows scratch to at least `bytes`; called when a model is opened, never in a step. */
 int32_t em_core_reserve(em_core *core, uint64_t bytes);
+/* Gives the memory of scratch beyond `bytes` back to the system until it is used again. */
+void em_core_trim(em_core *core, uint64_t bytes);
+/* Gives the whole pages of this memory, which its owner keeps, back to the system: then they are
+ * zero, and taken again when they are used. */
+void em_pages_drop(void *start, uint64_t bytes);
 /* Microseconds that em_ffn_run has waited for bundles since this was last asked. */
 int64_t em_core_take_stall_us(em_core *core);
 
@@ -144,6 +149,66 @@ int32_t em_attention_run(em_core *core, const em_attention *a, const float *q, i
 
 int32_t em_clamp(float *x, int64_t n, float limit);
 int32_t em_sigmoid(em_core *core, float *x, int32_t n);
+
+/* One of the calls above as a layer repeats it in every step: all that does not change with it.
+ * Pointers are to scratch of n tokens; numbers of rows and columns are for one token. */
+enum {
+    EM_OP_NORM = 0,
+    EM_OP_LINEARS = 1,
+    EM_OP_CLAMP = 2,
+    EM_OP_ATTEND = 3, /* store, then run */
+    EM_OP_ROUTE = 4,
+    EM_OP_SIGMOID = 5,
+};
+
+typedef struct {
+    const float *x, *weight;
+    float *out;
+    float eps;
+    int32_t rows, cols;
+} em_norm_op;
+
+typedef struct {
+    const em_linear *items;
+    const float *x;
+    int32_t n_items;
+} em_linears_op;
+
+typedef struct {
+    float *q;
+    const float *k, *v, *cos_table, *sin_table;
+    float *out;
+} em_attend_op;
+
+typedef struct {
+    const float *logits;
+    int32_t n_experts, top_k, normalize;
+    int32_t *n_chosen; /* what em_route returns */
+    uint32_t *experts;
+    int32_t *first, *tokens;
+    float *weights;
+} em_route_op;
+
+typedef struct {
+    float *x;
+    int32_t cols;
+    float limit; /* of EM_OP_CLAMP */
+} em_elements_op;
+
+typedef struct {
+    int32_t kind;
+    em_norm_op norm;
+    em_linears_op linears;
+    em_attend_op attend;
+    em_route_op route;
+    em_elements_op elements;
+} em_op;
+
+/* Runs operations one after another on n tokens at `position`; `attention` is the layer's, or NULL
+ * where none attends. Gives the first status that is not EM_OK, and in *failed which operation's.
+ */
+int32_t em_ops_run(em_core *core, const em_op *ops, int32_t n_ops, const em_attention *attention,
+                   int64_t position, int32_t n_tokens, int32_t *failed);
 
 /* ---- residency: which bundles are in memory, and where --------------------------------------- */
 
@@ -250,6 +315,33 @@ em_read_failure em_residency_failure(em_residency *residency);
 em_residency_stats em_residency_statistics(em_residency *residency);
 /* Adds up 8-byte words: the plain read that kernels are measured against. */
 uint64_t em_read_bytes(em_core *core, const void *data, uint64_t bytes);
+
+/* ---- policy: when bundles are expected to be used next -------------------------------------- */
+
+enum { EM_MOST_RATES = 8 };
+
+/* The state of edgemem/policies/next_use.py, which says what it means and owns the arrays; there
+ * are n = starts[n_layers] bundles, numbered layer by layer. */
+typedef struct {
+    const int64_t *starts; /* [n_layers + 1]: the first bundle of each layer, and n */
+    const double *keep;    /* [n_rates]: what one token leaves of a rate */
+    double *weights;       /* [n_layers, n_rates]: a rate that was fed with ones, from 0 */
+    double *shares;        /* [n_rates]: of the rates in the mixture */
+    float *rates;          /* [n_rates, n] */
+    float *ranks;          /* [n] */
+    double learning, least_rate;
+    float prior;
+    int32_t n_layers, n_rates;
+    int32_t last_layer;    /* observed; -1 at first */
+    int64_t clock;         /* of this step's first layer, in layers */
+    int64_t longest_clock; /* where it is set back to 0 */
+} em_next_use;
+
+/* `tokens` tokens demanded bundles `ids` [n] of a layer, each once and each taken by uses[i] of the
+ * tokens (NULL: by one): restates the layer's ranks. EM_INVALID changes nothing: an id is not the
+ * layer's, or a number is out of range. */
+int32_t em_next_use_observe(em_next_use *state, int32_t layer, const int64_t *ids, int32_t n,
+                            const int64_t *uses, int64_t tokens);
 
 /* end cdef */
 

@@ -66,9 +66,18 @@ EM_INLINE int64_t act_row(const em_acts *a, int64_t token) {
         }                                                                                          \
     } while (0)
 
-/* Chains of fused multiply-adds wait 4 cycles for each other: for one token, run several groups. */
+/* Chains of fused multiply-adds wait 4 cycles for each other: for one token, run several groups.
+ * A block's chain is one of integers, so its groups go one by one, in the order of memory. */
 #define FLOAT_GROUPS 4
-#define BLOCK_GROUPS 2
+#define BLOCK_GROUPS 1
+
+/* For one token memory is the limit, and processors' own prefetchers stop at each page: ask for
+ * what lies this far ahead, which may be the next group's (bench/LOG.md). */
+#define PREFETCH_BYTES 6144
+
+EM_INLINE void prefetch(const uint8_t *p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + PREFETCH_BYTES + i);
+}
 
 #define FLOAT_PRODUCT(name, dtype, type, load)                                                     \
     EM_INLINE void name##_tile(const uint8_t *weights, const em_acts *a, const em_out *o,          \
@@ -127,6 +136,7 @@ EM_INLINE vi dot_block_q4(const uint8_t *w, const int8_t *q, int32_t q_sum) {
         for (int64_t b = 0; b < a->blocks; b++)                                                    \
             for (int g = 0; g < groups; g++) {                                                     \
                 const uint8_t *w = base + g * next + plane + b * (block_bytes);                    \
+                if (tokens == 1) prefetch(w, block_bytes);                                         \
                 vf d = vf_load_f16((const uint16_t *)(base + g * next) + b * EM_LANES);            \
                 for (int t = 0; t < tokens; t++) {                                                 \
                     int64_t at = row[t] + b;                                                       \

@@ -43,6 +43,11 @@ int32_t em_core_reserve(em_core *core, uint64_t bytes) {
     return EM_OK;
 }
 
+void em_core_trim(em_core *core, uint64_t bytes) {
+    if (bytes < core->scratch_bytes)
+        em_pages_drop(core->scratch + bytes, core->scratch_bytes - bytes);
+}
+
 int64_t em_core_take_stall_us(em_core *core) {
     int64_t stall = core->stall_us;
     core->stall_us = 0;
@@ -244,4 +249,49 @@ uint64_t em_read_bytes(em_core *core, const void *data, uint64_t bytes) {
     read_task task = {core->kernels, data, bytes, 0};
     em_pool_run(core->pool, read_item, &task, (int64_t)((bytes + READ_CHUNK - 1) / READ_CHUNK));
     return task.sum;
+}
+
+/* ---- operations in a row ----------------------------------------------------------------- */
+
+static int32_t route(em_core *core, const em_route_op *r, int32_t n) {
+    *r->n_chosen = em_route(core, r->logits, n, r->n_experts, r->top_k, r->normalize, r->experts,
+                            r->first, r->tokens, r->weights);
+    return *r->n_chosen < 0 ? EM_INVALID : EM_OK;
+}
+
+static int32_t attend(em_core *core, const em_attend_op *o, const em_attention *a, int64_t position,
+                      int32_t n) {
+    if (!a) return EM_INVALID;
+    int32_t status =
+        em_attention_store(core, a, o->q, o->k, o->v, o->cos_table, o->sin_table, position, n);
+    return status != EM_OK ? status : em_attention_run(core, a, o->q, position, n, o->out);
+}
+
+static int32_t run_op(em_core *core, const em_op *op, const em_attention *attention,
+                      int64_t position, int32_t n) {
+    const em_norm_op *norm = &op->norm;
+    const em_elements_op *e = &op->elements;
+    switch (op->kind) {
+    case EM_OP_NORM:
+        return em_rms_norm(core, norm->x, norm->weight, norm->eps, n * norm->rows, norm->cols,
+                           norm->out);
+    case EM_OP_LINEARS:
+        return em_linears(core, op->linears.items, op->linears.n_items, op->linears.x, n);
+    case EM_OP_CLAMP: return em_clamp(e->x, (int64_t)n * e->cols, e->limit);
+    case EM_OP_ATTEND: return attend(core, &op->attend, attention, position, n);
+    case EM_OP_ROUTE: return route(core, &op->route, n);
+    case EM_OP_SIGMOID: return em_sigmoid(core, e->x, n * e->cols);
+    default: return EM_INVALID;
+    }
+}
+
+int32_t em_ops_run(em_core *core, const em_op *ops, int32_t n_ops, const em_attention *attention,
+                   int64_t position, int32_t n_tokens, int32_t *failed) {
+    for (int32_t i = 0; i < n_ops; i++) {
+        int32_t status = run_op(core, &ops[i], attention, position, n_tokens);
+        if (status == EM_OK) continue;
+        *failed = i;
+        return status;
+    }
+    return EM_OK;
 }

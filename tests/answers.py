@@ -2,8 +2,8 @@
 
     EDGEMEM_ISA=scalar python tests/answers.py KV STORE...
 
-with a KV cache of that type prints a JSON list of [store, ISA, threads, chunk, digest]. The digest covers the bytes of the
-logits of every prompt position and the tokens generated after it.
+prints a JSON list of [store, ISA, threads, chunk, digest], with a KV cache of that type. The digest
+covers the bytes of the logits of every prompt position and the tokens generated after it.
 """
 
 import hashlib

@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from .._native import check, ffi, lib, pointer
+from .._native import Slab, check, ffi, lib, pointer
 
 ACTIVATION_CODES = {
     "silu": lib.EM_SILU,
@@ -20,13 +20,27 @@ ACTIVATION_CODES = {
 
 
 class Array:
-    """A numpy array together with its address, made once so that a step makes none."""
+    """A numpy array of zeros together with its address, made once so that a step makes none.
+
+    With `trimmed` it lies in small pages of its own, whose memory can be given back.
+    """
 
     __slots__ = ("array", "pointer")
 
-    def __init__(self, shape, dtype=np.float32):
-        self.array = np.zeros(shape, dtype)
+    def __init__(self, shape, dtype=np.float32, trimmed: bool = False):
+        if trimmed:
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            slab = Slab(size, huge=False)
+            self.array = np.frombuffer(slab.view, dtype).reshape(shape)
+        else:
+            self.array = np.zeros(shape, dtype)
         self.pointer = pointer(self.array, _CTYPES[np.dtype(dtype)])
+
+    def trim(self, rows: int) -> None:
+        """Give the memory beyond the first rows back; when used again, it is zero."""
+        used = self.array[:rows].nbytes
+        start = ffi.cast("char *", self.pointer) + used
+        lib.em_pages_drop(start, self.array.nbytes - used)
 
 
 _CTYPES = {
@@ -64,9 +78,43 @@ class Core:
         """Read memory with all threads and do nothing with it: the pace that bounds products."""
         lib.em_read_bytes(self.handle, ffi.cast("void *", address), size)
 
+    def trim(self, size: int) -> None:
+        """Give the memory of scratch beyond `size` bytes back until it is used again."""
+        lib.em_core_trim(self.handle, size)
+
     def reserve(self, size: int) -> None:
         """Make scratch at least `size` bytes. Not while a step runs."""
         check(lib.em_core_reserve(self.handle, size), f"reserving {size} bytes of scratch")
+
+
+class Ops:
+    """Operations on one scratch that one native call runs one after another, in the order in which
+    they were added; whoever adds one fills in what `add` returns, and keeps what that points to."""
+
+    MOST = 16
+
+    def __init__(self, core: Core):
+        self._core = core
+        self._ops = ffi.new("em_op[]", self.MOST)
+        self._failed = ffi.new("int32_t *")
+        self._doing: list[str] = []
+
+    def add(self, kind: int, doing: str):
+        """A new em_op; `doing` is for the error if it fails."""
+        assert len(self._doing) < self.MOST, "a layer has more operations than were foreseen"
+        op = self._ops[len(self._doing)]
+        op.kind = kind
+        self._doing.append(doing)
+        return op
+
+    def run(self, n_tokens: int, attention=ffi.NULL, position: int = 0) -> None:
+        """Run them on n tokens; `attention` (em_attention): the layer's cache where one attends."""
+        status = lib.em_ops_run(
+            self._core.handle, self._ops, len(self._doing), attention, position, n_tokens,
+            self._failed,
+        )  # fmt: skip
+        if status != lib.EM_OK:
+            check(status, self._doing[self._failed[0]])
 
 
 class Linears:
@@ -97,6 +145,11 @@ class Linears:
             item.weights = ffi.cast("void *", address + weights)
             if bias is not None:
                 item.bias = ffi.cast("float *", address + bias)
+
+    def add_to(self, ops: Ops, x, doing: str) -> None:
+        """Let `ops` multiply x, a float pointer to [n_tokens, cols]."""
+        op = ops.add(lib.EM_OP_LINEARS, doing).linears
+        op.items, op.n_items, op.x = self._items, len(self._items), x
 
     def run(self, x, n_tokens: int) -> None:
         """x: float pointer to [n_tokens, cols]."""

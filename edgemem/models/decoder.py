@@ -11,7 +11,7 @@ import numpy as np
 from .._native import check, lib, pointer
 from ..errors import CorruptError
 from ..format import Kind
-from ..kernels import Array, Core, Table
+from ..kernels import Array, Core, Ops, Table
 from ..spec import ModelSpec
 from .layers import Attention, Experts, Norm, SharedExpert
 from .rope import inverse_frequencies
@@ -25,12 +25,16 @@ class Layer:
     """One layer: attention, then one or more feed-forward parts that read the same norm."""
 
     def __init__(self, work: Workspace, index: int, feed_forward: list[type]):
-        self._work = work
+        spec, s = work.spec, work.scratch
+        self._work, self._index = work, index
         self._id, layouts = work.bundles(Kind.DENSE, index)
         layout = layouts[0]
-        self._attention = Attention(work, index, layout)
-        self._norm = Norm(work.core, layout, "ffn_norm", work.spec.norm_eps, work.spec.hidden)
-        self._feed_forward = [part(work, index, layout) for part in feed_forward]
+        self._ops = ops = Ops(work.core)
+        attention = Attention(work, ops, layout)
+        x, h = s.x.pointer, s.h.pointer
+        norm = Norm(ops, layout, "ffn_norm", spec.norm_eps, spec.hidden, x, h)
+        self._feed_forward = [part(work, index, ops, layout) for part in feed_forward]
+        self._parts = [attention, norm, *self._feed_forward]
         self.experts = next((p for p in self._feed_forward if isinstance(p, Experts)), None)
         self._address = None
         with work.streamer.hold(self._id) as addresses:
@@ -38,16 +42,14 @@ class Layer:
 
     def _bind(self, address: int) -> None:
         if address != self._address:
-            for part in (self._attention, self._norm, *self._feed_forward):
+            for part in self._parts:
                 part.bind(address)
             self._address = address
 
     def run(self, kv: KvCache, n: int) -> None:
-        s = self._work.scratch
         with self._work.streamer.hold(self._id) as addresses:
             self._bind(int(addresses[0]))
-            self._attention.run(kv, n)
-            self._norm.run(s.x.pointer, n, s.h.pointer)
+            self._ops.run(n, kv.layers[self._index], kv.position)
             for part in self._feed_forward:
                 part.run(n)
 
@@ -87,7 +89,11 @@ class Decoder(ABC):
             if layer.experts is not None:
                 layer.experts.following = following.experts
         self._final_id, final = work.bundles(Kind.DENSE, self.spec.n_layers)
-        self._final_norm = Norm(core, final[0], "norm", self.spec.norm_eps, self.spec.hidden)
+        self._final = Ops(core)
+        x, h = work.scratch.x.pointer, work.scratch.h.pointer
+        self._final_norm = Norm(
+            self._final, final[0], "norm", self.spec.norm_eps, self.spec.hidden, x, h
+        )
         self._head = Vocabulary(work, Kind.HEAD)
         self._embedding = self._head if self.spec.tied else Vocabulary(work, Kind.EMBED)
         self._logits = Array((1, self.spec.vocab_size))
@@ -121,6 +127,10 @@ class Decoder(ABC):
         kv.position += n
         return self._read_out(n, n_logits)
 
+    def trim(self, n_tokens: int) -> None:
+        """Give memory that steps of up to n tokens do not touch back until it is used again."""
+        self._work.trim(n_tokens)
+
     def _rotate(self, kv: KvCache, n: int) -> None:
         spec, s = self.spec, self._work.scratch
         length = max(kv.rope_length, kv.position + n) if spec.rope.type == "dynamic" else 1
@@ -141,6 +151,7 @@ class Decoder(ABC):
             self._logits = Array((rows, self.spec.vocab_size))
         with self._work.streamer.hold(self._final_id) as addresses:
             self._final_norm.bind(int(addresses[0]))
-            self._final_norm.run(s.x.pointer + (n - rows) * hidden, rows, s.h.pointer)
+            self._final_norm.read(s.x.pointer + (n - rows) * hidden)
+            self._final.run(rows)
         self._head.read_out(s.h.pointer, rows, self._logits)
         return self._logits.array[:rows]

@@ -1,97 +1,71 @@
 """The parts that layers are made of.
 
-Activations live in one `Scratch` that all parts share; every operation is one native call on it. A
-part knows where its tensors lie inside a bundle (from the bundle's layout) and is told where the
-bundle is each time that changes.
+Activations live in one `Scratch` that all parts share. A part adds its operations on it to its
+layer's `Ops`, which one native call runs up to the feed-forward parts, which may have to wait for
+bundles. It knows where its tensors lie inside a bundle (from the bundle's layout) and is told where
+the bundle is each time that changes.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .._native import check, ffi, lib, pointer
 from ..format import Kind
-from ..kernels import ACTIVATION_CODES, Array, Core, Linears
-from .workspace import Workspace
-
-if TYPE_CHECKING:
-    from ..kvcache import KvCache
-
-
-class Vector:
-    """A norm's weight inside a bundle; `pointer` is good once bound."""
-
-    def __init__(self, layout, name: str):
-        self._offset = layout[name].offset
-        self.pointer = ffi.NULL
-
-    def bind(self, address: int) -> None:
-        self.pointer = ffi.cast("float *", address + self._offset)
+from ..kernels import ACTIVATION_CODES, Array, Linears, Ops
+from .workspace import Workspace, extra_experts
 
 
 class Norm:
-    """RMSNorm of rows of `cols` floats (arXiv 1910.07467)."""
+    """RMSNorm of `rows` rows of `cols` floats for each token (arXiv 1910.07467)."""
 
-    def __init__(self, core: Core, layout, name: str, eps: float, cols: int):
-        self._core, self._eps, self._cols = core, eps, cols
-        self._weight = Vector(layout, name)
-        self.bind = self._weight.bind
+    def __init__(self, ops: Ops, layout, name: str, eps: float, cols: int, x, out, rows: int = 1):
+        self._offset = layout[name].offset
+        self._op = op = ops.add(lib.EM_OP_NORM, "normalising").norm
+        op.x, op.out, op.eps, op.rows, op.cols = x, out, eps, rows, cols
 
-    def run(self, x, rows: int, out) -> None:
-        status = lib.em_rms_norm(
-            self._core.handle, x, self._weight.pointer, self._eps, rows, self._cols, out
-        )
-        check(status, "normalising")
+    def bind(self, address: int) -> None:
+        self._op.weight = ffi.cast("float *", address + self._offset)
+
+    def read(self, x) -> None:
+        """x: float pointer to the rows that the next run norms."""
+        self._op.x = x
 
 
 class Attention:
-    """x += o(attend(rope(norm(q(h))), …)) with h = norm(x): grouped queries, KV cache."""
+    """x += o(attend(rope(norm(q(h))), …)) with h = norm(x): grouped queries."""
 
-    def __init__(self, work: Workspace, index: int, layout):
+    def __init__(self, work: Workspace, ops: Ops, layout):
         spec, core, s = work.spec, work.core, work.scratch
-        self._work, self._index = work, index
-        self._norm = Norm(core, layout, "attn_norm", spec.norm_eps, spec.hidden)
-        self._qkv = Linears(
+        x, h = s.x.pointer, s.h.pointer
+        norm = Norm(ops, layout, "attn_norm", spec.norm_eps, spec.hidden, x, h)
+        qkv = Linears(
             core, layout,
             [("q", "q_bias", s.q, 0), ("k", "k_bias", s.k, 0), ("v", "v_bias", s.v, 0)],
         )  # fmt: skip
-        self._out = Linears(core, layout, [("o", "o_bias", s.x, 0)], accumulate=True)
-        self._parts = [self._norm, self._qkv, self._out]
-        self._head_norms = []
+        qkv.add_to(ops, h, "making queries, keys and values")
+        self._parts = [norm, qkv]
         for name, heads, array in (("q_norm", spec.n_heads, s.q), ("k_norm", spec.n_kv_heads, s.k)):
             if spec.qk_norm == "none":
                 continue
             full = spec.qk_norm == "full"
             rows, cols = (1, heads * spec.head_dim) if full else (heads, spec.head_dim)
-            norm = Norm(core, layout, name, spec.norm_eps, cols)
-            self._head_norms.append((norm, rows, array.pointer))
-            self._parts.append(norm)
+            at = array.pointer
+            self._parts.append(Norm(ops, layout, name, spec.norm_eps, cols, at, at, rows))
+        for array in (s.q, s.k, s.v) if spec.clip_qkv else ():
+            clamp = ops.add(lib.EM_OP_CLAMP, "clipping q, k, v").elements
+            clamp.x, clamp.cols, clamp.limit = array.pointer, array.array.shape[1], spec.clip_qkv
+        attend = ops.add(lib.EM_OP_ATTEND, "attending").attend
+        attend.q, attend.k, attend.v = s.q.pointer, s.k.pointer, s.v.pointer
+        attend.cos_table, attend.sin_table = s.cos.pointer, s.sin.pointer
+        attend.out = s.attended.pointer
+        out = Linears(core, layout, [("o", "o_bias", s.x, 0)], accumulate=True)
+        out.add_to(ops, s.attended.pointer, "adding what was attended to")
+        self._parts.append(out)
 
     def bind(self, address: int) -> None:
         for part in self._parts:
             part.bind(address)
-
-    def run(self, kv: KvCache, n: int) -> None:
-        work, s = self._work, self._work.scratch
-        core, clip = work.core.handle, work.spec.clip_qkv
-        self._norm.run(s.x.pointer, n, s.h.pointer)
-        self._qkv.run(s.h.pointer, n)
-        for norm, rows, array in self._head_norms:
-            norm.run(array, n * rows, array)
-        if clip:
-            for part in (s.q, s.k, s.v):
-                check(lib.em_clamp(part.pointer, n * part.array.shape[1], clip), "clipping q, k, v")
-        layer = kv.layers[self._index]
-        status = lib.em_attention_store(
-            core, layer, s.q.pointer, s.k.pointer, s.v.pointer, s.cos.pointer, s.sin.pointer,
-            kv.position, n,
-        )  # fmt: skip
-        check(status, "rotating and storing keys and values")
-        status = lib.em_attention_run(core, layer, s.q.pointer, kv.position, n, s.attended.pointer)
-        check(status, "attending")
-        self._out.run(s.attended.pointer, n)
 
 
 class GatedFfn:
@@ -128,7 +102,7 @@ class Dense:
 
     kind = Kind.FFN
 
-    def __init__(self, work: Workspace, index: int, dense_layout):
+    def __init__(self, work: Workspace, index: int, ops: Ops, dense_layout):
         spec = work.spec
         self._work = work
         self._id, layout = work.bundles(self.kind, index)
@@ -157,15 +131,13 @@ class SharedExpert(Dense):
 
     kind = Kind.SHARED
 
-    def __init__(self, work: Workspace, index: int, dense_layout):
-        super().__init__(work, index, dense_layout)
-        self._gate = Linears(work.core, dense_layout, [("shared_gate", None, self._weights, 0)])
-        self.bind = self._gate.bind
-
-    def run(self, n: int) -> None:
-        self._gate.run(self._work.scratch.h.pointer, n)
-        check(lib.em_sigmoid(self._work.core.handle, self._weights.pointer, n), "gating")
-        super().run(n)
+    def __init__(self, work: Workspace, index: int, ops: Ops, dense_layout):
+        super().__init__(work, index, ops, dense_layout)
+        gate = Linears(work.core, dense_layout, [("shared_gate", None, self._weights, 0)])
+        gate.add_to(ops, work.scratch.h.pointer, "gating the shared expert")
+        sigmoid = ops.add(lib.EM_OP_SIGMOID, "gating the shared expert").elements
+        sigmoid.x, sigmoid.cols = self._weights.pointer, 1
+        self.bind = gate.bind
 
 
 class Experts:
@@ -176,39 +148,43 @@ class Experts:
 
     following: Experts | None = None
 
-    def __init__(self, work: Workspace, index: int, dense_layout):
+    def __init__(self, work: Workspace, index: int, ops: Ops, dense_layout):
         spec, s = work.spec, work.scratch
         self._work = work
         self._ids, layouts = work.bundles(Kind.EXPERT, index)
         self._ffn = GatedFfn(work, layouts[0], spec.expert_intermediate)
-        self._norm = Norm(work.core, dense_layout, "ffn_norm", spec.norm_eps, spec.hidden)
-        self._router = Linears(work.core, dense_layout, [("router", None, s.routing.logits, 0)])
-        self._foreseer = Linears(work.core, dense_layout, [("router", None, s.foreseen.logits, 0)])
+        router, _ = s.routing.add_to(ops, work, dense_layout, s.h)
+        # The same once more, on what the state will be by this layer's turn, or nearly.
+        self._foresee = foresee = Ops(work.core)
+        x, ahead = s.x.pointer, s.ahead.pointer
+        norm = Norm(foresee, dense_layout, "ffn_norm", spec.norm_eps, spec.hidden, x, ahead)
+        seer, self._choice = s.foreseen.add_to(foresee, work, dense_layout, s.ahead)
+        self._parts = [router, norm, seer]
 
     def bind(self, address: int) -> None:
-        for part in (self._norm, self._router, self._foreseer):
+        for part in self._parts:
             part.bind(address)
 
     def run(self, n: int) -> None:
-        s = self._work.scratch
-        self._router.run(s.h.pointer, n)
-        routing = s.routing
-        wanted = self._ids[routing.choose(self._work, n)]
-        uses = routing.uses(len(wanted)) if n > 1 else None
+        routing = self._work.scratch.routing
+        chosen = routing.chosen
+        uses = routing.uses(len(chosen)) if n > 1 else None
         foresee = None if self.following is None else lambda: self.following.foresee(n)
-        for bundles in self._work.streamer.rounds(wanted, uses, n, foresee):
+        for bundles in self._work.streamer.rounds(self._ids[chosen], uses, n, foresee):
             self._ffn.run(
                 bundles, routing.first.pointer, routing.tokens.pointer, routing.weights.pointer, n
             )
 
-    def foresee(self, n: int) -> np.ndarray:
-        """The bundles that the present state asks for, likeliest first, before this layer's turn.
+    def foresee(self, n: int) -> tuple[np.ndarray, int]:
+        """The bundles that the present state asks for, likeliest first, before this layer's turn,
+        and how many of them are likely; the others would be next if tokens took more.
 
         Its attention and the layer before will yet change the state. Source: bench/LOG.md.
         """
-        s = self._work.scratch
-        self._norm.run(s.x.pointer, n, s.ahead.pointer)
-        self._foreseer.run(s.ahead.pointer, n)
-        chosen = s.foreseen.choose(self._work, n)
-        likely = s.foreseen.uses(len(chosen)) if n > 1 else s.foreseen.weights.array[: len(chosen)]
-        return self._ids[chosen[np.argsort(-likely, kind="stable")]]
+        spec, foreseen = self._work.spec, self._work.scratch.foreseen
+        self._choice.top_k = spec.top_k + (extra_experts(spec) if n == 1 else 0)
+        self._foresee.run(n)
+        chosen = foreseen.chosen
+        likely = foreseen.uses(len(chosen)) if n > 1 else foreseen.weights.array[: len(chosen)]
+        order = chosen[np.argsort(-likely, kind="stable")]
+        return self._ids[order], len(order) if n > 1 else spec.top_k

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import mmap
+
 import numpy as np
 
 from .._native import lib
 from ..format import Kind, Layout
-from ..kernels import Array, Core
+from ..kernels import Array, Core, Linears, Ops
 from ..spec import ModelSpec
+
+
+EXTRA_EXPERTS = 2
+"""A state that is not final yet routes about as the final one does: an expert that it would take
+next, if tokens took more, may be taken instead (bench/LOG.md)."""
 
 
 class Scratch:
@@ -15,40 +22,58 @@ class Scratch:
 
     def __init__(self, spec: ModelSpec, n_tokens: int):
         heads, kv_heads = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-        self.x = Array((n_tokens, spec.hidden))  # the residual stream
-        self.h = Array((n_tokens, spec.hidden))  # its norm, what a block reads
-        self.q = Array((n_tokens, heads))
-        self.k = Array((n_tokens, kv_heads))
-        self.v = Array((n_tokens, kv_heads))
-        self.attended = Array((n_tokens, heads))
+        self.x = Array((n_tokens, spec.hidden), trimmed=True)  # the residual stream
+        self.h = Array((n_tokens, spec.hidden), trimmed=True)  # its norm, what a block reads
+        self.q = Array((n_tokens, heads), trimmed=True)
+        self.k = Array((n_tokens, kv_heads), trimmed=True)
+        self.v = Array((n_tokens, kv_heads), trimmed=True)
+        self.attended = Array((n_tokens, heads), trimmed=True)
         self.cos = Array((n_tokens, spec.head_dim // 2))
         self.sin = Array((n_tokens, spec.head_dim // 2))
-        self.ahead = Array((n_tokens if any(spec.routed) else 1, spec.hidden))
+        self.ahead = Array((n_tokens if any(spec.routed) else 1, spec.hidden), trimmed=True)
         self.routing = Routing(spec, n_tokens)
-        self.foreseen = Routing(spec, n_tokens)
+        self.foreseen = Routing(spec, n_tokens, extra_experts(spec))
+
+    def trim(self, n_tokens: int) -> None:
+        """Give the memory of activations of more than n tokens back until it is used again."""
+        for array in (self.x, self.h, self.q, self.k, self.v, self.attended, self.ahead):
+            array.trim(n_tokens)
+
+
+def extra_experts(spec: ModelSpec) -> int:
+    """How many experts beside its top k a token is foreseen to take perhaps."""
+    return min(EXTRA_EXPERTS, spec.n_experts - spec.top_k)
 
 
 class Routing:
-    """Which experts tokens take: `logits` in; pairs of em_ffn_run out."""
+    """Which experts tokens take: pairs of em_ffn_run. `more` may be asked for one token."""
 
-    def __init__(self, spec: ModelSpec, n_tokens: int):
-        pairs = n_tokens * max(spec.top_k, 1)
+    def __init__(self, spec: ModelSpec, n_tokens: int, more: int = 0):
+        pairs = max(n_tokens * spec.top_k, spec.top_k + more, 1)
         self.logits = Array((n_tokens, max(spec.n_experts, 1)))
         self.experts = Array(max(spec.n_experts, 1), np.uint32)
         self.first = Array(spec.n_experts + 2, np.int32)
         self.tokens = Array(pairs, np.int32)
         self.weights = Array(pairs)
+        self._n_chosen = Array(1, np.int32)
 
-    def choose(self, work: Workspace, n: int) -> np.ndarray:
-        """uint32: the experts that n tokens need, ascending."""
+    def add_to(self, ops: Ops, work: Workspace, layout, x: Array):
+        """Let `ops` route x [n, hidden] by a layer's router: its Linears, still to be bound, and
+        the em_route_op."""
         spec = work.spec
-        wanted = lib.em_route(
-            work.core.handle, self.logits.pointer, n, spec.n_experts, spec.top_k,
-            spec.normalize_top_k, self.experts.pointer, self.first.pointer, self.tokens.pointer,
-            self.weights.pointer,
-        )  # fmt: skip
-        assert wanted >= 0, "routing: the core refused its arguments"
-        return self.experts.array[:wanted]
+        router = Linears(work.core, layout, [("router", None, self.logits, 0)])
+        router.add_to(ops, x.pointer, "routing")
+        op = ops.add(lib.EM_OP_ROUTE, "routing").route
+        op.n_experts, op.top_k, op.normalize = spec.n_experts, spec.top_k, spec.normalize_top_k
+        for name in ("logits", "experts", "first", "tokens", "weights"):
+            setattr(op, name, getattr(self, name).pointer)
+        op.n_chosen = self._n_chosen.pointer
+        return router, op
+
+    @property
+    def chosen(self) -> np.ndarray:
+        """uint32: the experts that the tokens routed last need, ascending."""
+        return self.experts.array[: self._n_chosen.array[0]]
 
     def uses(self, wanted: int) -> np.ndarray:
         """int32: how many tokens take each of the experts chosen last."""
@@ -67,7 +92,20 @@ def core_scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:
         pairs = n_tokens * spec.top_k
         needs.append(lib.em_ffn_scratch(n_tokens, pairs, spec.hidden, spec.expert_intermediate))
         needs.append(lib.em_route_scratch(n_tokens, spec.n_experts, spec.top_k))
+        more = spec.top_k + extra_experts(spec)
+        needs.append(lib.em_route_scratch(1, spec.n_experts, more))
     return max(needs)
+
+
+def trimmed_bytes(spec: ModelSpec, of_tokens: int, n_tokens: int, threads: int) -> int:
+    """Bytes that `Workspace.trim` gives back of the scratch for so many tokens, at the least."""
+    heads, kv_heads = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+    floats = [spec.hidden, spec.hidden, heads, kv_heads, kv_heads, heads]
+    floats += [spec.hidden] if any(spec.routed) else []
+    core = core_scratch_bytes(spec, of_tokens, threads)
+    parts = [core - core_scratch_bytes(spec, n_tokens, threads)]
+    parts += [4 * (of_tokens - n_tokens) * width for width in floats]
+    return sum(max(0, part - 2 * mmap.PAGESIZE) for part in parts)
 
 
 def scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:
@@ -89,6 +127,11 @@ class Workspace:
         self.scratch = Scratch(self.spec, n_tokens)
         self._store = store
         core.reserve(core_scratch_bytes(self.spec, n_tokens, core.threads))
+
+    def trim(self, n_tokens: int) -> None:
+        """Give memory that steps of up to n tokens do not touch back until it is used again."""
+        self.scratch.trim(n_tokens)
+        self.core.trim(core_scratch_bytes(self.spec, n_tokens, self.core.threads))
 
     def bundles(self, kind: Kind, layer: int | None = None) -> tuple[np.ndarray, list[Layout]]:
         """(ids uint32 [n], their layouts) of the bundles of one kind, in one layer or in none."""

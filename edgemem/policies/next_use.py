@@ -13,6 +13,7 @@ bench/LOG.md has what else was tried on real traces.
 
 import numpy as np
 
+from .._native import check, ffi, lib, pointer
 from .policy import Policy
 
 HALF_LIVES = (0.7, 16.0, 128.0)
@@ -26,72 +27,50 @@ PRIOR = 0.05
 LEAST_RATE = 1e-4
 """Some credit for every rate, however little it expected."""
 
-_REBASE = 1 << 14
+_LONGEST_CLOCK = 1 << 14
+"""In layers; then the clock is set back, so that float32 keeps telling single layers apart."""
 
 
 class NextUse(Policy):
     """Ranks by the expected time of the next use.
 
     Ranks are restated for one layer at a time, when the model is there: a rank is minus the
-    moment, on one clock that counts layers, at which the next use is expected.
+    moment, on one clock that counts layers, at which the next use is expected. The arithmetic is
+    native/next_use.c: a step has many layers, and one of 128 experts costs about 1 us.
     """
 
     name = "next-use"
 
     def __init__(self, layer_of: np.ndarray, n_layers: int):
         super().__init__(layer_of, n_layers)
-        self._keep = 0.5 ** (1 / np.array(HALF_LIVES))
-        self._one_token = self._factors(1)
-        self._shares = np.array(SHARES, np.float32)
-        self._rates = np.zeros((len(HALF_LIVES), len(self.layer_of)), np.float32)
-        self._tokens = np.zeros(n_layers)
-        self._turn_start = 0
-        self._last = -1
+        n_rates = len(HALF_LIVES)
+        self._rates = np.zeros((n_rates, len(self.layer_of)), np.float32)
         self._ranks[:] = -(self.layer_of + n_layers * (1 / PRIOR - 1))
+        self._arrays = {
+            "starts": pointer(np.array(self._starts, np.int64), "int64_t *"),
+            "keep": pointer(0.5 ** (1 / np.array(HALF_LIVES)), "double *"),
+            "weights": pointer(np.zeros((n_layers, n_rates)), "double *"),
+            "shares": pointer(np.array(SHARES, np.float64), "double *"),
+            "rates": pointer(self._rates, "float *"),
+            "ranks": pointer(self._ranks, "float *"),
+        }
+        self._state = ffi.new("em_next_use *", {
+            **self._arrays, "n_layers": n_layers, "n_rates": n_rates, "last_layer": -1,
+            "learning": LEARNING, "least_rate": LEAST_RATE, "prior": PRIOR,
+            "longest_clock": _LONGEST_CLOCK,
+        })  # fmt: skip
 
     def observe(
         self, layer: int, ids: np.ndarray, uses: np.ndarray | None = None, tokens: int = 1
     ) -> None:
-        if layer <= self._last:
-            self._turn_start += self.n_layers
-            if self._turn_start >= _REBASE:
-                self._rebase()
-        self._last = layer
-        keep, gain = self._one_token if tokens == 1 else self._factors(tokens)
-        where = self._slice(layer)
-        rates, ranks = self._rates[:, where], self._ranks[where]
-        if self._tokens[layer] and len(ids):
-            self._learn(layer, ids, uses)
-        rates *= keep
-        self._rates[:, ids] += gain if uses is None else gain * uses
-        self._tokens[layer] += tokens
-        np.matmul(self._shares / self._weight(layer), rates, out=ranks)
-        ranks += np.float32(PRIOR)
-        np.divide(np.float32(-self.n_layers), ranks, out=ranks)
-        ranks -= np.float32(self._turn_start + layer)
+        assert uses is None or len(uses) == len(ids)
+        status = lib.em_next_use_observe(
+            self._state, layer, _int64(ids), len(ids), ffi.NULL if uses is None else _int64(uses),
+            tokens,
+        )  # fmt: skip
+        if status != lib.EM_OK:
+            check(status, f"ranking the bundles of layer {layer}")
 
-    def _weight(self, layer: int) -> np.ndarray:
-        """float32 [rates]: what each rate is that was fed with ones since the start, from 0."""
-        return (1 - self._keep ** self._tokens[layer]).astype(np.float32)
 
-    def _learn(self, layer: int, ids: np.ndarray, uses: np.ndarray | None) -> None:
-        """Credit this turn's uses to the rates that expected them."""
-        expected = self._rates[:, ids] / self._weight(layer)[:, None]
-        expected += np.float32(LEAST_RATE)
-        expected *= self._shares[:, None]
-        expected /= expected.sum(0)
-        count = np.float32(len(ids))
-        if uses is not None:
-            expected *= uses
-            count = np.float32(uses.sum())
-        self._shares += np.float32(LEARNING) * (expected.sum(1) / count - self._shares)
-
-    def _factors(self, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """What is left of each rate after some tokens, and what one use among them adds."""
-        keep = (self._keep**tokens)[:, None]
-        return keep.astype(np.float32), ((1 - keep) / tokens).astype(np.float32)
-
-    def _rebase(self) -> None:
-        """Set the clock back, so that float32 keeps telling single layers apart."""
-        self._ranks += np.float32(self._turn_start)
-        self._turn_start = 0
+def _int64(numbers: np.ndarray):
+    return pointer(np.ascontiguousarray(numbers, np.int64), "int64_t *")

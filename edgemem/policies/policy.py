@@ -35,10 +35,6 @@ class Policy(ABC):
         """float32 [n]: all ranks as seen from `layer`; a view, good until the next `observe`."""
         return self._ranks
 
-    def _slice(self, layer: int) -> slice:
-        """Where the bundles of a layer lie."""
-        return slice(self._starts[layer], self._starts[layer + 1])
-
 
 LARGEST_COUNT = float(1 << 23)
 """float32 counts exactly up to here, with room for one more step; then ranks are renumbered."""

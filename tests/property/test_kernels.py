@@ -344,7 +344,7 @@ class Cache:
         ])  # fmt: skip
 
     def kept(self, rows: np.ndarray, length: int, head_dim: int) -> np.ndarray:
-        """What `keys` or `values` mean, float64 [length, kv_heads, head_dim]; checks the padding."""
+        """What `keys` or `values` are, float64 [length, kv_heads, head_dim]; checks padding."""
         rows = np.ascontiguousarray(rows[:, :length])
         if self.kv == "q8_0":
             blocks = rows.reshape(*rows.shape[:2], -1, 34)

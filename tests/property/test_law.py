@@ -84,8 +84,8 @@ def test_each_type_of_kv_cache_has_one_answer(stores, trained):
 
 def test_an_unknown_isa_is_refused(stores):
     done = subprocess.run(
-        [sys.executable, answers.__file__, "f16", stores[0]], env=os.environ | {"EDGEMEM_ISA": "abacus"},
-        capture_output=True, text=True,
+        [sys.executable, answers.__file__, "f16", stores[0]],
+        env=os.environ | {"EDGEMEM_ISA": "abacus"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode != 0
     assert "abacus" in done.stderr

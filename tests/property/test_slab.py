@@ -46,7 +46,7 @@ def others_bytes(engine: Engine) -> int:
     """What everything but the slab may have now."""
     unused = max(1, engine._cache_count) * engine._kv_item.bytes
     unused -= sum(cache.bytes - cache.unused_bytes for cache in engine._caches)
-    return engine.budget.promised - engine._plan.least_bytes - unused
+    return engine.budget.promised - engine._plan.least_bytes - unused - engine._scratch_unused
 
 
 def assert_within(engine: Engine) -> None:

@@ -8,31 +8,47 @@ from hypothesis import strategies as st
 from edgemem import policies
 from edgemem.policies import POLICIES, Lfu, Lru, NextUse, Static, next_use, recency
 
-N_LAYERS, N_EXPERTS = 3, 4
-LAYER_OF = np.repeat(np.arange(N_LAYERS), N_EXPERTS)
+N_LAYERS, N_EXPERTS = 6, 4
+ROUTED = (0, 1, 4)
+LAYER_OF = np.repeat(ROUTED, N_EXPERTS)
 
 
 @st.composite
 def histories(draw, max_steps=12):
-    """Steps of (tokens, for each layer: {bundle: uses})."""
+    """Steps of (tokens, for each routed layer: {bundle: uses})."""
     steps = []
     for _ in range(draw(st.integers(1, max_steps))):
-        tokens = draw(st.integers(1, 3))
-        layers = []
-        for layer in range(N_LAYERS):
-            experts = draw(st.sets(st.integers(0, N_EXPERTS - 1), min_size=1))
-            uses = {layer * N_EXPERTS + e: draw(st.integers(1, tokens)) for e in sorted(experts)}
-            layers.append(uses)
+        tokens = draw(st.sampled_from([1, 1, 2, 3, 500]))
+        layers = {}
+        for place, layer in enumerate(ROUTED):
+            experts = draw(st.sets(st.integers(0, N_EXPERTS - 1)))
+            bundles = [place * N_EXPERTS + e for e in sorted(experts)]
+            layers[layer] = {bundle: draw(st.integers(1, tokens)) for bundle in bundles}
         steps.append((tokens, layers))
     return steps
 
 
+def long_history(random: np.random.Generator, steps: int):
+    """Single tokens that take two experts of each layer, the last expert of each ever less."""
+    odds = np.array([4, 3, 2, 1e-3])
+    take = lambda: np.sort(random.choice(N_EXPERTS, 2, False, odds / odds.sum())).tolist()
+    for _ in range(steps):
+        yield (
+            1,
+            {
+                layer: dict.fromkeys((place * N_EXPERTS + e for e in take()), 1)
+                for place, layer in enumerate(ROUTED)
+            },
+        )
+
+
 def run(policy, history, until=None):
-    """Show a history to a policy; yields (step, layer, ranks) after each layer."""
+    """Show a history to a policy, uses only where they are not all 1; yields (step, layer, ranks)
+    after each layer."""
     for step, (tokens, layers) in enumerate(history):
-        for layer, uses in enumerate(layers):
-            ids = np.array(list(uses), np.uint32)
-            policy.observe(layer, ids, np.array(list(uses.values())), tokens)
+        for layer, uses in layers.items():
+            ids, counts = np.array(list(uses), np.uint32), np.array(list(uses.values()), np.int32)
+            policy.observe(layer, ids, None if (counts == 1).all() else counts, tokens)
             yield step, layer, policy.ranks(layer)
 
 
@@ -85,8 +101,7 @@ def expected_next_use(history):
     moment = np.array(LAYER_OF) + N_LAYERS * (1 / next_use.PRIOR - 1)
     seen = np.zeros(N_LAYERS)
     for step, (tokens, layers) in enumerate(history):
-        for layer in range(N_LAYERS):
-            uses = layers[layer]
+        for layer, uses in layers.items():
             if seen[layer] and uses:
                 credit = np.zeros(len(keep))
                 for bundle, count in uses.items():
@@ -102,18 +117,57 @@ def expected_next_use(history):
             yield moment.copy()
 
 
-@pytest.mark.parametrize("rebase", [1 << 14, 2 * N_LAYERS])
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("longest_clock", [1 << 14, 2 * N_LAYERS])
+@settings(max_examples=60, deadline=None)
 @given(history=histories())
-def test_next_use_ranks_by_the_expected_time_of_the_next_use(rebase, history):
-    saved, next_use._REBASE = next_use._REBASE, rebase
+def test_next_use_ranks_by_the_expected_time_of_the_next_use(longest_clock, history):
+    assert_ranked_by_next_use(longest_clock, history)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_next_use_ranks_so_after_many_steps(seed):
+    """Long enough for rates to fade to nothing, and for the clock to be set back as it is."""
+    assert_ranked_by_next_use(1 << 14, list(long_history(np.random.default_rng(seed), 3000)))
+
+
+def assert_ranked_by_next_use(longest_clock, history):
+    """Ranks are minus the expected moments, on a clock that is now and then set back by whole
+    cycles, to within 1e-5 and what float32 can tell apart on that clock."""
+    saved, next_use._LONGEST_CLOCK = next_use._LONGEST_CLOCK, longest_clock
     try:
-        found = run(make(NextUse), history)
-        for (_, _, ranks), expected in zip(found, expected_next_use(history), strict=True):
-            offsets = ranks + expected
-            assert np.allclose(offsets, offsets[0], atol=1e-3 * N_LAYERS / next_use.PRIOR)
+        policy = make(NextUse)
     finally:
-        next_use._REBASE = saved
+        next_use._LONGEST_CLOCK = saved
+    tolerance = {"rtol": 1e-5, "atol": 1e-5 * N_LAYERS + longest_clock * 2.0**-23}
+    found = run(policy, history)
+    for (_, _, ranks), expected in zip(found, expected_next_use(history), strict=True):
+        cycles = np.rint(np.median(ranks + expected) / N_LAYERS)
+        assert np.allclose(ranks, cycles * N_LAYERS - expected, **tolerance)
+        assert -ranks.min() < longest_clock + N_LAYERS * (1 / next_use.PRIOR + 1)
+
+
+def test_next_use_refuses_what_is_not_the_layers():
+    """And nothing has happened: the core checks what it would otherwise write beside its arrays."""
+    policy = make(NextUse)
+    policy.observe(1, np.array([4]))
+    before = policy.ranks(1).copy()
+    for layer, ids in ((1, [4, 8]), (1, [3]), (4, [12]), (4, [-1]), (2, [4]), (-1, []), (6, [])):
+        with pytest.raises(AssertionError):
+            policy.observe(layer, np.array(ids, np.int64))
+    with pytest.raises(AssertionError):
+        policy.observe(1, np.array([4, 5]), np.array([1]))
+    assert np.array_equal(policy.ranks(1), before)
+
+
+@pytest.mark.parametrize("kind", POLICIES.values(), ids=POLICIES)
+def test_policies_take_ids_and_uses_of_any_integer_type_and_stride(kind):
+    plain, other = make(kind), make(kind)
+    ids, uses = np.array([4, 6, 7]), np.array([1, 3, 2])
+    for wanted in (np.int64, np.uint32, np.int32):
+        plain.observe(1, ids, uses, 3)
+        strided = np.repeat(ids, 2).astype(wanted)[::2]
+        other.observe(1, strided, np.repeat(uses, 2).astype(wanted)[::2], 3)
+        assert np.array_equal(plain.ranks(1), other.ranks(1))
 
 
 def test_a_use_by_all_tokens_of_a_chunk_counts_as_that_many_tokens():
