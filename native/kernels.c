@@ -327,50 +327,7 @@ static void rotate(const float *x, const float *cos_t, const float *sin_t, int32
     }
 }
 
-static void store_f16(const float *x, int32_t n, uint16_t *out) {
-    for (int32_t i = 0; i < n; i += EM_LANES) {
-        uint16_t lane[EM_LANES];
-        vf_store_f16(lane, load_part(x + i, n - i, 0));
-        for (int64_t j = 0; j < em_min(EM_LANES, n - i); j++) out[i + j] = lane[j];
-    }
-}
-
-EM_INLINE float dot_f16(const float *q, const uint16_t *k, int32_t padded) {
-    vf sum = vf_set1(0);
-    for (int32_t d = 0; d < padded; d += EM_LANES)
-        sum = vf_fma(vf_load(q + d), vf_load_f16(k + d), sum);
-    return vf_sum(sum);
-}
-
-/* Online softmax (Milakov and Gimelshein, arXiv 1805.02867) over blocks of 16 keys. */
-static void attend(const float *q, const uint16_t *k, const uint16_t *v, int64_t begin, int64_t end,
-                   int32_t padded, float *out) {
-    float top = -INFINITY, total = 0;
-    for (int32_t d = 0; d < padded; d += EM_LANES) vf_store(out + d, vf_set1(0));
-    for (int64_t key = begin; key < end; key += EM_LANES) {
-        int n = (int)em_min(EM_LANES, end - key);
-        float p[EM_LANES];
-        for (int j = 0; j < EM_LANES; j++)
-            p[j] = j < n ? dot_f16(q, k + (key + j) * padded, padded) : -INFINITY;
-        vf score = vf_load(p);
-        float block_top = vf_max_lane(score), new_top = block_top > top ? block_top : top;
-        vf_store(p, vf_exp(vf_sub(score, vf_set1(new_top))));
-        for (int j = n; j < EM_LANES; j++) p[j] = 0;
-        vf shrink = vf_exp(vf_set1(top - new_top));
-        float lane[EM_LANES];
-        vf_store(lane, shrink);
-        total = total * lane[0] + vf_sum(vf_load(p));
-        top = new_top;
-        for (int32_t d = 0; d < padded; d += EM_LANES) {
-            vf sum = vf_mul(vf_load(out + d), shrink);
-            for (int j = 0; j < n; j++)
-                sum = vf_fma(vf_set1(p[j]), vf_load_f16(v + (key + j) * padded + d), sum);
-            vf_store(out + d, sum);
-        }
-    }
-    for (int32_t d = 0; d < padded; d += EM_LANES)
-        vf_store(out + d, vf_div(vf_load(out + d), vf_set1(total)));
-}
+#include "attend.h"
 
 /* ---- tables and memory ------------------------------------------------------------------- */
 
@@ -433,6 +390,7 @@ const em_kernels JOIN(em_kernels_, EM_ISA) = {
     .axpy = axpy,
     .rotate = rotate,
     .store_f16 = store_f16,
+    .store_kv = store_kv,
     .attend = attend,
     .unpack_row = unpack_row,
     .read_bytes = read_bytes,
