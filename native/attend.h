@@ -86,14 +86,14 @@ EM_INLINE kv_rows rows_at(const em_queries *s, const uint8_t *cache, int64_t key
 
 /* ---- attention --------------------------------------------------------------------------- */
 
-/* Registers hold the sums of EM_TILE queries and as many keys, or chunks of values; or twice as
- * many of one query. */
-#define ACROSS(rows) ((rows) == 1 ? 2 * EM_TILE : EM_TILE)
+/* Registers hold the sums of ATTENTION_TILE queries and as many keys, or chunks of values; or twice
+ * as many of one query. */
+#define ACROSS(rows) ((rows) == 1 ? 2 * ATTENTION_TILE : ATTENTION_TILE)
 
 /* sum[16 r + j] = the lanes of query r times key j, not yet added up. */
 EM_INLINE void dot_tile(const float *q, kv_rows k, int64_t padded, const int32_t dtype,
                         const int rows, const int keys, vf *sum) {
-    vf lanes[2 * EM_TILE * EM_TILE];
+    vf lanes[2 * ATTENTION_TILE * ATTENTION_TILE];
     for (int i = 0; i < rows * keys; i++) lanes[i] = vf_set1(0);
     for (int64_t d = 0; d < padded; d += EM_LANES)
         for (int j = 0; j < keys; j++) {
@@ -112,7 +112,7 @@ EM_INLINE kv_rows rows_from(kv_rows rows, int64_t j) {
 /* p[r] = the scores of query r for n keys; lanes beyond them are -inf. */
 EM_INLINE void score_tile(const float *q, kv_rows k, int64_t padded, int64_t n, const int32_t dtype,
                           const int rows, float (*p)[EM_LANES]) {
-    vf sum[EM_TILE * EM_LANES];
+    vf sum[ATTENTION_TILE * EM_LANES];
     int64_t j = 0;
     for (; j + ACROSS(rows) <= n; j += ACROSS(rows))
         dot_tile(q, rows_from(k, j), padded, dtype, rows, ACROSS(rows), sum + j);
@@ -140,7 +140,7 @@ EM_INLINE float weigh(float *p, int64_t n, float *top, float *total) {
 EM_INLINE void mix_tile(float (*p)[EM_LANES], const float *shrink, kv_rows v, int64_t padded,
                         int64_t n, const int32_t dtype, const int rows, const int chunks, int64_t d,
                         float *out) {
-    vf sum[2 * EM_TILE * EM_TILE];
+    vf sum[2 * ATTENTION_TILE * ATTENTION_TILE];
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < chunks; c++)
             sum[r * chunks + c] =
@@ -158,12 +158,12 @@ EM_INLINE void mix_tile(float (*p)[EM_LANES], const float *shrink, kv_rows v, in
 
 EM_INLINE void mix_rows(float (*p)[EM_LANES], const float *shrink, kv_rows v, int64_t padded,
                         int64_t n, const int32_t dtype, const int rows, float *out) {
-    const int64_t many = ACROSS(rows) * EM_LANES, some = EM_TILE * EM_LANES;
+    const int64_t many = ACROSS(rows) * EM_LANES, some = ATTENTION_TILE * EM_LANES;
     int64_t d = 0;
     for (; d + many <= padded; d += many)
         mix_tile(p, shrink, v, padded, n, dtype, rows, ACROSS(rows), d, out);
     for (; d + some <= padded; d += some)
-        mix_tile(p, shrink, v, padded, n, dtype, rows, EM_TILE, d, out);
+        mix_tile(p, shrink, v, padded, n, dtype, rows, ATTENTION_TILE, d, out);
     for (; d < padded; d += EM_LANES) mix_tile(p, shrink, v, padded, n, dtype, rows, 1, d, out);
 }
 
@@ -176,9 +176,9 @@ EM_INLINE int64_t seen(const em_queries *s, int64_t key, int r) {
 #define FOR_QUERIES(TILE)                                                                          \
     for (int r = 0; r < s->n_rows;) {                                                              \
         int64_t n = seen(s, key, r);                                                               \
-        if (r + EM_TILE <= s->n_rows && seen(s, key, r + EM_TILE - 1) == n) {                      \
-            if (n > 0) TILE(r, EM_TILE, n);                                                        \
-            r += EM_TILE;                                                                          \
+        if (r + ATTENTION_TILE <= s->n_rows && seen(s, key, r + ATTENTION_TILE - 1) == n) {        \
+            if (n > 0) TILE(r, ATTENTION_TILE, n);                                                 \
+            r += ATTENTION_TILE;                                                                   \
         } else {                                                                                   \
             if (n > 0) TILE(r, 1, n);                                                              \
             r++;                                                                                   \
@@ -238,7 +238,7 @@ EM_INLINE void attend_as(const em_queries *s, const int32_t dtype) {
 
 /* Few queries read keys and values as they are kept; more have them unpacked once. */
 static void attend(const em_queries *s) {
-    int32_t dtype = s->n_rows <= EM_TILE ? s->dtype : EM_F32;
+    int32_t dtype = s->n_rows <= ATTENTION_TILE ? s->dtype : EM_F32;
     switch (dtype) {
     case EM_F16: attend_as(s, EM_F16); break;
     case EM_Q8_0: attend_as(s, EM_Q8_0); break;

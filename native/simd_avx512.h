@@ -2,8 +2,12 @@
 #include <immintrin.h>
 #include <string.h>
 
-#define EM_TOKENS 4
-#define EM_TILE 4
+/* Tiles of several tokens: as many sums as registers hold, and enough
+ * to hide a chain of adds; of queries and keys. */
+#define FLOAT_TOKENS 8
+#define BLOCK_TILE_GROUPS 2
+#define BLOCK_TOKENS 4
+#define ATTENTION_TILE 4
 
 typedef __m512 vf;
 typedef __m512i vi;

@@ -3,8 +3,11 @@
 #include <arm_neon.h>
 #include <string.h>
 
-#define EM_TOKENS 2
-#define EM_TILE 2
+/* Tiles of several tokens, and of queries and keys: what registers hold. */
+#define FLOAT_TOKENS 4
+#define BLOCK_TILE_GROUPS 1
+#define BLOCK_TOKENS 2
+#define ATTENTION_TILE 2
 #define EM_Q8_BIAS 0
 
 typedef struct {

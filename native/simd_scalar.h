@@ -5,8 +5,11 @@
 #include <math.h>
 #include <string.h>
 
-#define EM_TOKENS 1  /* tokens that a product keeps in registers at once */
-#define EM_TILE 1    /* queries, and keys, that attention does */
+/* Tiles of several tokens, and of queries and keys: what registers hold. */
+#define FLOAT_TOKENS 1
+#define BLOCK_TILE_GROUPS 1
+#define BLOCK_TOKENS 1
+#define ATTENTION_TILE 1
 #define EM_Q8_BIAS 0 /* what vi_dot_q8 leaves in: sum of w*a for w in 0..255 would be 128 */
 
 typedef struct {
