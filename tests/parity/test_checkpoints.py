@@ -98,7 +98,8 @@ def test_logits_agree(name, shared, wikitext, judges, engines, measured):
 
 
 def test_f16_keys_are_all_that_differs(shared, wikitext, judges, stories_store):
-    """With exact keys the definition is transformers to rounding, with f16 it differs as ours."""
+    """With exact keys the definition is transformers to rounding, and so are we with a KV cache at
+    f32; with f16 it differs as ours."""
     ids = text_ids(shared, wikitext, "stories260k")[:200]
     expected = judges("stories260k").logits(ids)
     with Store.open(stories_store) as store:
@@ -106,6 +107,8 @@ def test_f16_keys_are_all_that_differs(shared, wikitext, judges, stories_store):
         exact = Forward(store.spec, weights).feed(ids)
         rounded = Forward(store.spec, weights, kv="f16").feed(ids)
     assert oracle.relative_error(exact, expected) <= 2e-5
+    with edgemem.load(stories_store, threads=1, kv="f32") as engine:
+        assert oracle.relative_error(engine.logits(ids), expected) <= 2e-5
     assert 1e-3 < oracle.relative_error(rounded, expected) <= LOGITS_BOUNDS["stories260k"]
 
 
