@@ -2,12 +2,12 @@
 
 Products of quantised weights are llama.cpp's: both round activations to the same 8 bits and the
 same scales. Attention is not: where its KV cache is of f16, llama.cpp rounds queries and
-probabilities to f16 too, edgemem does not. That is 1e-4 of a float model's logits. In a quantised model it moves some activations across a
-rounding of theirs to 8 bits, each of which moves others, up to about one per cent of the logits:
-what rounding to 8 bits itself costs, and what llama.cpp differs by from itself if it is told to
-attend in another way. Each step of this is a test here. Build llama-cpp-python with
-CMAKE_ARGS="-DGGML_NATIVE=OFF" where its own detection picks instructions that the processor
-refuses.
+probabilities to f16 too, edgemem does not. That is 1e-4 of a float model's logits. In a quantised
+model it moves some activations across a rounding of theirs to 8 bits, each of which moves others,
+up to about one per cent of the logits: what rounding to 8 bits itself costs, and what llama.cpp
+differs by from itself if it is told to attend in another way. Each step of this is a test here.
+Build llama-cpp-python with CMAKE_ARGS="-DGGML_NATIVE=OFF" where its own detection picks
+instructions that the processor refuses.
 """
 
 from types import SimpleNamespace
