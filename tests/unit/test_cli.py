@@ -116,7 +116,9 @@ def test_the_type_of_the_kv_cache(stories_store, tmp_path):
     """`--kv` is what it says, and the numbers are those of the library."""
     arguments = ("run", stories_store, "-p", PROMPT, "-n", 60, "--json")
     for kv in KV_TYPES:
-        result = json.loads(run(*arguments, "--kv", kv)[0])
+        stdout, stderr = run(*arguments, "--kv", kv)
+        result = json.loads(stdout)
+        assert (f"--kv {kv} changes the answer" in stderr) == (kv != KV_TYPES[0])
         with edgemem.load(stories_store, kv=kv) as engine:
             assert result["kv"] == kv
             assert result["text"] == engine.generate(PROMPT, max_tokens=60)
