@@ -8,6 +8,7 @@ from numbers import Integral
 
 from . import policies
 from ._native import isa_names
+from .dtypes import KV_TYPES
 from .errors import UnsupportedError
 from .spec import ModelSpec
 
@@ -34,6 +35,12 @@ def check_streaming(streaming: Streaming) -> None:
         raise ValueError(f"policy {streaming.policy!r} is none of {names}")
     if (streaming.policy == policies.Static.name) != (streaming.profile is not None):
         raise ValueError("the static policy and a profile need each other")
+
+
+def check_kv(kv: str) -> None:
+    """Raises ValueError for a type of the KV cache that is none."""
+    if kv not in KV_TYPES:
+        raise ValueError(f"kv {kv!r} is none of {', '.join(KV_TYPES)}")
 
 
 def context_limit(spec: ModelSpec) -> int:

@@ -79,6 +79,7 @@ class Report:
 
     budget_bytes: int
     context: int
+    kv: str
     threads: int
     isa: str
     io_engine: str
@@ -258,8 +259,8 @@ def _report(
     missed = best.missed_bytes / (new_tokens * len(times)) / flash if flash else 0.0
     ideal = max(decode.demand_bytes_per_token / dram, missed)
     return Report(
-        budget_bytes=engine.budget.limit, context=engine.context, threads=engine.threads,
-        isa=engine.isa, io_engine=residency.engine, policy=how.policy,
+        budget_bytes=engine.budget.limit, context=engine.context, kv=engine.kv,
+        threads=engine.threads, isa=engine.isa, io_engine=residency.engine, policy=how.policy,
         lookahead=how.lookahead, warm=warm,
         prompt_tokens=prompt_tokens, new_tokens=new_tokens, repetitions=len(times),
         load_seconds=engine.load_seconds,

@@ -39,6 +39,9 @@ Q4_0 = DType("q4_0", 4, BLOCK, 2, 16)
 BY_NAME = {d.name: d for d in (F32, F16, BF16, Q8_0, Q4_0)}
 BY_CODE = {d.code: d for d in BY_NAME.values()}
 
+KV_TYPES = (F16.name, Q8_0.name, F32.name)
+"""Those of the KV cache (kvcache.py), the default first."""
+
 
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple that is not below `value`."""

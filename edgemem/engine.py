@@ -17,6 +17,7 @@ from .arguments import (
     Streaming,
     check_count,
     check_isa,
+    check_kv,
     check_streaming,
     context_limit,
 )
@@ -63,7 +64,7 @@ Progress = Callable[[int, int], None]
 def load(
     path: str | os.PathLike, memory: str | int = "auto", context: int | None = None,
     threads: int | None = None, progress: Progress | None = None,
-    ready: Callable[[Engine], None] | None = None, *,
+    ready: Callable[[Engine], None] | None = None, *, kv: str = "f16",
     policy: str = policies.DEFAULT, profile: str | os.PathLike | None = None,
     lookahead: bool = True, io_engine: str | None = None, faults: dict | None = None,
     trace: str | os.PathLike | None = None,
@@ -78,6 +79,9 @@ def load(
     demand in every step (edgemem/tracefile.py); it replaces an older one. None of them changes an
     answer.
 
+    `kv` is the type of the KV cache, and does change it: "f16", "q8_0" (about half the memory,
+    less exact) or "f32" (twice, exact); see kvcache.py.
+
     `memory` is the budget of the whole process: bytes, "4GiB", "50%" or "auto" (what is free here,
     less a reserve). `context` is the most tokens a session can hold, by default 4096 or what the
     model was made for, if that is less; more than `context_limit(spec)` is refused. `threads`
@@ -89,26 +93,28 @@ def load(
     weight is read; ValueError or TypeError for arguments.
     """
     how = Streaming(policy, profile, lookahead, io_engine, faults, trace)
-    return Engine(path, memory, context, threads, progress, ready, how)
+    return Engine(path, memory, context, threads, progress, ready, how, kv)
 
 
 class Engine:
     """A loaded model. Thread-safe: steps of its sessions take turns.
 
-    `spec` (ModelSpec), `tokenizer`, `trace`, `store`, `budget`, `context`, `threads` and `isa` are
-    for reading.
+    `spec` (ModelSpec), `tokenizer`, `trace`, `store`, `budget`, `context`, `kv`, `threads` and
+    `isa` are for reading.
     """
 
     def __init__(
         self, path: str | os.PathLike, memory: str | int, context: int | None,
         threads: int | None, progress: Progress | None = None,
         ready: Callable[[Engine], None] | None = None, streaming: Streaming = Streaming(),
+        kv: str = "f16",
     ):  # fmt: skip
         check_count("context", context)
         check_count("threads", threads, MAX_THREADS)
         check_isa()
+        check_kv(kv)
         check_streaming(streaming)
-        self._streaming = streaming
+        self.kv, self._streaming = kv, streaming
         self.budget = Budget(memory)
         self.threads = min(usable_cpus(), MAX_THREADS) if threads is None else int(threads)
         self.store = Store.open(path)
@@ -137,7 +143,8 @@ class Engine:
         # Reentrant: a sequence may be freed by the garbage collector in the middle of anything.
         self._lock = threading.RLock()
         self._model = self._streamer = None
-        self._kv_item = Item(f"KV cache ({self.context} tokens)", cache_bytes(spec, self.context))
+        label = f"KV cache ({self.context} tokens at {self.kv})"
+        self._kv_item = Item(label, cache_bytes(spec, self.context, self.kv))
         # The first session's logits are in scratch.
         self._session_items = [self._kv_item, Item("its logits", 4 * spec.vocab_size)]
         self._cache_count = 0
@@ -401,7 +408,8 @@ class Engine:
             try:
                 self._fit_slab()  # only now: what the cache does not use yet is lent
                 # What slots borrow must be touched page by page.
-                cache = KvCache(self.spec, self.context, huge=not len(self._plan.streamed))
+                huge = not len(self._plan.streamed)
+                cache = KvCache(self.spec, self.context, self.kv, huge=huge)
             except BaseException:
                 self.free_kv()
                 raise
@@ -457,11 +465,14 @@ class Engine:
     def _advise(self, items: Sequence[Item], spare: int) -> list[str]:
         """What would fit where `items` do not: a shorter context, a smaller format, more memory."""
         needed = sum(item.bytes for item in items)
-        weights, per_token = self._weights_bytes, cache_bytes(self.spec, 1)
+        weights, per_token = self._weights_bytes, cache_bytes(self.spec, 1, self.kv)
         lines = []
         context = (spare - needed + self._kv_item.bytes) // per_token // 64 * 64
         if context > 0:
             lines.append(f"a context of {context} tokens would fit (--context {context})")
+        smaller = cache_bytes(self.spec, self.context, "q8_0")
+        if self.kv != "q8_0" and needed - self._kv_item.bytes + smaller <= spare:
+            lines.append(f"a KV cache at q8_0 would fit: {show_size(smaller)} (--kv q8_0)")
         for name in ("q8_0", "q4_0"):
             smaller = inventory.bytes_as(self.store, BY_NAME[name])
             if needed - weights + smaller <= spare:

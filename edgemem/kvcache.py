@@ -1,16 +1,32 @@
-"""One session's keys and values: f16, per layer [n_kv_heads, context, head_dim padded to 16]."""
+"""One session's keys and values: per layer, keys and then values, [n_kv_heads, context] rows.
+
+A row is one head's head_dim numbers, in one of three types:
+
+* `f16`, the default: rounded to nearest even, zeros up to a multiple of 16.
+* `f32`: as they were computed, zeros up to a multiple of 16.
+* `q8_0`: zeros up to a multiple of 32, in blocks of 32 numbers x: an f16 scale d, then 32 int8
+  quants q. With peak = max |x|, q = x · 127 / peak rounded to nearest even, and d = peak / 127
+  rounded likewise to 11 significant bits and then to f16 (`reference.kept`); both are zero where
+  the peak is, and d is NaN where an x is not finite. A number is read as d · q, which is exact.
+
+Attention reads all of them as float32, with the same sums in the same order.
+"""
 
 import mmap
 
-from ._native import Slab, ffi
-from .dtypes import LANES, round_up
+from ._native import Slab, ffi, lib
+from .dtypes import BY_NAME
 from .spec import ModelSpec
 
 
-def cache_bytes(spec: ModelSpec, context: int) -> int:
-    """Bytes of a cache for `context` tokens."""
-    padded = round_up(spec.head_dim, LANES)
-    return spec.n_layers * 2 * spec.n_kv_heads * context * padded * 2
+def row_bytes(spec: ModelSpec, kv: str = "f16") -> int:
+    """Bytes of the keys, or values, of one token and head in the type `kv`."""
+    return lib.em_kv_row_bytes(BY_NAME[kv].code, spec.head_dim)
+
+
+def cache_bytes(spec: ModelSpec, context: int, kv: str = "f16") -> int:
+    """Bytes of a cache of the type `kv` for `context` tokens."""
+    return spec.n_layers * 2 * spec.n_kv_heads * context * row_bytes(spec, kv)
 
 
 class KvCache:
@@ -23,21 +39,24 @@ class KvCache:
     in chunks sets it to the length after the last, so that chunks do not change the answer.
     """
 
-    def __init__(self, spec: ModelSpec, context: int, huge: bool = True):
+    def __init__(
+        self, spec: ModelSpec, context: int, kv: str = "f16", *, huge: bool = True
+    ):  # fmt: skip
         self.context = context
         self.position = 0
         self.rope_length = 0
-        self._slab = Slab(cache_bytes(spec, context), huge)
+        self._slab = Slab(cache_bytes(spec, context, kv), huge)
         self._strips = 2 * spec.n_layers * spec.n_kv_heads
-        self._row_bytes = cache_bytes(spec, 1) // self._strips
+        self._row_bytes = row_bytes(spec, kv)
         self._touched = 0
-        half = cache_bytes(spec, context) // (2 * spec.n_layers)
+        half = self._slab.bytes // (2 * spec.n_layers)
         self.layers = [
             ffi.new("em_attention *", {
                 "n_heads": spec.n_heads, "n_kv_heads": spec.n_kv_heads, "head_dim": spec.head_dim,
-                "window": min(spec.windows[i], context), "context": context,
-                "k_cache": ffi.cast("uint16_t *", self._slab.address + 2 * i * half),
-                "v_cache": ffi.cast("uint16_t *", self._slab.address + (2 * i + 1) * half),
+                "window": min(spec.windows[i], context), "kv_dtype": BY_NAME[kv].code,
+                "context": context,
+                "k_cache": ffi.cast("void *", self._slab.address + 2 * i * half),
+                "v_cache": ffi.cast("void *", self._slab.address + (2 * i + 1) * half),
             })
             for i in range(spec.n_layers)
         ]  # fmt: skip

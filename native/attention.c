@@ -2,6 +2,7 @@
 #include "core.h"
 
 #include <math.h>
+#include <string.h>
 
 int32_t em_rope_table(const double *inv_freq, int32_t head_dim, int64_t position, int32_t n,
                       double scale, float *cos_out, float *sin_out) {
@@ -16,12 +17,32 @@ int32_t em_rope_table(const double *inv_freq, int32_t head_dim, int64_t position
     return EM_OK;
 }
 
-static int32_t padded_dim(const em_attention *a) {
-    return (int32_t)em_round_up(a->head_dim, EM_LANES);
+/* ---- shapes ------------------------------------------------------------------------------ */
+
+static int32_t padded_dim(int32_t kv_dtype, int32_t head_dim) {
+    return (int32_t)em_round_up(head_dim, kv_dtype == EM_Q8_0 ? EM_BLOCK : EM_LANES);
+}
+
+int64_t em_kv_row_bytes(int32_t kv_dtype, int32_t head_dim) {
+    int64_t padded = padded_dim(kv_dtype, head_dim);
+    switch (kv_dtype) {
+    case EM_F32: return padded * 4;
+    case EM_F16: return padded * 2;
+    default: return padded / EM_BLOCK * EM_KV_BLOCK_BYTES;
+    }
+}
+
+/* A thread's rows: queries, what they find, and the keys or values of one block. */
+enum { THREAD_ROWS = 2 * EM_QUERIES + EM_LANES };
+
+uint64_t em_attention_scratch(int32_t n_threads, int32_t head_dim) {
+    uint64_t padded = (uint64_t)padded_dim(EM_Q8_0, head_dim); /* the most that any type takes */
+    return (uint64_t)n_threads * THREAD_ROWS * padded * sizeof(float);
 }
 
 static bool valid(const em_attention *a, int64_t position, int32_t n) {
-    return a->n_heads >= 1 && a->n_kv_heads >= 1 && a->n_heads % a->n_kv_heads == 0 &&
+    bool known = a->kv_dtype == EM_F32 || a->kv_dtype == EM_F16 || a->kv_dtype == EM_Q8_0;
+    return known && a->n_heads >= 1 && a->n_kv_heads >= 1 && a->n_heads % a->n_kv_heads == 0 &&
            a->head_dim >= 2 && a->head_dim % 2 == 0 && a->window >= 0 && position >= 0 && n >= 0 &&
            position + n <= a->context;
 }
@@ -29,81 +50,151 @@ static bool valid(const em_attention *a, int64_t position, int32_t n) {
 typedef struct {
     const em_kernels *kernels;
     const em_attention *a;
+    int32_t padded, n;
+    int64_t row_bytes, position;
+    float *thread_rows; /* [threads, THREAD_ROWS, padded] */
     float *q;
-    const float *k, *v, *cos_table, *sin_table;
-    int64_t position;
+    const float *k, *v, *cos_table, *sin_table; /* to store */
     float *out;
-    float *thread_rows; /* [threads, 2, padded] */
+    int32_t heads, parts, tokens, tiles; /* how items share the work */
 } attention_task;
 
-/* The cache's row of one key, as f16, zero beyond head_dim. */
-static void store_row(const em_kernels *kernels, const float *x, int32_t dim, int32_t padded,
-                      uint16_t *row) {
-    kernels->store_f16(x, dim, row);
-    for (int32_t d = dim; d < padded; d++) row[d] = 0;
+static bool prepare(attention_task *t, em_core *core, const em_attention *a, int64_t position,
+                    int32_t n) {
+    em_arena arena = em_core_arena(core);
+    t->kernels = core->kernels;
+    t->a = a;
+    t->padded = padded_dim(a->kv_dtype, a->head_dim);
+    t->row_bytes = em_kv_row_bytes(a->kv_dtype, a->head_dim);
+    t->position = position;
+    t->n = n;
+    t->thread_rows =
+        em_arena_take(&arena, em_attention_scratch(em_pool_threads(core->pool), a->head_dim));
+    return t->thread_rows != NULL;
 }
+
+static float *rows_of(const attention_task *t, int32_t thread) {
+    return t->thread_rows + (int64_t)thread * THREAD_ROWS * t->padded;
+}
+
+/* ---- storing ----------------------------------------------------------------------------- */
 
 static void store_token(void *arg, int64_t token, int32_t thread) {
     const attention_task *t = arg;
     const em_attention *a = t->a;
-    int32_t dim = a->head_dim, padded = padded_dim(a);
+    int32_t dim = a->head_dim;
     const float *c = t->cos_table + token * (dim / 2), *s = t->sin_table + token * (dim / 2);
-    float *rotated = t->thread_rows + (int64_t)thread * 2 * padded;
+    float *rotated = rows_of(t, thread);
     for (int64_t head = 0; head < a->n_heads; head++) {
         float *q = t->q + (token * a->n_heads + head) * dim;
         t->kernels->rotate(q, c, s, dim, q);
     }
     for (int64_t head = 0; head < a->n_kv_heads; head++) {
         int64_t from = (token * a->n_kv_heads + head) * dim;
-        int64_t to = (head * a->context + t->position + token) * padded;
+        int64_t to = (head * a->context + t->position + token) * t->row_bytes;
         t->kernels->rotate(t->k + from, c, s, dim, rotated);
-        store_row(t->kernels, rotated, dim, padded, a->k_cache + to);
-        store_row(t->kernels, t->v + from, dim, padded, a->v_cache + to);
+        t->kernels->store_kv(rotated, dim, a->kv_dtype, (uint8_t *)a->k_cache + to);
+        t->kernels->store_kv(t->v + from, dim, a->kv_dtype, (uint8_t *)a->v_cache + to);
     }
-}
-
-static float *take_thread_rows(em_core *core, const em_attention *a) {
-    em_arena arena = em_core_arena(core);
-    uint64_t rows = 2 * (uint64_t)em_pool_threads(core->pool);
-    return em_arena_take(&arena, rows * (uint64_t)padded_dim(a) * sizeof(float));
 }
 
 int32_t em_attention_store(em_core *core, const em_attention *a, float *q, const float *k,
                            const float *v, const float *cos_table, const float *sin_table,
                            int64_t position, int32_t n) {
     if (!valid(a, position, n)) return EM_INVALID;
-    attention_task task = {core->kernels, a,         q,        k,    v,
-                           cos_table,     sin_table, position, NULL, take_thread_rows(core, a)};
-    if (!task.thread_rows) return EM_NO_MEMORY;
+    attention_task task = {.q = q, .k = k, .v = v, .cos_table = cos_table, .sin_table = sin_table};
+    if (!prepare(&task, core, a, position, n)) return EM_NO_MEMORY;
     int64_t floats = (int64_t)n * (a->n_heads + 2 * a->n_kv_heads) * a->head_dim;
     em_core_run(core, store_token, &task, n, floats * 4);
     return EM_OK;
 }
 
+/* ---- attending --------------------------------------------------------------------------- */
+
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Items take the query heads of one key/value head together, for several tokens: they read its keys
+ * once. Where that makes few items, they take fewer tokens, then parts of the heads, until threads
+ * find equal shares. */
+static int64_t share(attention_task *t, int32_t threads) {
+    int64_t group = t->a->n_heads / t->a->n_kv_heads, enough = threads > 1 ? 4 * threads : 1;
+    int64_t heads = ceil_div(group, ceil_div(group, EM_QUERIES));
+    int64_t tokens = em_min(t->n, EM_QUERIES / heads), items;
+    for (;;) {
+        t->heads = (int32_t)heads;
+        t->parts = (int32_t)ceil_div(group, heads);
+        t->tokens = (int32_t)tokens;
+        t->tiles = (int32_t)ceil_div(t->n, tokens);
+        items = (int64_t)t->a->n_kv_heads * t->tiles * t->parts;
+        if (items >= enough || heads * tokens == 1) return items;
+        if (tokens == 1 && items % threads == 0) return items;
+        if (tokens > 1)
+            tokens = (tokens + 1) / 2;
+        else
+            heads = em_min(heads - 1, ceil_div(group, t->parts + 1));
+    }
+}
+
+static int64_t first_key(const attention_task *t, int64_t token) {
+    int64_t end = t->position + token + 1;
+    return t->a->window > 0 ? em_max(0, end - t->a->window) : 0;
+}
+
+/* Tokens [token, token + n) see keys from the same one on. */
+static void attend_heads(const attention_task *t, int32_t thread, int64_t kv_head, int64_t head,
+                         int32_t heads, int64_t token, int64_t n) {
+    const em_attention *a = t->a;
+    int64_t cache = kv_head * a->context * t->row_bytes;
+    float *q = rows_of(t, thread), *out = q + EM_QUERIES * t->padded;
+    em_queries queries = {
+        .q = q,
+        .keys = (const uint8_t *)a->k_cache + cache,
+        .values = (const uint8_t *)a->v_cache + cache,
+        .begin = first_key(t, token),
+        .end = t->position + token + 1,
+        .row_bytes = t->row_bytes,
+        .n_rows = (int32_t)n * heads,
+        .heads = heads,
+        .padded = t->padded,
+        .dtype = a->kv_dtype,
+        .block = out + EM_QUERIES * t->padded,
+        .out = out,
+    };
+    const float scale = 1.0f / sqrtf((float)a->head_dim);
+    for (int64_t r = 0; r < queries.n_rows; r++) {
+        int64_t row = (token + r / heads) * a->n_heads + head + r % heads;
+        const float *from = t->q + row * a->head_dim;
+        for (int32_t d = 0; d < t->padded; d++)
+            q[r * t->padded + d] = d < a->head_dim ? from[d] * scale : 0;
+    }
+    t->kernels->attend(&queries);
+    for (int64_t r = 0; r < queries.n_rows; r++) {
+        int64_t row = (token + r / heads) * a->n_heads + head + r % heads;
+        memcpy(t->out + row * a->head_dim, out + r * t->padded, (size_t)a->head_dim * sizeof *out);
+    }
+}
+
 static void attend_item(void *arg, int64_t item, int32_t thread) {
     const attention_task *t = arg;
-    const em_attention *a = t->a;
-    int32_t dim = a->head_dim, padded = padded_dim(a);
-    int64_t token = item / a->n_heads, head = item % a->n_heads;
-    int64_t kv_head = head / (a->n_heads / a->n_kv_heads);
-    int64_t end = t->position + token + 1;
-    int64_t begin = a->window > 0 ? em_max(0, end - a->window) : 0;
-    float *q = t->thread_rows + (int64_t)thread * 2 * padded, *result = q + padded;
-    float scale = 1.0f / sqrtf((float)dim);
-    for (int32_t d = 0; d < padded; d++) q[d] = d < dim ? t->q[item * dim + d] * scale : 0;
-    int64_t cache = kv_head * a->context * padded;
-    t->kernels->attend(q, a->k_cache + cache, a->v_cache + cache, begin, end, padded, result);
-    for (int32_t d = 0; d < dim; d++) t->out[item * dim + d] = result[d];
+    int64_t part = item % t->parts, tile = item / t->parts % t->tiles;
+    int64_t kv_head = item / t->parts / t->tiles, group = t->a->n_heads / t->a->n_kv_heads;
+    int64_t head = part * t->heads, heads = em_min(t->heads, group - head);
+    int64_t token = tile * t->tokens, stop = em_min(t->n, token + t->tokens);
+    for (int64_t next; token < stop; token = next) {
+        for (next = token + 1; next < stop && first_key(t, next) == first_key(t, token);) next++;
+        attend_heads(t, thread, kv_head, kv_head * group + head, (int32_t)heads, token,
+                     next - token);
+    }
 }
 
 int32_t em_attention_run(em_core *core, const em_attention *a, const float *q, int64_t position,
                          int32_t n, float *out) {
     if (!valid(a, position, n)) return EM_INVALID;
-    attention_task task = {core->kernels, a,    (float *)q, NULL, NULL,
-                           NULL,          NULL, position,   out,  take_thread_rows(core, a)};
-    if (!task.thread_rows) return EM_NO_MEMORY;
+    attention_task task = {.q = (float *)q, .out = out};
+    if (!prepare(&task, core, a, position, n)) return EM_NO_MEMORY;
+    if (n == 0) return EM_OK;
     int64_t keys = a->window > 0 ? em_min(a->window, position + n) : position + n;
-    int64_t items = (int64_t)n * a->n_heads;
-    em_core_run(core, attend_item, &task, items, items * keys * a->head_dim * 2);
+    int64_t items = share(&task, em_pool_threads(core->pool));
+    em_core_run(core, attend_item, &task, items, (int64_t)n * a->n_heads * keys * a->head_dim * 2);
     return EM_OK;
 }

@@ -43,11 +43,18 @@ static pthread_once_t probed = PTHREAD_ONCE_INIT;
 /* ---- the self-test -----------------------------------------------------------------------------
  */
 
-enum { COLS = 64, GROUPS = 5, ROWS = 16 * GROUPS, TOKENS = 7, MATRIX_BYTES = ROWS * COLS * 4 };
+enum {
+    COLS = 64,
+    GROUPS = 5,
+    ROWS = 16 * GROUPS,
+    TOKENS = 7,
+    MATRIX_BYTES = ROWS * COLS * 4,
+    ATTENDED = 22
+};
 
 typedef struct {
     float products[5][(TOKENS + 1) * ROWS];
-    float vectors[7][COLS];
+    float vectors[7][COLS], attended[4][6 * COLS];
     int8_t q[TOKENS * COLS];
     uint16_t halves[COLS];
     uint64_t sum;
@@ -90,7 +97,16 @@ static void self_test(const em_kernels *k, test_result *r) {
     memcpy(r->vectors[3], x, sizeof r->vectors[3]);
     k->gate(r->vectors[3], x + COLS, COLS, EM_GELU);
     k->store_f16(x, COLS, r->halves);
-    k->attend(x, r->halves, r->halves, 0, 4, 16, r->vectors[1]);
+    for (int32_t dtype = EM_F32; dtype <= EM_Q8_0; dtype++) {
+        uint8_t rows[ATTENDED * COLS * 4];
+        float block[16 * COLS], *out = r->attended[dtype];
+        if (dtype == EM_BF16) continue;
+        int64_t row_bytes = em_kv_row_bytes(dtype, COLS);
+        for (int i = 0; i < ATTENDED; i++) k->store_kv(x + i, COLS, dtype, rows + i * row_bytes);
+        em_queries queries = {x, rows, rows, 1,     ATTENDED - 1, row_bytes,
+                              6, 3,    COLS, dtype, block,        out};
+        k->attend(&queries);
+    }
     k->sigmoid(r->vectors[4], COLS);
     memcpy(r->vectors[6], x, sizeof r->vectors[6]);
     k->axpy(r->vectors[6], 0.3f, r->vectors[5], COLS);

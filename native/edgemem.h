@@ -124,16 +124,20 @@ int32_t em_embed(em_core *core, const uint64_t *addresses, int32_t rows_per_bund
 int32_t em_rope_table(const double *inv_freq, int32_t head_dim, int64_t position, int32_t n,
                       double scale, float *cos_out, float *sin_out);
 
-/* One layer's attention. K and V caches are f16 [n_kv_heads, context, head_dim rounded up to 16].
- */
+/* One layer's attention. The caches are [n_kv_heads, context] rows of em_kv_row_bytes: head_dim
+ * numbers and zeros up to a multiple of 16; or, of EM_Q8_0, of 32, in blocks of an f16 scale and 32
+ * int8 quants. */
 typedef struct {
     int32_t n_heads, n_kv_heads, head_dim;
-    int32_t window; /* keys a query sees, itself included; 0 for all */
+    int32_t window;   /* keys a query sees, itself included; 0 for all */
+    int32_t kv_dtype; /* EM_F32, EM_F16 or EM_Q8_0 */
     int64_t context;
-    uint16_t *k_cache;
-    uint16_t *v_cache;
+    void *k_cache;
+    void *v_cache;
 } em_attention;
 
+int64_t em_kv_row_bytes(int32_t kv_dtype, int32_t head_dim);
+uint64_t em_attention_scratch(int32_t n_threads, int32_t head_dim);
 /* Rotates q [n, n_heads, head_dim] in place, and k [n, n_kv_heads, head_dim] into the cache with v.
  */
 int32_t em_attention_store(em_core *core, const em_attention *a, float *q, const float *k,

@@ -53,22 +53,30 @@ EM_INLINE int64_t act_row(const em_acts *a, int64_t token) {
     return a->rows ? a->rows[token] : token;
 }
 
-/* Calls TILE(group, n_groups, token, n_tokens) so that both counts are compile-time constants. */
-#define FOR_TILES(TILE, GROUPS)                                                                    \
+/* Calls TILE(group, n_groups, token, n_tokens) so that both counts are compile-time constants: for
+ * one token ONE groups at a time, for more MANY groups and up to TOKENS tokens. */
+#define FOR_TILES(TILE, ONE, MANY, TOKENS)                                                         \
     do {                                                                                           \
         int32_t g = first_group, end = first_group + n_groups;                                     \
         if (n_tokens == 1)                                                                         \
-            for (; g + (GROUPS) <= end; g += (GROUPS)) TILE(g, GROUPS, 0, 1);                      \
-        for (; g < end; g++) {                                                                     \
-            int32_t t = 0;                                                                         \
-            for (; t + EM_TOKENS <= n_tokens; t += EM_TOKENS) TILE(g, 1, t, EM_TOKENS);            \
-            for (; t < n_tokens; t++) TILE(g, 1, t, 1);                                            \
-        }                                                                                          \
+            for (; g + (ONE) <= end; g += (ONE)) TILE(g, ONE, 0, 1);                               \
+        for (; g + (MANY) <= end; g += (MANY)) FOR_TOKENS(TILE, g, MANY, TOKENS);                  \
+        for (; g < end; g++) FOR_TOKENS(TILE, g, 1, TOKENS);                                       \
+    } while (0)
+
+#define FOR_TOKENS(TILE, GROUP, GROUPS, TOKENS)                                                    \
+    do {                                                                                           \
+        int32_t t = 0;                                                                             \
+        for (; t + (TOKENS) <= n_tokens; t += (TOKENS)) TILE(GROUP, GROUPS, t, TOKENS);            \
+        for (; (TOKENS) > 4 && t + 4 <= n_tokens; t += 4) TILE(GROUP, GROUPS, t, 4);               \
+        for (; (TOKENS) > 2 && t + 2 <= n_tokens; t += 2) TILE(GROUP, GROUPS, t, 2);               \
+        for (; t < n_tokens; t++) TILE(GROUP, GROUPS, t, 1);                                       \
     } while (0)
 
 /* Chains of fused multiply-adds wait 4 cycles for each other: for one token, run several groups.
  * A block's chain is one of integers, so its groups go one by one, in the order of memory. */
 #define FLOAT_GROUPS 4
+#define FLOAT_SUMS (FLOAT_GROUPS > FLOAT_TOKENS ? FLOAT_GROUPS : FLOAT_TOKENS)
 #define BLOCK_GROUPS 1
 
 /* For one token memory is the limit, and processors' own prefetchers stop at each page: ask for
@@ -82,8 +90,8 @@ EM_INLINE void prefetch(const uint8_t *p, int64_t bytes) {
 #define FLOAT_PRODUCT(name, dtype, type, load)                                                     \
     EM_INLINE void name##_tile(const uint8_t *weights, const em_acts *a, const em_out *o,          \
                                int64_t group, const int groups, int64_t token, const int tokens) { \
-        vf sum[FLOAT_GROUPS * EM_TOKENS];                                                          \
-        const float *x[EM_TOKENS];                                                                 \
+        vf sum[FLOAT_SUMS];                                                                        \
+        const float *x[FLOAT_TOKENS];                                                              \
         const int64_t next = em_group_bytes(dtype, a->cols, EM_LANES) / (int64_t)sizeof(type);     \
         const type *w = (const type *)weights + group * next;                                      \
         for (int t = 0; t < tokens; t++) x[t] = a->x + act_row(a, token + t) * a->cols;            \
@@ -100,7 +108,7 @@ EM_INLINE void prefetch(const uint8_t *p, int64_t bytes) {
     }                                                                                              \
     static void name(const uint8_t *weights, int32_t first_group, int32_t n_groups,                \
                      const em_acts *a, int32_t n_tokens, const em_out *o) {                        \
-        FOR_TILES(name##_CALL, FLOAT_GROUPS);                                                      \
+        FOR_TILES(name##_CALL, FLOAT_GROUPS, 1, FLOAT_TOKENS);                                     \
     }
 
 #define product_f32_CALL(g, ng, t, nt) product_f32_tile(weights, a, o, g, ng, t, nt)
@@ -110,54 +118,60 @@ FLOAT_PRODUCT(product_f32, EM_F32, float, vf_load)
 FLOAT_PRODUCT(product_f16, EM_F16, uint16_t, vf_load_f16)
 FLOAT_PRODUCT(product_bf16, EM_BF16, uint16_t, vf_load_bf16)
 
-/* The 32 columns of one block times one token's: quants as they lie in a chunk of 4 bytes a row. */
-EM_INLINE vi dot_block_q8(const uint8_t *w, const int8_t *q, int32_t q_sum) {
-    vi dot = vi_set1(-EM_Q8_BIAS * q_sum);
-    for (int c = 0; c < 8; c++) dot = vi_dot_q8(dot, w + 64 * c, q + 4 * c);
-    return dot;
+/* A block's quants lie in chunks of 64 bytes, 4 a row: chunk c of 16 rows times one token's q. */
+EM_INLINE vi dot_chunk_q8(vi dot, const uint8_t *w, const int8_t *q, int c) {
+    return vi_dot_q8(dot, w + 64 * c, q + 4 * c);
 }
 
-EM_INLINE vi dot_block_q4(const uint8_t *w, const int8_t *q, int32_t q_sum) {
-    vi dot = vi_set1(-8 * q_sum);
-    for (int c = 0; c < 4; c++) dot = vi_dot_q4(dot, w + 64 * c, q + 4 * c, q + 16 + 4 * c);
-    return dot;
+EM_INLINE vi dot_chunk_q4(vi dot, const uint8_t *w, const int8_t *q, int c) {
+    return vi_dot_q4(dot, w + 64 * c, q + 4 * c, q + 16 + 4 * c);
 }
 
-#define BLOCK_PRODUCT(name, dtype, block_bytes, dot_block)                                         \
+/* Chunks go outside and tokens inside: a chunk is unpacked once, and what it is multiplied by is
+ * spread over a register once for all groups. */
+#define BLOCK_PRODUCT(name, dtype, chunks, bias, dot_chunk)                                        \
     EM_INLINE void name##_tile(const uint8_t *weights, const em_acts *a, const em_out *o,          \
                                int64_t group, const int groups, int64_t token, const int tokens) { \
         const int64_t next = em_group_bytes(dtype, a->cols, EM_LANES);                             \
         const uint8_t *base = weights + group * next;                                              \
         const int64_t plane = em_scale_bytes(dtype, a->cols, EM_LANES);                            \
-        vf sum[BLOCK_GROUPS * EM_TOKENS];                                                          \
-        int64_t row[EM_TOKENS];                                                                    \
+        vf sum[BLOCK_TILE_GROUPS * BLOCK_TOKENS];                                                  \
+        vi dot[BLOCK_TILE_GROUPS * BLOCK_TOKENS];                                                  \
+        int64_t row[BLOCK_TOKENS];                                                                 \
         for (int t = 0; t < tokens; t++) row[t] = act_row(a, token + t) * a->blocks;               \
         for (int i = 0; i < groups * tokens; i++) sum[i] = vf_set1(0);                             \
-        for (int64_t b = 0; b < a->blocks; b++)                                                    \
+        for (int64_t b = 0; b < a->blocks; b++) {                                                  \
+            const uint8_t *w = base + plane + b * ((chunks) * 64);                                 \
+            if (tokens == 1) prefetch(w, (chunks) * 64);                                           \
+            for (int i = 0; i < groups * tokens; i++)                                              \
+                dot[i] = vi_set1(-(bias) * a->sum[row[i % tokens] + b]);                           \
+            for (int c = 0; c < (chunks); c++)                                                     \
+                for (int t = 0; t < tokens; t++)                                                   \
+                    for (int g = 0; g < groups; g++)                                               \
+                        dot[g * tokens + t] = dot_chunk(dot[g * tokens + t], w + g * next,         \
+                                                        a->q + (row[t] + b) * EM_BLOCK, c);        \
             for (int g = 0; g < groups; g++) {                                                     \
-                const uint8_t *w = base + g * next + plane + b * (block_bytes);                    \
-                if (tokens == 1) prefetch(w, block_bytes);                                         \
                 vf d = vf_load_f16((const uint16_t *)(base + g * next) + b * EM_LANES);            \
                 for (int t = 0; t < tokens; t++) {                                                 \
-                    int64_t at = row[t] + b;                                                       \
-                    vi dot = dot_block(w, a->q + at * EM_BLOCK, a->sum[at]);                       \
-                    vf scale = vf_mul(d, vf_set1(a->scale[at]));                                   \
-                    sum[g * tokens + t] = vf_fma(vf_from_vi(dot), scale, sum[g * tokens + t]);     \
+                    int i = g * tokens + t;                                                        \
+                    vf scale = vf_mul(d, vf_set1(a->scale[row[t] + b]));                           \
+                    sum[i] = vf_fma(vf_from_vi(dot[i]), scale, sum[i]);                            \
                 }                                                                                  \
             }                                                                                      \
+        }                                                                                          \
         for (int g = 0; g < groups; g++)                                                           \
             for (int t = 0; t < tokens; t++)                                                       \
                 finish(sum[g * tokens + t], o, token + t, (group + g) * EM_LANES);                 \
     }                                                                                              \
     static void name(const uint8_t *weights, int32_t first_group, int32_t n_groups,                \
                      const em_acts *a, int32_t n_tokens, const em_out *o) {                        \
-        FOR_TILES(name##_CALL, BLOCK_GROUPS);                                                      \
+        FOR_TILES(name##_CALL, BLOCK_GROUPS, BLOCK_TILE_GROUPS, BLOCK_TOKENS);                     \
     }
 
 #define product_q8_CALL(g, ng, t, nt) product_q8_tile(weights, a, o, g, ng, t, nt)
 #define product_q4_CALL(g, ng, t, nt) product_q4_tile(weights, a, o, g, ng, t, nt)
-BLOCK_PRODUCT(product_q8, EM_Q8_0, 512, dot_block_q8)
-BLOCK_PRODUCT(product_q4, EM_Q4_0, 256, dot_block_q4)
+BLOCK_PRODUCT(product_q8, EM_Q8_0, 8, EM_Q8_BIAS, dot_chunk_q8)
+BLOCK_PRODUCT(product_q4, EM_Q4_0, 4, 8, dot_chunk_q4)
 
 /* x >= 0 to the 11 significant bits of an f16, to nearest even, but with the exponents of a float:
  * an f16 would overflow from 65520 and lose bits below 2^-14. */
@@ -313,50 +327,7 @@ static void rotate(const float *x, const float *cos_t, const float *sin_t, int32
     }
 }
 
-static void store_f16(const float *x, int32_t n, uint16_t *out) {
-    for (int32_t i = 0; i < n; i += EM_LANES) {
-        uint16_t lane[EM_LANES];
-        vf_store_f16(lane, load_part(x + i, n - i, 0));
-        for (int64_t j = 0; j < em_min(EM_LANES, n - i); j++) out[i + j] = lane[j];
-    }
-}
-
-EM_INLINE float dot_f16(const float *q, const uint16_t *k, int32_t padded) {
-    vf sum = vf_set1(0);
-    for (int32_t d = 0; d < padded; d += EM_LANES)
-        sum = vf_fma(vf_load(q + d), vf_load_f16(k + d), sum);
-    return vf_sum(sum);
-}
-
-/* Online softmax (Milakov and Gimelshein, arXiv 1805.02867) over blocks of 16 keys. */
-static void attend(const float *q, const uint16_t *k, const uint16_t *v, int64_t begin, int64_t end,
-                   int32_t padded, float *out) {
-    float top = -INFINITY, total = 0;
-    for (int32_t d = 0; d < padded; d += EM_LANES) vf_store(out + d, vf_set1(0));
-    for (int64_t key = begin; key < end; key += EM_LANES) {
-        int n = (int)em_min(EM_LANES, end - key);
-        float p[EM_LANES];
-        for (int j = 0; j < EM_LANES; j++)
-            p[j] = j < n ? dot_f16(q, k + (key + j) * padded, padded) : -INFINITY;
-        vf score = vf_load(p);
-        float block_top = vf_max_lane(score), new_top = block_top > top ? block_top : top;
-        vf_store(p, vf_exp(vf_sub(score, vf_set1(new_top))));
-        for (int j = n; j < EM_LANES; j++) p[j] = 0;
-        vf shrink = vf_exp(vf_set1(top - new_top));
-        float lane[EM_LANES];
-        vf_store(lane, shrink);
-        total = total * lane[0] + vf_sum(vf_load(p));
-        top = new_top;
-        for (int32_t d = 0; d < padded; d += EM_LANES) {
-            vf sum = vf_mul(vf_load(out + d), shrink);
-            for (int j = 0; j < n; j++)
-                sum = vf_fma(vf_set1(p[j]), vf_load_f16(v + (key + j) * padded + d), sum);
-            vf_store(out + d, sum);
-        }
-    }
-    for (int32_t d = 0; d < padded; d += EM_LANES)
-        vf_store(out + d, vf_div(vf_load(out + d), vf_set1(total)));
-}
+#include "attend.h"
 
 /* ---- tables and memory ------------------------------------------------------------------- */
 
@@ -465,6 +436,7 @@ const em_kernels JOIN(em_kernels_, EM_ISA) = {
     .axpy = axpy,
     .rotate = rotate,
     .store_f16 = store_f16,
+    .store_kv = store_kv,
     .attend = attend,
     .unpack_row = unpack_row,
     .read_bytes = read_bytes,

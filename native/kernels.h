@@ -27,6 +27,22 @@ typedef struct {
     int32_t accumulate;
 } em_out;
 
+/* Bytes of a block of EM_Q8_0 in the KV cache: an f16 scale and 32 quants. */
+#define EM_KV_BLOCK_BYTES 34
+
+#define EM_QUERIES 32
+
+/* Up to EM_QUERIES queries of one key/value head: row r, of `heads` each token, sees keys
+ * [begin, end + r / heads). */
+typedef struct {
+    const float *q;               /* [n_rows, padded], zero beyond the head */
+    const uint8_t *keys, *values; /* rows of the cache, key 0's first */
+    int64_t begin, end, row_bytes;
+    int32_t n_rows, heads, padded, dtype;
+    float *block; /* scratch [16, padded] */
+    float *out;   /* [n_rows, padded] */
+} em_queries;
+
 typedef void em_product(const uint8_t *weights, int32_t first_group, int32_t n_groups,
                         const em_acts *acts, int32_t n_tokens, const em_out *out);
 
@@ -48,9 +64,9 @@ typedef struct {
     void (*rotate)(const float *x, const float *cos_t, const float *sin_t, int32_t n, float *out);
     /* f32 to f16, round to nearest even. */
     void (*store_f16)(const float *x, int32_t n, uint16_t *out);
-    /* One query head over keys [begin, end): q [padded], k and v [.., padded] f16, out [padded]. */
-    void (*attend)(const float *q, const uint16_t *k, const uint16_t *v, int64_t begin, int64_t end,
-                   int32_t padded, float *out);
+    /* One row of the KV cache, em_kv_row_bytes long: n floats, zeros beyond them. */
+    void (*store_kv)(const float *x, int32_t n, int32_t dtype, void *row);
+    void (*attend)(const em_queries *queries);
     /* Row `row` of a store matrix as floats. */
     void (*unpack_row)(const uint8_t *data, int32_t dtype, int32_t lanes, int32_t cols, int64_t row,
                        float *out);

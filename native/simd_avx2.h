@@ -3,7 +3,11 @@
 #include <immintrin.h>
 #include <string.h>
 
-#define EM_TOKENS 2
+/* Tiles of several tokens, and of queries and keys: what registers hold. */
+#define FLOAT_TOKENS 4
+#define BLOCK_TILE_GROUPS 1
+#define BLOCK_TOKENS 4
+#define ATTENTION_TILE 2
 
 typedef struct {
     __m256 a, b;
@@ -50,6 +54,10 @@ EM_INLINE vi vi_add(vi x, vi y) {
 }
 EM_INLINE vf vf_from_vi(vi x) { return (vf){_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 EM_INLINE vi vi_from_vf(vf x) { return (vi){_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+EM_INLINE vi vi_load_i8(const int8_t *p) {
+    __m128i bytes = _mm_loadu_si128((const __m128i *)p);
+    return (vi){_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))};
+}
 EM_INLINE void vi_store_i8(int8_t *p, vi x) {
     __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
     __m128i bytes =
@@ -72,6 +80,12 @@ EM_INLINE vf vf_load_f16(const uint16_t *p) {
     return (vf){_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
                 _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)))};
 }
+EM_INLINE vf vf_set1_f16(const uint8_t *p) {
+    int16_t half;
+    memcpy(&half, p, 2);
+    __m256 r = _mm256_cvtph_ps(_mm_set1_epi16(half));
+    return (vf){r, r};
+}
 EM_INLINE void vf_store_f16(uint16_t *p, vf x) {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
@@ -88,6 +102,21 @@ EM_INLINE float vf_sum(vf x) {
     t = _mm_add_ps(t, _mm_movehl_ps(t, t));
     return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
 }
+/* Sums by transposing: two vectors' halves side by side, then four vectors' quarters, and so on. */
+EM_INLINE __m256 sum_quarters(const vf *a) {
+    __m256 b = _mm256_add_ps(a[0].a, a[0].b), c = _mm256_add_ps(a[4].a, a[4].b);
+    return _mm256_add_ps(_mm256_permute2f128_ps(b, c, 0x20), _mm256_permute2f128_ps(b, c, 0x31));
+}
+EM_INLINE __m256 sum_pairs(const vf *a) {
+    __m256d b = _mm256_castps_pd(sum_quarters(a)), c = _mm256_castps_pd(sum_quarters(a + 1));
+    return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(b, c)),
+                         _mm256_castpd_ps(_mm256_unpackhi_pd(b, c)));
+}
+EM_INLINE __m256 sums_half(const vf *a) {
+    __m256 b = sum_pairs(a), c = sum_pairs(a + 2);
+    return _mm256_add_ps(_mm256_shuffle_ps(b, c, 0x88), _mm256_shuffle_ps(b, c, 0xdd));
+}
+EM_INLINE vf vf_sums(const vf *a) { return (vf){sums_half(a), sums_half(a + 8)}; }
 EM_INLINE float vf_max_lane(vf x) {
     __m256 s = _mm256_max_ps(x.a, x.b);
     __m128 t = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));

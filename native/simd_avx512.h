@@ -2,7 +2,12 @@
 #include <immintrin.h>
 #include <string.h>
 
-#define EM_TOKENS 4
+/* Tiles of several tokens: as many sums as registers hold, and enough
+ * to hide a chain of adds; of queries and keys. */
+#define FLOAT_TOKENS 8
+#define BLOCK_TILE_GROUPS 2
+#define BLOCK_TOKENS 4
+#define ATTENTION_TILE 4
 
 typedef __m512 vf;
 typedef __m512i vi;
@@ -26,6 +31,9 @@ EM_INLINE vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
 EM_INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 EM_INLINE vf vf_from_vi(vi a) { return _mm512_cvtepi32_ps(a); }
 EM_INLINE vi vi_from_vf(vf a) { return _mm512_cvtps_epi32(a); }
+EM_INLINE vi vi_load_i8(const int8_t *p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
+}
 EM_INLINE void vi_store_i8(int8_t *p, vi a) {
     _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a));
 }
@@ -37,6 +45,11 @@ EM_INLINE vf vf_pow2(vf n) {
 
 EM_INLINE vf vf_load_f16(const uint16_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+EM_INLINE vf vf_set1_f16(const uint8_t *p) {
+    int16_t half;
+    memcpy(&half, p, 2);
+    return _mm512_cvtph_ps(_mm256_set1_epi16(half));
 }
 EM_INLINE void vf_store_f16(uint16_t *p, vf a) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
@@ -51,6 +64,23 @@ EM_INLINE float vf_sum(vf a) {
     __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
     c = _mm_add_ps(c, _mm_movehl_ps(c, c));
     return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+}
+/* Sums by transposing: two vectors' halves side by side, then four vectors' quarters, and so on. */
+EM_INLINE vf sum_halves(vf a, vf b) {
+    return vf_add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+}
+EM_INLINE vf sum_quarters(const vf *a) {
+    vf b = sum_halves(a[0], a[4]), c = sum_halves(a[8], a[12]);
+    return vf_add(_mm512_shuffle_f32x4(b, c, 0x88), _mm512_shuffle_f32x4(b, c, 0xdd));
+}
+EM_INLINE vf sum_pairs(const vf *a) {
+    __m512d b = _mm512_castps_pd(sum_quarters(a)), c = _mm512_castps_pd(sum_quarters(a + 1));
+    return vf_add(_mm512_castpd_ps(_mm512_unpacklo_pd(b, c)),
+                  _mm512_castpd_ps(_mm512_unpackhi_pd(b, c)));
+}
+EM_INLINE vf vf_sums(const vf *a) {
+    vf b = sum_pairs(a), c = sum_pairs(a + 2);
+    return vf_add(_mm512_shuffle_ps(b, c, 0x88), _mm512_shuffle_ps(b, c, 0xdd));
 }
 EM_INLINE float vf_max_lane(vf a) { return _mm512_reduce_max_ps(a); }
 

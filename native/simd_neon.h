@@ -3,7 +3,11 @@
 #include <arm_neon.h>
 #include <string.h>
 
-#define EM_TOKENS 2
+/* Tiles of several tokens, and of queries and keys: what registers hold. */
+#define FLOAT_TOKENS 4
+#define BLOCK_TILE_GROUPS 1
+#define BLOCK_TOKENS 2
+#define ATTENTION_TILE 2
 #define EM_Q8_BIAS 0
 
 typedef struct {
@@ -82,6 +86,12 @@ EM_INLINE vi vi_from_vf(vf a) {
     EACH r.v[i] = vcvtnq_s32_f32(a.v[i]);
     return r;
 }
+EM_INLINE vi vi_load_i8(const int8_t *p) {
+    int8x16_t bytes = vld1q_s8(p);
+    int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+    return (vi){{vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)),
+                 vmovl_high_s16(high)}};
+}
 EM_INLINE void vi_store_i8(int8_t *p, vi a) {
     int16x8_t low = vcombine_s16(vmovn_s32(a.v[0]), vmovn_s32(a.v[1]));
     int16x8_t high = vcombine_s16(vmovn_s32(a.v[2]), vmovn_s32(a.v[3]));
@@ -103,6 +113,13 @@ EM_INLINE vf vf_load_f16(const uint16_t *p) {
     EACH r.v[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));
     return r;
 }
+EM_INLINE vf vf_set1_f16(const uint8_t *p) {
+    uint16_t half;
+    memcpy(&half, p, 2);
+    vf r;
+    EACH r.v[i] = vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(half)));
+    return r;
+}
 EM_INLINE void vf_store_f16(uint16_t *p, vf a) {
     EACH vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(a.v[i])));
 }
@@ -116,6 +133,20 @@ EM_INLINE float vf_sum(vf a) {
     float32x4_t s = vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
     float32x2_t t = vadd_f32(vget_low_f32(s), vget_high_f32(s));
     return vget_lane_f32(t, 0) + vget_lane_f32(t, 1);
+}
+/* Sums by transposing: two vectors' pairs side by side, then four vectors' sums. */
+EM_INLINE float32x4_t sum_quarters(vf a) {
+    return vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
+}
+EM_INLINE float32x4_t sum_pairs(const vf *a) {
+    float32x4_t b = sum_quarters(a[0]), c = sum_quarters(a[1]);
+    return vaddq_f32(vcombine_f32(vget_low_f32(b), vget_low_f32(c)),
+                     vcombine_f32(vget_high_f32(b), vget_high_f32(c)));
+}
+EM_INLINE vf vf_sums(const vf *a) {
+    vf r;
+    EACH r.v[i] = vpaddq_f32(sum_pairs(a + 4 * i), sum_pairs(a + 4 * i + 2));
+    return r;
 }
 EM_INLINE float vf_max_lane(vf a) {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[1]), vmaxq_f32(a.v[2], a.v[3])));

@@ -5,7 +5,11 @@
 #include <math.h>
 #include <string.h>
 
-#define EM_TOKENS 1  /* tokens that a product keeps in registers at once */
+/* Tiles of several tokens, and of queries and keys: what registers hold. */
+#define FLOAT_TOKENS 1
+#define BLOCK_TILE_GROUPS 1
+#define BLOCK_TOKENS 1
+#define ATTENTION_TILE 1
 #define EM_Q8_BIAS 0 /* what vi_dot_q8 leaves in: sum of w*a for w in 0..255 would be 128 */
 
 typedef struct {
@@ -86,6 +90,11 @@ EM_INLINE vi vi_from_vf(vf a) {
     EACH r.v[i] = (int32_t)a.v[i];
     return r;
 }
+EM_INLINE vi vi_load_i8(const int8_t *p) {
+    vi r;
+    EACH r.v[i] = p[i];
+    return r;
+}
 EM_INLINE void vi_store_i8(int8_t *p, vi a) { EACH p[i] = (int8_t)a.v[i]; }
 EM_INLINE int32_t vi_sum(vi a) {
     int32_t s = 0;
@@ -138,6 +147,10 @@ EM_INLINE vf vf_load_f16(const uint16_t *p) {
     EACH r.v[i] = em_float_of_f16(p[i]);
     return r;
 }
+/* Every lane of the f16 at p. */
+EM_INLINE vf vf_set1_f16(const uint8_t *p) {
+    return vf_set1(em_float_of_f16((uint16_t)(p[0] | p[1] << 8)));
+}
 EM_INLINE void vf_store_f16(uint16_t *p, vf a) { EACH p[i] = em_f16_of_float(a.v[i]); }
 EM_INLINE vf vf_load_bf16(const uint16_t *p) {
     vf r;
@@ -153,6 +166,12 @@ EM_INLINE float vf_sum(vf a) {
     for (int half = 8; half; half /= 2)
         for (int i = 0; i < half; i++) a.v[i] += a.v[i + half];
     return a.v[0];
+}
+/* Lane i is vf_sum(a[i]), of 16. */
+EM_INLINE vf vf_sums(const vf *a) {
+    vf r;
+    EACH r.v[i] = vf_sum(a[i]);
+    return r;
 }
 EM_INLINE float vf_max_lane(vf a) {
     for (int i = 1; i < 16; i++) a.v[0] = a.v[0] > a.v[i] ? a.v[0] : a.v[i];

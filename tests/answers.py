@@ -1,9 +1,9 @@
 """What a store answers, as a digest, to compare across processes, instruction sets and threads.
 
-    EDGEMEM_ISA=scalar python tests/answers.py STORE...
+    EDGEMEM_ISA=scalar python tests/answers.py KV STORE...
 
-prints a JSON list of [store, ISA, threads, chunk, digest]. The digest covers the bytes of the
-logits of every prompt position and the tokens generated after it.
+prints a JSON list of [store, ISA, threads, chunk, digest], with a KV cache of that type. The digest
+covers the bytes of the logits of every prompt position and the tokens generated after it.
 """
 
 import hashlib
@@ -25,11 +25,11 @@ def prompt(vocab_size: int, which: int = 0) -> list[int]:
     return [(7919 * i + 104729 * which + 11) % vocab_size for i in range(PROMPT_TOKENS)]
 
 
-def opened(store, threads: int, chunk: int):
+def opened(store, threads: int, chunk: int, kv: str = "f16"):
     """An engine of the store whose prefill takes `chunk` tokens a step."""
     patch = mock.patch.multiple(edgemem.engine, CHUNK_TOKENS=chunk, LARGE_CHUNK_TOKENS=chunk)
     with patch:
-        return edgemem.load(store, context=CONTEXT, threads=threads)
+        return edgemem.load(store, context=CONTEXT, threads=threads, kv=kv)
 
 
 def greedy(session, ids, count: int = NEW_TOKENS) -> list[int]:
@@ -51,15 +51,15 @@ def digest(engine) -> str:
     return state.hexdigest()
 
 
-def main(stores: list[str]) -> None:
+def main(kv: str, *stores: str) -> None:
     """Print one record for each store and way."""
     records = []
     for store in stores:
         for threads, chunk in WAYS:
-            with opened(store, threads, chunk) as engine:
+            with opened(store, threads, chunk, kv) as engine:
                 records.append([store, engine.isa, threads, chunk, digest(engine)])
     print(json.dumps(records))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

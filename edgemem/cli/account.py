@@ -28,6 +28,7 @@ def account(engine: Engine, generation: Generation) -> dict:
             for name, phase in phases.items()
         },
         "peak_rss_bytes": peak_bytes(),
+        "kv": engine.kv,
         "threads": engine.threads,
         "isa": engine.isa,
     }

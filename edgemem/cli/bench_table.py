@@ -59,7 +59,7 @@ def legend(results: list[dict]) -> str:
     parts = [
         f"Prompts of {_count(one['prompt_tokens'], 'token')} and {one['new_tokens']} more, one by "
         f"one; medians of {_count(one['repetitions'], 'repetition')} (least–most), {start}.",
-        f"{_count(one['threads'], 'thread')}, {one['isa']}; "
+        f"{_count(one['threads'], 'thread')}, {one['isa']}, KV cache at {one['kv']}; "
         f"memory {_span(done, 'dram_bytes_per_second')}",
     ]
     streaming = [result for result in done if result["streamed_bundles"]]

@@ -34,7 +34,7 @@ and an account of the run on stderr; --json prints one object instead, as 'edgem
 @options.STOP
 @options.engine_options()
 @options.JSON
-def demo(prompt, max_tokens, stop, memory, context, threads, as_json, **sampling):
+def demo(prompt, max_tokens, stop, memory, context, kv, threads, as_json, **sampling):
     arguments = DEMO_SAMPLING | generation_arguments(max_tokens, stop, sampling)
     prompt = options.argument_text(prompt)
     resource = importlib.resources.files("edgemem") / DEMO_STORE
@@ -45,7 +45,7 @@ def demo(prompt, max_tokens, stop, memory, context, threads, as_json, **sampling
         )
     with importlib.resources.as_file(resource) as store:
         opened = options.load_engine(
-            store, memory, context, threads, lambda engine: engine.check(prompt, **arguments)
+            store, memory, context, threads, lambda engine: engine.check(prompt, **arguments), kv=kv
         )
         with opened as engine:
             if not as_json:

@@ -37,7 +37,7 @@ the budget; with --limit only about as much of it as so many of the longest toke
 @options.engine_options("Most tokens of a window.  [default: --window]")
 @options.JSON
 def perplexity(
-    model, dtype, cache_dir, file, window, limit, memory, context, threads, as_json
+    model, dtype, cache_dir, file, window, limit, memory, context, kv, threads, as_json
 ):  # fmt: skip
     from .. import perplexity as measure
 
@@ -52,7 +52,9 @@ def perplexity(
         text = options.read_text(file, fits if most is None else min(fits, most))
         measure.check(engine, text, window, limit)
 
-    opened = options.load_engine(model, memory, context or window, threads, ready, cache_dir, dtype)
+    opened = options.load_engine(
+        model, memory, context or window, threads, ready, cache_dir, dtype, kv=kv
+    )
     with opened as engine, options.usage_errors():
         with options.progress_bar("measuring", " tokens") as progress:
             report = measure.perplexity(engine, text, window, limit, progress)

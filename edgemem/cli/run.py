@@ -20,7 +20,7 @@ at the end is dropped. Text goes to stdout as it is made, an account of the run 
 
 --json prints one object instead: text, token_ids, prompt_tokens, generated_tokens, finish_reason
 (eos, stop, length or context), prefill and decode (each: tokens, seconds, tokens_per_second),
-peak_rss_bytes, threads, isa; and of a model that streams, in prefill and decode, hit_rate,
+peak_rss_bytes, kv, threads, isa; and of a model that streams, in prefill and decode, hit_rate,
 read_bytes_per_token, stall_share and device_share.
 """
 
@@ -39,7 +39,7 @@ read_bytes_per_token, stall_share and device_share.
 @options.streaming_options
 @options.JSON
 def run(
-    model, dtype, cache_dir, prompt, file, max_tokens, stop, memory, context, threads, policy,
+    model, dtype, cache_dir, prompt, file, max_tokens, stop, memory, context, kv, threads, policy,
     profile, lookahead, trace, as_json, **sampling,
 ):  # fmt: skip
     if prompt is not None and file is not None:
@@ -54,7 +54,7 @@ def run(
         engine.check(text, **arguments)
 
     opened = options.load_engine(
-        model, memory, context, threads, ready, cache_dir, dtype, policy=policy,
+        model, memory, context, threads, ready, cache_dir, dtype, kv=kv, policy=policy,
         profile=profile, lookahead=lookahead, trace=trace,
     )  # fmt: skip
     with opened as engine:

@@ -168,6 +168,18 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int = 0) -> np.n
     return np.einsum("hnm,mhd->nhd", scores / scores.sum(axis=-1, keepdims=True), v)
 
 
+def kept(x: np.ndarray, kv: str | None) -> np.ndarray:
+    """What a KV cache of the type `kv` keeps of keys or values x [n, K, D], in float64.
+
+    None is for a cache that rounds nothing; see kvcache.py for the others.
+    """
+    if kv == "q8_0":
+        quants, scales = quantize_blocks(x.reshape(-1, x.shape[-1]))
+        values = quants * scales.astype(np.float16)[..., None].astype(np.float64)
+        return values.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    return x.astype({None: np.float64, "f32": np.float32, "f16": np.float16}[kv]).astype(np.float64)
+
+
 def activate(name: str, x: np.ndarray) -> np.ndarray:
     """The activation `name` of spec.ACTIVATIONS, element by element."""
     return _ACTIVATIONS[name](x)
@@ -292,16 +304,16 @@ class StoreWeights:
 class Forward:
     """A forward pass that remembers: feed ids, get the logits of each, feed more.
 
-    `kv_dtype` is the type that keys and values are rounded to when they are kept; float16 is what
-    the engine does, float64 (the default) what a checkpoint means.
+    `kv` is the type that keys and values are rounded to when they are kept (kvcache.py); None (the
+    default) is what a checkpoint means.
     """
 
     def __init__(
-        self, spec: ModelSpec, weights: Weights, kv_dtype=np.float64, watch: Watch | None = None
+        self, spec: ModelSpec, weights: Weights, kv: str | None = None, watch: Watch | None = None
     ):
         self.spec = spec
         self.weights = weights
-        self.kv_dtype = kv_dtype
+        self.kv = kv
         self.watch = watch or (lambda layer, name, value: None)
         empty = np.zeros((0, spec.n_kv_heads, spec.head_dim))
         self._keys = [empty] * spec.n_layers
@@ -354,7 +366,7 @@ class Forward:
         return linear(mixed.reshape(len(h), -1), dense["o"], dense.get("o_bias"))
 
     def _keep(self, old: np.ndarray, new: np.ndarray) -> np.ndarray:
-        return np.concatenate([old, new.astype(self.kv_dtype).astype(np.float64)])
+        return np.concatenate([old, kept(new, self.kv)])
 
     def _ffn(self, layer, dense, h) -> np.ndarray:
         if not self.spec.routed[layer]:

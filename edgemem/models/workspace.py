@@ -7,7 +7,6 @@ import mmap
 import numpy as np
 
 from .._native import lib
-from ..dtypes import LANES, round_up
 from ..format import Kind, Layout
 from ..kernels import Array, Core, Linears, Ops
 from ..spec import ModelSpec
@@ -87,7 +86,7 @@ def core_scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:
     needs = [
         lib.em_linear_scratch(n_tokens, max(spec.hidden, spec.n_heads * spec.head_dim)),
         lib.em_ffn_scratch(n_tokens, n_tokens, spec.hidden, max(width, 1)),
-        2 * threads * round_up(spec.head_dim, LANES) * 4,
+        lib.em_attention_scratch(threads, spec.head_dim),
     ]
     if any(spec.routed):
         pairs = n_tokens * spec.top_k

@@ -63,31 +63,57 @@ static void norms_and_softmax_are_right(void) {
     }
 }
 
+static const int32_t KV_TYPES[] = {EM_F32, EM_F16, EM_Q8_0};
+
+/* A cache's rows of x [n, dim]. */
+static uint8_t *kept(const em_kernels *k, const float *x, int32_t n, int32_t dim, int32_t dtype) {
+    int64_t bytes = em_kv_row_bytes(dtype, dim);
+    uint8_t *rows = exact((size_t)(n * bytes));
+    for (int32_t i = 0; i < n; i++) k->store_kv(x + i * dim, dim, dtype, rows + i * bytes);
+    return rows;
+}
+
+/* One query over keys [begin, end). */
+static void attend(const em_kernels *kernels, const float *q, const uint8_t *k, const uint8_t *v,
+                   int32_t dtype, int64_t begin, int64_t end, int32_t dim, float *out) {
+    int32_t padded = (int32_t)em_round_up(dim, dtype == EM_Q8_0 ? 32 : 16);
+    float *block = exact((size_t)padded * 16 * 4);
+    em_queries one = {q, k, v,      begin, end,   em_kv_row_bytes(dtype, dim),
+                      1, 1, padded, dtype, block, out};
+    kernels->attend(&one);
+    free(block);
+}
+
 static void attention_is_right(void) {
-    enum { KEYS = 70, DIM = 48 };
-    static uint16_t k[KEYS * DIM], v[KEYS * DIM];
-    float q[DIM], out[DIM], row[KEYS * DIM], vf32[KEYS * DIM];
+    enum { KEYS = 70, DIM = 64 };
+    static float row[KEYS * DIM], value[KEYS * DIM];
+    float q[DIM], out[DIM];
+    const double bounds[] = {1e-5, 4e-3, 4e-2};
     fill_unit(q, DIM, 1);
     for (int d = 0; d < DIM; d++) q[d] *= 4;
     fill_unit(row, KEYS * DIM, 2);
-    fill_unit(vf32, KEYS * DIM, 3);
-    portable->store_f16(row, KEYS * DIM, k);
-    portable->store_f16(vf32, KEYS * DIM, v);
-    for (int begin = 0; begin < 40; begin += 13)
-        for (int end = begin + 1; end <= KEYS; end += 11) {
-            double weight[KEYS], total = 0;
-            portable->attend(q, k, v, begin, end, DIM, out);
-            for (int j = begin; j < end; j++) {
-                double dot = 0;
-                for (int d = 0; d < DIM; d++) dot += (double)q[d] * row[j * DIM + d];
-                total += weight[j] = exp(dot);
+    fill_unit(value, KEYS * DIM, 3);
+    for (int type = 0; type < 3; type++) {
+        uint8_t *k = kept(portable, row, KEYS, DIM, KV_TYPES[type]);
+        uint8_t *v = kept(portable, value, KEYS, DIM, KV_TYPES[type]);
+        for (int begin = 0; begin < 40; begin += 13)
+            for (int end = begin + 1; end <= KEYS; end += 11) {
+                double weight[KEYS], total = 0;
+                attend(portable, q, k, v, KV_TYPES[type], begin, end, DIM, out);
+                for (int j = begin; j < end; j++) {
+                    double dot = 0;
+                    for (int d = 0; d < DIM; d++) dot += (double)q[d] * row[j * DIM + d];
+                    total += weight[j] = exp(dot);
+                }
+                for (int d = 0; d < DIM; d++) {
+                    double sum = 0;
+                    for (int j = begin; j < end; j++) sum += weight[j] * value[j * DIM + d];
+                    near(out[d], sum / total, bounds[type], "attention", KV_TYPES[type]);
+                }
             }
-            for (int d = 0; d < DIM; d++) {
-                double sum = 0;
-                for (int j = begin; j < end; j++) sum += weight[j] * vf32[j * DIM + d];
-                near(out[d], sum / total, 4e-3, "attention (f16 keys)", end);
-            }
-        }
+        free(k);
+        free(v);
+    }
 }
 
 /* All 65536 halves and their neighbours, on every instruction set. */
@@ -132,19 +158,18 @@ static void halves_round_trip(const em_kernels *k) {
 }
 
 typedef struct {
-    float gate[6][1000], norm[1000], soft[1000], sig[1000], sum[1000], turned[1000], attended[1008];
+    float gate[6][1000], norm[1000], soft[1000], sig[1000], sum[1000], turned[1000],
+        attended[3][1024];
     uint16_t half[1000];
     uint64_t read;
 } outputs;
 
 static void run_all(const em_kernels *k, int32_t n, outputs *o) {
-    static float x[1000], y[1000], wide[1008 * 20];
-    static uint16_t cache[1008 * 20];
-    int32_t padded = (n + 15) / 16 * 16;
+    static float x[1000], y[1000], wide[1024 * 20];
     memset(o, 0, sizeof *o);
     fill_unit(x, 1000, 21);
     fill_unit(y, 1000, 22);
-    fill_unit(wide, 1008 * 20, 23);
+    fill_unit(wide, 1024 * 20, 23);
     for (int32_t i = 0; i < n; i++) x[i] *= 9;
     for (int32_t a = 0; a < 6; a++) {
         memcpy(o->gate[a], x, (size_t)n * 4);
@@ -159,8 +184,11 @@ static void run_all(const em_kernels *k, int32_t n, outputs *o) {
     k->axpy(o->sum, 0.37f, x, n);
     k->rotate(x, y, o->sig, n / 2 * 2, o->turned);
     k->store_f16(x, n, o->half);
-    k->store_f16(wide, 1008 * 20, cache);
-    k->attend(wide, cache, cache + 16, 1, 18, padded, o->attended);
+    for (int type = 0; type < 3; type++) {
+        uint8_t *rows = kept(k, wide, 18, n, KV_TYPES[type]);
+        attend(k, wide, rows, rows, KV_TYPES[type], 1, 18, n, o->attended[type]);
+        free(rows);
+    }
     o->read = k->read_bytes((const uint8_t *)wide, (uint64_t)n * 64);
 }
 
@@ -189,28 +217,41 @@ static void rows_unpack(const em_kernels *k) {
         }
 }
 
+/* x [3, 16] are like `good`, but for one that is `bad`. */
+static void cache_hides_nothing(const em_kernels *k, const float *x, const float *good, int at,
+                                float bad) {
+    float query[32] = {0}, out[32];
+    fill_unit(query, 16, 5);
+    for (int type = 0; type < 3; type++) {
+        int32_t dtype = KV_TYPES[type];
+        uint8_t *wrong = kept(k, x, 3, 16, dtype), *right = kept(k, good, 3, 16, dtype);
+        attend(k, query, wrong, right, dtype, 0, 3, 16, out);
+        if (isnan(bad) || query[at % 16] * bad > 0 || dtype == EM_Q8_0)
+            CHECK(isnan(out[0]), "%s attends to a %s key of %g", k->name, DTYPES[dtype], bad);
+        attend(k, query, right, wrong, dtype, 0, 3, 16, out);
+        CHECK(!isfinite(out[at % 16]), "%s mixes a %s value of %g", k->name, DTYPES[dtype], bad);
+        free(wrong);
+        free(right);
+    }
+}
+
 /* What is not finite must not come out finite, from any kernel that could hide it. */
 static void nothing_hides_overflow(const em_kernels *k) {
     const float bad[] = {NAN, -NAN, INFINITY, -INFINITY};
     for (int i = 0; i < 4; i++)
         for (int at = 0; at < 48; at += 7) {
-            float x[48], up[48], scale[2], out[16];
+            float x[48], up[48], scale[2];
             int8_t q[64];
             int32_t sum[2];
-            uint16_t keys[3 * 16], values[3 * 16];
             fill_unit(x, 48, 3);
             fill_unit(up, 48, 4);
-            k->store_f16(x, 48, values);
+            float good[48];
+            memcpy(good, x, sizeof x);
             x[at] = bad[i];
             k->quantize(x, 48, q, scale, sum);
             CHECK(isnan(scale[at / 32]) && !isnan(scale[1 - at / 32]), "%s quantises %g", k->name,
                   bad[i]);
-            k->store_f16(x, 48, keys);
-            float query[16];
-            fill_unit(query, 16, 5);
-            k->attend(query, keys, values, 0, 3, 16, out);
-            if (isnan(bad[i]) || query[at % 16] * bad[i] > 0)
-                CHECK(isnan(out[0]), "%s attends to %g", k->name, bad[i]);
+            cache_hides_nothing(k, x, good, at, bad[i]);
             for (int32_t kind = EM_SILU; kind <= EM_RELU2 && isnan(bad[i]); kind++) {
                 float g[48];
                 memcpy(g, x, sizeof g);

@@ -52,6 +52,19 @@ def engines(shared, convert_store):
     return engine
 
 
+@pytest.mark.parametrize("kv, bound", [("f32", 1e-4), ("q8_0", 2e-3)])
+def test_types_of_the_kv_cache_hardly_change_perplexity(
+    kv, bound, tiny_moe_store, wikitext, engines, measured
+):
+    text = wikitext[: 12 * TOKENS]
+    plain = perplexity(engines("tiny-moe"), text, WINDOW, limit=TOKENS).perplexity
+    with edgemem.load(tiny_moe_store, context=512, threads=1, kv=kv) as engine:
+        found = perplexity(engine, text, WINDOW, limit=TOKENS).perplexity
+    line = f"tiny-moe perplexity: {plain:.4f}, with a KV cache at {kv} {found / plain - 1:+.4%}"
+    measured(line)
+    assert 0 < abs(found / plain - 1) < bound, line
+
+
 def text_ids(shared, wikitext, name: str) -> list[int]:
     """The text's first tokens, by the checkpoint's own tokenizer and without special tokens."""
     tokenizer = oracle.tokenizer(shared / "models" / name)
@@ -85,14 +98,17 @@ def test_logits_agree(name, shared, wikitext, judges, engines, measured):
 
 
 def test_f16_keys_are_all_that_differs(shared, wikitext, judges, stories_store):
-    """With exact keys the definition is transformers to rounding, with f16 it differs as ours."""
+    """With exact keys the definition is transformers to rounding, and so are we with a KV cache at
+    f32; with f16 it differs as ours."""
     ids = text_ids(shared, wikitext, "stories260k")[:200]
     expected = judges("stories260k").logits(ids)
     with Store.open(stories_store) as store:
         weights = StoreWeights(store)
         exact = Forward(store.spec, weights).feed(ids)
-        rounded = Forward(store.spec, weights, kv_dtype=np.float16).feed(ids)
+        rounded = Forward(store.spec, weights, kv="f16").feed(ids)
     assert oracle.relative_error(exact, expected) <= 2e-5
+    with edgemem.load(stories_store, threads=1, kv="f32") as engine:
+        assert oracle.relative_error(engine.logits(ids), expected) <= 2e-5
     assert 1e-3 < oracle.relative_error(rounded, expected) <= LOGITS_BOUNDS["stories260k"]
 
 

@@ -6,7 +6,6 @@ which moves logits by about one per cent. Routed models would need routers witho
 precision; `test_checkpoints` measures a trained one.
 """
 
-import numpy as np
 import oracle
 import pytest
 import tiny
@@ -28,7 +27,7 @@ def test_the_engine_computes_what_the_store_means(
     model = tiny.write(tmp_path / kind, kind, seed_base + 500 + seed)
     path = convert_store(model.folder, dtype)
     with Store.open(path) as store:
-        expected = Forward(store.spec, StoreWeights(store), np.float16).feed(model.ids)
+        expected = Forward(store.spec, StoreWeights(store), "f16").feed(model.ids)
         kinds = {segment.dtype.name for layout in store.layouts for segment in layout.segments}
     assert dtype in kinds
     with edgemem.load(path, context=tiny.IDS_COUNT, threads=1) as engine:

@@ -14,7 +14,7 @@ from boundaries import DIMENSIONS
 
 from edgemem import dtypes
 from edgemem._native import Slab, ffi, isa_names, lib
-from edgemem.dtypes import BY_NAME, DType
+from edgemem.dtypes import BY_NAME, KV_TYPES, DType
 from edgemem.errors import UnsupportedError
 from edgemem.format import Layout
 from edgemem.kernels import ACTIVATION_CODES, Array, Core, Linears, Table, reference
@@ -25,7 +25,7 @@ ISAS = isa_names()
 THREADS = (1, 3)
 TOKENS = (1, 2, 5, 17)
 SCRATCH = 32 << 20
-HEADS = [(1, 1, 2), (4, 2, 16), (6, 1, 18), (3, 3, 64)]
+HEADS = [(1, 1, 2), (4, 2, 16), (6, 1, 18), (3, 3, 64), (40, 1, 34), (16, 2, 128)]
 """(query heads, key/value heads, head size)"""
 
 
@@ -367,14 +367,27 @@ def test_rope_tables(rng):
 class Cache:
     """One layer's attention on one core, fed step by step, as a session does it."""
 
-    def __init__(self, core, heads: int, kv_heads: int, head_dim: int, window: int, context: int):
-        self.core, self.padded = core, dtypes.round_up(head_dim, dtypes.LANES)
-        shape = kv_heads, context, self.padded
-        self.keys, self.values = np.zeros(shape, np.float16), np.zeros(shape, np.float16)
+    def __init__(self, core, kv, heads: int, kv_heads: int, head_dim: int, window: int, context):
+        self.core, self.kv, code = core, kv, BY_NAME[kv].code
+        # Painted, for nothing but what was stored may be read.
+        shape = kv_heads, context, lib.em_kv_row_bytes(code, head_dim)
+        self.keys, self.values = np.full(shape, 0x7F, np.uint8), np.full(shape, 0x7F, np.uint8)
         self.struct = ffi.new("em_attention *", [
-            heads, kv_heads, head_dim, window, context,
-            _pointer(self.keys, "uint16_t *"), _pointer(self.values, "uint16_t *"),
+            heads, kv_heads, head_dim, window, code, context,
+            _pointer(self.keys, "void *"), _pointer(self.values, "void *"),
         ])  # fmt: skip
+
+    def kept(self, rows: np.ndarray, length: int, head_dim: int) -> np.ndarray:
+        """What `keys` or `values` are, float64 [length, kv_heads, head_dim]; checks padding."""
+        rows = np.ascontiguousarray(rows[:, :length])
+        if self.kv == "q8_0":
+            blocks = rows.reshape(*rows.shape[:2], -1, 34)
+            scales = blocks[..., :2].copy().view(np.float16).astype(np.float64)
+            values = (scales * blocks[..., 2:].view(np.int8)).reshape(*rows.shape[:2], -1)
+        else:
+            values = rows.view({"f16": np.float16, "f32": np.float32}[self.kv]).astype(np.float64)
+        assert not values[..., head_dim:].any()
+        return values[..., :head_dim].transpose(1, 0, 2)
 
     def step(self, q, k, v, cos, sin, position: int) -> tuple[np.ndarray, np.ndarray]:
         """(the rotated queries, what attention gives)"""
@@ -387,9 +400,18 @@ class Cache:
         return q, out
 
 
+def kv_bound(kv: str, x: np.ndarray):
+    """How far a cache's numbers may be from x [..., D]."""
+    if kv == "q8_0":  # half a quant, and the scale's roundoff on up to 127 of them
+        return np.abs(x).max(axis=-1, keepdims=True) * (0.5 / 127 + 2.0**-11)
+    # The roundoff of f16, and half its smallest number.
+    return 2.0**-11 * np.abs(x) + 2.0**-25 if kv == "f16" else 0.0
+
+
+@pytest.mark.parametrize("kv", KV_TYPES)
 @pytest.mark.parametrize("window", (0, 1, 3, 16, 17))
 @pytest.mark.parametrize("heads, kv_heads, head_dim", HEADS)
-def test_attention(heads, kv_heads, head_dim, window, cores, rng):
+def test_attention(heads, kv_heads, head_dim, window, kv, cores, rng):
     length = 53
     q = floats(rng, length, heads, head_dim)
     k, v = floats(rng, length, kv_heads, head_dim), floats(rng, length, kv_heads, head_dim)
@@ -398,11 +420,11 @@ def test_attention(heads, kv_heads, head_dim, window, cores, rng):
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
     def run(core, cuts=(0, 1, 17, 18, 50, length)):
-        cache = Cache(core, heads, kv_heads, head_dim, window, length + 3)
+        cache = Cache(core, kv, heads, kv_heads, head_dim, window, length + 3)
         parts = [slice(a, b) for a, b in itertools.pairwise(cuts)]
         steps = [cache.step(q[s], k[s], v[s], cos[s], sin[s], s.start) for s in parts]
         rotated, mixed = (np.concatenate(a) for a in zip(*steps, strict=True))
-        kept = (t[:, :length, :head_dim].transpose(1, 0, 2) for t in (cache.keys, cache.values))
+        kept = (cache.kept(t, length, head_dim) for t in (cache.keys, cache.values))
         return np.concatenate([a.astype(np.float64).ravel() for a in (rotated, mixed, *kept)])
 
     found = on_all(cores, run)
@@ -412,10 +434,10 @@ def test_attention(heads, kv_heads, head_dim, window, cores, rng):
     rotated, mixed = rotated.reshape(q.shape), mixed.reshape(q.shape)
     keys, values = keys.reshape(k.shape), values.reshape(v.shape)
     at = np.arange(length)
-    half, least = 2.0**-11, 2.0**-25  # the roundoff of f16, and half its smallest number
     turned = reference.rotate(k.astype(np.float64), at, freqs, 1.0)
-    assert (np.abs(keys - turned) <= half * np.abs(turned) + least + 8 * U).all()
-    assert np.array_equal(values, v.astype(np.float16))
+    assert (np.abs(keys - turned) <= kv_bound(kv, turned) + 8 * U).all()
+    assert np.array_equal(values, reference.kept(v, kv))
+    assert (np.abs(values - v) <= kv_bound(kv, v)).all()
     turned = reference.rotate(q.astype(np.float64), at, freqs, 1.0)
     assert np.abs(rotated - turned).max() <= 8 * U * np.abs(q).max()
     expected = reference.attend(rotated, keys, values, window)

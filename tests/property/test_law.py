@@ -19,6 +19,7 @@ from tiny_config import MODEL_TYPES
 
 import edgemem
 from edgemem._native import isa_names
+from edgemem.dtypes import KV_TYPES
 
 ISAS = isa_names()
 DTYPES = ("keep", "q8_0", "q4_0")
@@ -42,11 +43,11 @@ def trained(tiny_moe_store, stories_store, shared, convert_store) -> list[str]:
     return [str(path) for path in (stories_store, tiny_moe_store, *quantised)]
 
 
-def records_of(isa: str, stores: list[str]) -> list[list]:
+def records_of(isa: str, stores: list[str], kv: str) -> list[list]:
     """answers.py's records, from a process in which EDGEMEM_ISA forces the instruction set."""
     script = Path(answers.__file__)
     done = subprocess.run(
-        [sys.executable, str(script), *stores], env=os.environ | {"EDGEMEM_ISA": isa},
+        [sys.executable, str(script), kv, *stores], env=os.environ | {"EDGEMEM_ISA": isa},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -55,13 +56,15 @@ def records_of(isa: str, stores: list[str]) -> list[list]:
     return records
 
 
-def assert_one_answer_each(stores: list[str]) -> None:
-    records = [record for isa in ISAS for record in records_of(isa, stores)]
+def assert_one_answer_each(stores: list[str], kv: str = "f16") -> dict[str, str]:
+    """Returns the digest of each store's answer."""
+    records = [record for isa in ISAS for record in records_of(isa, stores, kv)]
     assert len(records) == len(stores) * len(ISAS) * len(answers.WAYS)
     for store in stores:
         mine = [record for record in records if record[0] == store]
         other = [record for record in mine if record[4] != mine[0][4]]
         assert not other, f"{store} answers {mine[0][1:]}, but also {other[0][1:]}"
+    return {record[0]: record[4] for record in records}
 
 
 def test_random_models_have_one_answer(stores):
@@ -72,10 +75,17 @@ def test_trained_models_have_one_answer(trained):
     assert_one_answer_each(trained)
 
 
+def test_each_type_of_kv_cache_has_one_answer(stores, trained):
+    some = [*stores[:: len(DTYPES)], *trained]
+    digests = [assert_one_answer_each(some, kv) for kv in KV_TYPES[1:]]
+    for store in trained:
+        assert len({found[store] for found in digests}) == len(digests), "each has its own"
+
+
 def test_an_unknown_isa_is_refused(stores):
     done = subprocess.run(
-        [sys.executable, answers.__file__, stores[0]], env=os.environ | {"EDGEMEM_ISA": "abacus"},
-        capture_output=True, text=True,
+        [sys.executable, answers.__file__, "f16", stores[0]],
+        env=os.environ | {"EDGEMEM_ISA": "abacus"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode != 0
     assert "abacus" in done.stderr

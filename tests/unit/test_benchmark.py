@@ -198,6 +198,7 @@ def test_a_table_with_a_row_for_each_budget(tiny_moe_store, floor):
     lines = stdout.splitlines()
     rows = [line for line in lines if line.startswith("|")]
     assert "qwen3_moe, 22.0 M parameters" in lines[0] and "flash" in lines[-1]
+    assert "KV cache at f16" in lines[-1]
     assert len(rows) == 5 and len({len(row) for row in rows}) == 1 and len(rows[0]) <= 150
     assert [row.split("|")[1].strip() for row in rows[2:]] == list(sizes)
     assert "all resident" in rows[2] and "does not fit" in rows[4]
@@ -206,11 +207,13 @@ def test_a_table_with_a_row_for_each_budget(tiny_moe_store, floor):
 
 
 def test_json_has_all_that_was_measured(tiny_moe_store, floor):
-    more = ("--memory", f"{floor + 8}M", "--policy", "lru", "--threads", 1, "--context", 40)
+    more = ("--memory", f"{floor + 8}M", "--policy", "lru", "--threads", 1, "--context", 40,
+            "--kv", "q8_0")  # fmt: skip
     result = json.loads(bench(tiny_moe_store, *FEW, *more, "--json")[0])
     assert result["host"]["cpu"] and result["model_type"] == "qwen3_moe"
     (one,) = result["results"]
     assert one["policy"] == "lru" and one["threads"] == 1 and one["context"] == 40
+    assert one["kv"] == "q8_0"
     assert {field.name for field in dataclasses.fields(benchmark.Report)} <= set(one)
     assert one["budget_bytes"] == (floor + 8) << 20
     if "EDGEMEM_SANITIZED" not in os.environ:  # a sanitizer has memory of its own

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import edgemem
+from edgemem.dtypes import KV_TYPES
 
 PROMPT = "Once upon a time"
 ENVIRONMENT = {**os.environ, "PYTHONIOENCODING": "utf-8"}
@@ -111,6 +112,23 @@ def test_counts(stories_store, count):
     assert result["finish_reason"] == ("context" if count > 1 else "length")
 
 
+def test_the_type_of_the_kv_cache(stories_store, tmp_path):
+    """`--kv` is what it says, and the numbers are those of the library."""
+    arguments = ("run", stories_store, "-p", PROMPT, "-n", 60, "--json")
+    for kv in KV_TYPES:
+        stdout, stderr = run(*arguments, "--kv", kv)
+        result = json.loads(stdout)
+        assert (f"--kv {kv} changes the answer" in stderr) == (kv != KV_TYPES[0])
+        with edgemem.load(stories_store, kv=kv) as engine:
+            assert result["kv"] == kv
+            assert result["text"] == engine.generate(PROMPT, max_tokens=60)
+    (tmp_path / "text").write_text("Once upon a time there was a little girl. " * 20)
+    lines = [
+        run("perplexity", stories_store, "-f", tmp_path / "text", "--kv", kv)[0] for kv in KV_TYPES
+    ]
+    assert lines[0] == run("perplexity", stories_store, "-f", tmp_path / "text")[0] != lines[1]
+
+
 @pytest.mark.parametrize("prompt", ["🐶 naïve “café” 日本語", " ", "\n\n", "x" * 300])
 def test_odd_prompts(tiny_moe_store, prompt):
     run("run", tiny_moe_store, "-p", prompt, "-n", 5, "--temperature", 2)
@@ -200,6 +218,7 @@ def test_demo():
         (["-p", "x", "--memory", "4X"], "4GiB"),
         (["-p", "x", "--context", "0"], "context"),
         (["-p", "x", "--context", "100000"], "512"),
+        (["-p", "x", "--kv", "q4_0"], "q8_0"),
         (["-p", "x", "--threads", "0"], "threads"),
         (["-p", "x", "--threads", "1025"], "at most 1024"),
         (["-p", "x", "--memory", "9" * 400], "TiB"),

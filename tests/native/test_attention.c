@@ -1,0 +1,112 @@
+/* Attention through the core: the bytes that all machines must give, however steps are cut and
+ * threads share them, for every type of cache. */
+#include "check.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { CONTEXT = 150, N_SHAPES = 7, N_TYPES = 3 };
+
+static const int32_t TYPES[N_TYPES] = {EM_F16, EM_Q8_0, EM_F32};
+
+typedef struct {
+    int32_t heads, kv_heads, dim, window;
+} shape;
+
+static const shape SHAPES[N_SHAPES] = {
+    {1, 1, 2, 0},    {4, 2, 16, 5},   {6, 1, 18, 0}, {3, 3, 64, 40},
+    {16, 2, 128, 0}, {40, 1, 34, 17}, {7, 1, 80, 0},
+};
+
+typedef struct {
+    em_attention a;
+    float *q, *k, *v, *turn, *out;
+    size_t cache_bytes;
+} problem;
+
+static problem make_problem(const shape *s, int32_t kv_dtype) {
+    problem p = {.a = {.n_heads = s->heads,
+                       .n_kv_heads = s->kv_heads,
+                       .head_dim = s->dim,
+                       .window = s->window,
+                       .kv_dtype = kv_dtype,
+                       .context = CONTEXT}};
+    int64_t rows = (int64_t)CONTEXT * s->dim;
+    p.cache_bytes = (size_t)s->kv_heads * CONTEXT * (size_t)em_kv_row_bytes(kv_dtype, s->dim);
+    p.a.k_cache = exact(p.cache_bytes);
+    p.a.v_cache = exact(p.cache_bytes);
+    p.q = exact((size_t)rows * s->heads * 4);
+    p.k = exact((size_t)rows * s->kv_heads * 4);
+    p.v = exact((size_t)rows * s->kv_heads * 4);
+    p.turn = exact((size_t)rows * 4);
+    p.out = exact((size_t)rows * s->heads * 4);
+    fill_unit(p.q, rows * s->heads, 1);
+    fill_unit(p.k, rows * s->kv_heads, 2);
+    fill_unit(p.v, rows * s->kv_heads, 3);
+    fill_unit(p.turn, rows, 4);
+    for (int64_t i = 0; i < rows * s->heads; i++) p.q[i] *= 3;
+    return p;
+}
+
+static void free_problem(problem *p) {
+    free(p->a.k_cache);
+    free(p->a.v_cache);
+    free(p->q);
+    free(p->k);
+    free(p->v);
+    free(p->turn);
+    free(p->out);
+}
+
+/* Feeds CONTEXT tokens in steps of 1, 2, 3... up to `most`. */
+static void feed(em_core *core, problem *p, int32_t most) {
+    int64_t dim = p->a.head_dim, heads = p->a.n_heads * dim, kv = p->a.n_kv_heads * dim;
+    for (int64_t at = 0, n = 1; at < CONTEXT; at += n, n = em_min(n + 1, most)) {
+        if (most == CONTEXT) n = CONTEXT;
+        n = em_min(n, CONTEXT - at);
+        const float *c = p->turn + at * dim / 2, *s = c + CONTEXT * dim / 2;
+        int32_t status = em_attention_store(core, &p->a, p->q + at * heads, p->k + at * kv,
+                                            p->v + at * kv, c, s, at, (int32_t)n);
+        CHECK(status == EM_OK, "storing: status %d", status);
+        status =
+            em_attention_run(core, &p->a, p->q + at * heads, at, (int32_t)n, p->out + at * heads);
+        CHECK(status == EM_OK, "attending: status %d", status);
+    }
+}
+
+static uint32_t bytes_of(const char *isa, int32_t threads, const shape *s, int32_t type,
+                         int32_t most) {
+    em_core *core;
+    CHECK(em_core_open(threads, isa, &core) == EM_OK, "%s does not open", isa);
+    CHECK(em_core_reserve(core, em_attention_scratch(threads, s->dim)) == EM_OK, "%s", isa);
+    problem p = make_problem(s, type);
+    feed(core, &p, most);
+    uint32_t crc = em_crc32c(0, p.out, (size_t)CONTEXT * s->heads * s->dim * 4);
+    crc = em_crc32c(crc, p.a.k_cache, p.cache_bytes);
+    crc = em_crc32c(crc, p.a.v_cache, p.cache_bytes);
+    free_problem(&p);
+    em_core_close(core);
+    return crc;
+}
+
+static const uint32_t GOLDEN[N_TYPES][N_SHAPES] = {
+    {0xf82dc324, 0x658769ae, 0xd4354064, 0x6bc6acbc, 0x64de60fd, 0x569a6de3, 0x5b29f1d4},
+    {0x4eae432c, 0x77bf03aa, 0xa452568b, 0x2f5b9840, 0x80a8b66f, 0xb0eb9494, 0x30923e99},
+    {0x84b50a4e, 0xc8d5686b, 0xf37ffbf7, 0x9838c634, 0x57dd05bc, 0xfdb2eadb, 0xbf79bfd1}};
+
+static void golden_bytes(const em_kernels *k) {
+    for (int type = 0; type < N_TYPES; type++)
+        for (int s = 0; s < N_SHAPES; s++)
+            for (int32_t threads = 1; threads <= 3; threads++) {
+                static const int32_t most[] = {CONTEXT, 1, 19};
+                uint32_t crc =
+                    bytes_of(k->name, threads, &SHAPES[s], TYPES[type], most[threads - 1]);
+                CHECK(crc == GOLDEN[type][s], "%s: %s, shape %d, %d threads: 0x%08x, not 0x%08x",
+                      k->name, DTYPES[TYPES[type]], s, threads, crc, GOLDEN[type][s]);
+            }
+}
+
+int main(void) {
+    for_each_isa(golden_bytes);
+    return check_report();
+}
