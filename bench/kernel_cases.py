@@ -112,8 +112,9 @@ def cases() -> Iterator[Case]:
         for dtype in BY_NAME:
             yield Case("ffn", dtype, shape, 1)
     for shape in ATTENTION:
-        for tokens in (1, 64):
-            yield Case("attention", "f16", shape, tokens)
+        for dtype in ("f32", "f16", "q8_0"):
+            for tokens in (1, 64):
+                yield Case("attention", dtype, shape, tokens)
     for shape in ROWS:
         for op, some in (("norm", (1, 64, 512)), ("quantize", (64, 512)), ("softmax", (64, 512))):
             for tokens in some:
@@ -134,7 +135,7 @@ def weight_bytes(case: Case) -> int:
         return count * round_up(bundle, PAGE)
     if case.op == "attention":
         _, kv_heads, keys = ATTENTION[case.shape]
-        return 2 * kv_heads * keys * HEAD_DIM * 2
+        return 2 * kv_heads * keys * lib.em_kv_row_bytes(BY_NAME[case.type].code, HEAD_DIM)
     return 0
 
 
@@ -221,11 +222,12 @@ def _attention(case: Case, core: Core, memory: ColdMemory) -> Work:
     heads, kv_heads, keys = ATTENTION[case.shape]
     size, n = weight_bytes(case), case.tokens
     struct = {"n_heads": heads, "n_kv_heads": kv_heads, "head_dim": HEAD_DIM, "context": keys}
+    struct["kv_dtype"] = BY_NAME[case.type].code
     layers = []
     for address in memory.places(size):
         layers.append(ffi.new("em_attention *", struct))
-        layers[-1].k_cache = ffi.cast("uint16_t *", address)
-        layers[-1].v_cache = ffi.cast("uint16_t *", address + size // 2)
+        layers[-1].k_cache = ffi.cast("void *", address)
+        layers[-1].v_cache = ffi.cast("void *", address + size // 2)
     q, out, layer = _floats(n, heads * HEAD_DIM), Array((n, heads * HEAD_DIM)), cycle(layers)
 
     def call() -> int:

@@ -381,31 +381,32 @@ static uint64_t read_bytes(const uint8_t *data, uint64_t bytes) {
 
 /* ---- the pace of multiply-adds --------------------------------------------------------------- */
 
+/* Times PEAK_TOKENS: as many chains as registers hold. */
 #define PEAK_VECTORS 3
 #define PEAK_ROUNDS 8192
 
-/* Multiply-adds as products do them, on operands that stay in the first cache, in as many chains as
- * registers hold. The asm says that operands may be others in each round: without it the compiler
- * would compute once what does not change. A round takes each chain `turns` times, with other
- * activations each, since compilers copy all chains between rounds. */
+/* Multiply-adds as products do them, on operands that stay in the first cache. The asm says that
+ * operands may be others in each round: without it the compiler would compute once what does not
+ * change. A round takes each chain `turns` times, with other activations each, since compilers copy
+ * all chains between rounds. */
 #define PEAK(name, turns, vector, zero, as_float, step)                                            \
     static int64_t name(const float *w, const float *x, float *result) {                           \
-        vector sum[PEAK_VECTORS * EM_TOKENS];                                                      \
+        vector sum[PEAK_VECTORS * PEAK_TOKENS];                                                    \
         vf total = vf_set1(0);                                                                     \
-        for (int c = 0; c < PEAK_VECTORS * EM_TOKENS; c++) sum[c] = zero;                          \
+        for (int c = 0; c < PEAK_VECTORS * PEAK_TOKENS; c++) sum[c] = zero;                        \
         for (int round = 0; round < PEAK_ROUNDS; round++) {                                        \
             __asm__ volatile("" : "+r"(w), "+r"(x));                                               \
-            for (int t = 0; t < (turns) * EM_TOKENS; t++)                                          \
+            for (int t = 0; t < (turns) * PEAK_TOKENS; t++)                                        \
                 for (int i = 0; i < PEAK_VECTORS; i++) {                                           \
                     const float *wi = w + i * EM_LANES, *xt = x + 2 * t;                           \
-                    vector acc = sum[i * EM_TOKENS + t % EM_TOKENS];                               \
-                    sum[i * EM_TOKENS + t % EM_TOKENS] = step;                                     \
+                    vector acc = sum[i * PEAK_TOKENS + t % PEAK_TOKENS];                           \
+                    sum[i * PEAK_TOKENS + t % PEAK_TOKENS] = step;                                 \
                 }                                                                                  \
         }                                                                                          \
-        for (int c = 0; c < PEAK_VECTORS * EM_TOKENS; c++)                                         \
+        for (int c = 0; c < PEAK_VECTORS * PEAK_TOKENS; c++)                                       \
             total = vf_add(total, as_float(sum[c]));                                               \
         *result = vf_sum(total);                                                                   \
-        return (int64_t)PEAK_ROUNDS * PEAK_VECTORS * (turns) * EM_TOKENS * EM_LANES;               \
+        return (int64_t)PEAK_ROUNDS * PEAK_VECTORS * (turns) * PEAK_TOKENS * EM_LANES;             \
     }
 PEAK(peak_float, 4, vf, vf_set1(0), /* it is one */, vf_fma(vf_load(wi), vf_set1(*xt), acc))
 PEAK(peak_q8, 2, vi, vi_set1(0), vf_from_vi,
@@ -414,7 +415,7 @@ PEAK(peak_q4, 2, vi, vi_set1(0), vf_from_vi,
      vi_dot_q4(acc, (const uint8_t *)wi, (const int8_t *)xt, (const int8_t *)(xt + 1)))
 
 static int64_t peak(int32_t dtype, float *sum) {
-    float w[PEAK_VECTORS * EM_LANES], x[2 * 4 * EM_TOKENS];
+    float w[PEAK_VECTORS * EM_LANES], x[2 * 4 * PEAK_TOKENS];
     if (dtype == EM_Q8_0 || dtype == EM_Q4_0) {
         memset(w, 129, sizeof w); /* small: nothing overflows in all rounds */
         memset(x, 1, sizeof x);

@@ -8,6 +8,7 @@
 #define BLOCK_TILE_GROUPS 1
 #define BLOCK_TOKENS 4
 #define ATTENTION_TILE 2
+#define PEAK_TOKENS 2
 
 typedef struct {
     __m256 a, b;

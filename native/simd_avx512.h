@@ -8,6 +8,7 @@
 #define BLOCK_TILE_GROUPS 2
 #define BLOCK_TOKENS 4
 #define ATTENTION_TILE 4
+#define PEAK_TOKENS 4
 
 typedef __m512 vf;
 typedef __m512i vi;

@@ -8,6 +8,7 @@
 #define BLOCK_TILE_GROUPS 1
 #define BLOCK_TOKENS 2
 #define ATTENTION_TILE 2
+#define PEAK_TOKENS 2
 #define EM_Q8_BIAS 0
 
 typedef struct {

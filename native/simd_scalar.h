@@ -10,6 +10,7 @@
 #define BLOCK_TILE_GROUPS 1
 #define BLOCK_TOKENS 1
 #define ATTENTION_TILE 1
+#define PEAK_TOKENS 1
 #define EM_Q8_BIAS 0 /* what vi_dot_q8 leaves in: sum of w*a for w in 0..255 would be 128 */
 
 typedef struct {
