@@ -11,8 +11,6 @@ MEMORY = 64
 """Layers over which measurements are averaged."""
 LONGEST_IDLE_US = 100_000
 """Idle time of one layer that counts: in a longer one nobody ran the model."""
-MOST_SPARE_US = 5_000
-"""Time in which the device read nothing that may be saved up for what is less likely wanted."""
 FIRST_PRECISION, LEAST_PRECISION, MOST_PRECISION = 0.75, 0.5, 0.98
 """What is assumed at first; below, reading ahead stops; above, there is nothing more to win."""
 FIRST_PAUSE = 16 * MEMORY
@@ -29,21 +27,18 @@ class Lookahead:
     def __init__(self):
         self.precision = FIRST_PRECISION
         self._idle_us = self._bytes_per_us = 0.0
-        self._spare_us = 0.0
-        self._before = (0, 0, 0, 0)
+        self._before = (0, 0, 0)
         self._pause, self._layers_left = FIRST_PAUSE, 0
 
-    def admit(self, now_us: int, idle_us: int, read_bytes: int, busy_us: int) -> int:
+    def admit(self, idle_us: int, read_bytes: int, busy_us: int) -> int:
         """Bytes that may be read now for the next layer; 0 while that does not pay.
 
-        Call once for each layer with the time and the residency's counters: time without a demanded
-        read, bytes read, and time in which the device was reading.
+        Call once for each layer with the residency's counters: time without a demanded read, bytes
+        read, and time in which the device was reading.
         """
-        then, idle_before, read_before, busy_before = self._before
-        self._before = (now_us, idle_us, read_bytes, busy_us)
+        idle_before, read_before, busy_before = self._before
+        self._before = (idle_us, read_bytes, busy_us)
         idle, read, busy = idle_us - idle_before, read_bytes - read_before, busy_us - busy_before
-        unused = self._spare_us + now_us - then - busy
-        self._spare_us = min(max(unused, 0.0), MOST_SPARE_US)
         self._idle_us += (min(idle, LONGEST_IDLE_US) - self._idle_us) / MEMORY
         if busy > 0:
             weight = MEMORY if self._bytes_per_us else 1
@@ -54,18 +49,8 @@ class Lookahead:
         in_vain = 1 - min(self.precision, MOST_PRECISION)
         return max(0, int(self._idle_us * self._bytes_per_us / in_vain))
 
-    def spend(self, each_bytes: int, count: int) -> int:
-        """How many of `count` bundles that are less likely wanted may be read as well: with time in
-        which the device, lately, read nothing at all."""
-        if not self._bytes_per_us:
-            return 0
-        each_us = each_bytes / self._bytes_per_us
-        count = min(count, int(self._spare_us / each_us))
-        self._spare_us -= count * each_us
-        return count
-
     def learn(self, foreseen: int, used: int) -> None:
-        """Of `foreseen` likely bundles that were not in memory a layer did use `used`."""
+        """Of `foreseen` bundles that were not in memory a layer did use `used`."""
         if not foreseen:
             return
         self.precision += (used / foreseen - self.precision) / MEMORY

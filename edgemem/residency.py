@@ -162,10 +162,10 @@ class Residency:
         """int32 pointer: a flag for each streamed bundle, which says what of it is in place."""
         return lib.em_residency_ready(self._native)
 
-    def clocks(self) -> tuple[int, int, int, int]:
-        """The time in microseconds; idle_us, read_bytes and busy_us of the counters."""
+    def clocks(self) -> tuple[int, int, int]:
+        """idle_us, read_bytes and busy_us of the counters."""
         stats = lib.em_residency_statistics(self._native)
-        return int(1e6 * perf_counter()), stats.idle_us, stats.read_bytes, stats.busy_us
+        return stats.idle_us, stats.read_bytes, stats.busy_us
 
     def statistics(self) -> dict[str, int]:
         """Counters since open; see em_residency_stats."""

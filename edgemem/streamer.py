@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 AHEAD = 2
 """Turns that are read ahead where their demand is certain: one being read, one waiting."""
 
-Foresee = Callable[[], tuple[np.ndarray, int]]
-"""What the next layer may want, likeliest first (bundles, uint32 [n]), and how many are likely."""
+Foresee = Callable[[], np.ndarray]
+"""What the next layer will likely want, likeliest first: bundles, uint32 [n]."""
 
 
 @dataclass(slots=True)
@@ -63,7 +63,7 @@ class Streamer:
         self.recorder: Recorder | None = None
         self._demand: list[np.ndarray] = []
         self._lookahead = Lookahead() if lookahead else None
-        self._foreseen, self._likely = np.empty(0, np.uint32), 0
+        self._foreseen = np.empty(0, np.uint32)
         if policy is not None:
             self._turns = turns[residency.streamed]
             self._wanted = np.zeros(len(residency.streamed), bool)
@@ -128,7 +128,7 @@ class Streamer:
         self._wanted[indices] = True
         used = self._wanted[foreseen]
         self._wanted[indices] = False
-        self._lookahead.learn(self._likely, int(used[: self._likely].sum()))
+        self._lookahead.learn(len(foreseen), int(used.sum()))
         self._residency.cancel(foreseen[~used])
 
     def _look_ahead(self, turn: int, ranks: np.ndarray, foresee: Foresee | None) -> None:
@@ -142,18 +142,12 @@ class Streamer:
         room = self._lookahead.admit(*residency.clocks())
         if not room:
             return
-        ids, n_likely = foresee()
-        likely = residency.index_of[ids].astype(np.uint32)
-        is_absent = residency.flags[likely] == 0
-        absent = likely[is_absent]
-        if not len(absent):
-            return
-        self._likely = int(is_absent[:n_likely].sum())
-        each = int(residency.sizes[ids[0]])
-        more = self._lookahead.spend(each, len(absent) - self._likely)
-        self._foreseen = absent = absent[: self._likely + more]
-        # The resident among them go along, so that none of them makes place for another.
-        residency.prefetch(np.concatenate([absent, likely[:n_likely]]), ranks, room)
+        likely = residency.index_of[foresee()].astype(np.uint32)
+        absent = likely[residency.flags[likely] == 0]
+        if len(absent):
+            # The resident among them go along, so that none of them makes place for another.
+            residency.prefetch(np.concatenate([absent, likely]), ranks, room)
+            self._foreseen = absent
 
     def resize(self, slots: dict[int, int]) -> None:
         """Change the slots of each layout class. Not while a step runs."""

@@ -13,7 +13,7 @@ import numpy as np
 from .._native import check, ffi, lib, pointer
 from ..format import Kind
 from ..kernels import ACTIVATION_CODES, Array, Linears, Ops
-from .workspace import Workspace, extra_experts
+from .workspace import Workspace
 
 
 class Norm:
@@ -153,13 +153,12 @@ class Experts:
         self._work = work
         self._ids, layouts = work.bundles(Kind.EXPERT, index)
         self._ffn = GatedFfn(work, layouts[0], spec.expert_intermediate)
-        router, _ = s.routing.add_to(ops, work, dense_layout, s.h)
+        router = s.routing.add_to(ops, work, dense_layout, s.h)
         # The same once more, on what the state will be by this layer's turn, or nearly.
         self._foresee = foresee = Ops(work.core)
         x, ahead = s.x.pointer, s.ahead.pointer
         norm = Norm(foresee, dense_layout, "ffn_norm", spec.norm_eps, spec.hidden, x, ahead)
-        seer, self._choice = s.foreseen.add_to(foresee, work, dense_layout, s.ahead)
-        self._parts = [router, norm, seer]
+        self._parts = [router, norm, s.foreseen.add_to(foresee, work, dense_layout, s.ahead)]
 
     def bind(self, address: int) -> None:
         for part in self._parts:
@@ -175,16 +174,13 @@ class Experts:
                 bundles, routing.first.pointer, routing.tokens.pointer, routing.weights.pointer, n
             )
 
-    def foresee(self, n: int) -> tuple[np.ndarray, int]:
-        """The bundles that the present state asks for, likeliest first, before this layer's turn,
-        and how many of them are likely; the others would be next if tokens took more.
+    def foresee(self, n: int) -> np.ndarray:
+        """The bundles that the present state asks for, likeliest first, before this layer's turn.
 
         Its attention and the layer before will yet change the state. Source: bench/LOG.md.
         """
-        spec, foreseen = self._work.spec, self._work.scratch.foreseen
-        self._choice.top_k = spec.top_k + (extra_experts(spec) if n == 1 else 0)
         self._foresee.run(n)
+        foreseen = self._work.scratch.foreseen
         chosen = foreseen.chosen
         likely = foreseen.uses(len(chosen)) if n > 1 else foreseen.weights.array[: len(chosen)]
-        order = chosen[np.argsort(-likely, kind="stable")]
-        return self._ids[order], len(order) if n > 1 else spec.top_k
+        return self._ids[chosen[np.argsort(-likely, kind="stable")]]

@@ -12,11 +12,6 @@ from ..kernels import Array, Core, Linears, Ops
 from ..spec import ModelSpec
 
 
-EXTRA_EXPERTS = 2
-"""A state that is not final yet routes about as the final one does: an expert that it would take
-next, if tokens took more, may be taken instead (bench/LOG.md)."""
-
-
 class Scratch:
     """The activations of one step of up to `n_tokens` tokens; see `scratch_bytes`."""
 
@@ -32,7 +27,7 @@ class Scratch:
         self.sin = Array((n_tokens, spec.head_dim // 2))
         self.ahead = Array((n_tokens if any(spec.routed) else 1, spec.hidden), trimmed=True)
         self.routing = Routing(spec, n_tokens)
-        self.foreseen = Routing(spec, n_tokens, extra_experts(spec))
+        self.foreseen = Routing(spec, n_tokens)
 
     def trim(self, n_tokens: int) -> None:
         """Give the memory of activations of more than n tokens back until it is used again."""
@@ -40,16 +35,11 @@ class Scratch:
             array.trim(n_tokens)
 
 
-def extra_experts(spec: ModelSpec) -> int:
-    """How many experts beside its top k a token is foreseen to take perhaps."""
-    return min(EXTRA_EXPERTS, spec.n_experts - spec.top_k)
-
-
 class Routing:
-    """Which experts tokens take: pairs of em_ffn_run. `more` may be asked for one token."""
+    """Which experts tokens take: pairs of em_ffn_run."""
 
-    def __init__(self, spec: ModelSpec, n_tokens: int, more: int = 0):
-        pairs = max(n_tokens * spec.top_k, spec.top_k + more, 1)
+    def __init__(self, spec: ModelSpec, n_tokens: int):
+        pairs = n_tokens * max(spec.top_k, 1)
         self.logits = Array((n_tokens, max(spec.n_experts, 1)))
         self.experts = Array(max(spec.n_experts, 1), np.uint32)
         self.first = Array(spec.n_experts + 2, np.int32)
@@ -57,9 +47,8 @@ class Routing:
         self.weights = Array(pairs)
         self._n_chosen = Array(1, np.int32)
 
-    def add_to(self, ops: Ops, work: Workspace, layout, x: Array):
-        """Let `ops` route x [n, hidden] by a layer's router: its Linears, still to be bound, and
-        the em_route_op."""
+    def add_to(self, ops: Ops, work: Workspace, layout, x: Array) -> Linears:
+        """Let `ops` route x [n, hidden] by a layer's router, whose matrix is still to be bound."""
         spec = work.spec
         router = Linears(work.core, layout, [("router", None, self.logits, 0)])
         router.add_to(ops, x.pointer, "routing")
@@ -68,7 +57,7 @@ class Routing:
         for name in ("logits", "experts", "first", "tokens", "weights"):
             setattr(op, name, getattr(self, name).pointer)
         op.n_chosen = self._n_chosen.pointer
-        return router, op
+        return router
 
     @property
     def chosen(self) -> np.ndarray:
@@ -92,8 +81,6 @@ def core_scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:
         pairs = n_tokens * spec.top_k
         needs.append(lib.em_ffn_scratch(n_tokens, pairs, spec.hidden, spec.expert_intermediate))
         needs.append(lib.em_route_scratch(n_tokens, spec.n_experts, spec.top_k))
-        more = spec.top_k + extra_experts(spec)
-        needs.append(lib.em_route_scratch(1, spec.n_experts, more))
     return max(needs)
 
 
