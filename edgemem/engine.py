@@ -27,7 +27,7 @@ from .generation import Generation
 from .governor import Governor
 from .kernels import Core
 from .kvcache import KvCache, cache_bytes
-from .models.workspace import scratch_bytes, trimmed_bytes
+from .models.workspace import ScratchLoan, scratch_bytes
 from .recorder import Recorder, header
 from .residency import Residency, Slots
 from .sequence import TokenSequence, check_room
@@ -45,8 +45,6 @@ CHUNK_TOKENS, LARGE_CHUNK_TOKENS = 128, 512
 tokens each, and where bundles stream, each is read once for more of them."""
 SLAB_PER_SCRATCH = 8
 """So much larger than the scratch of a large step the slab must be."""
-SCRATCH_TOKENS = (8, 32, 128)
-"""Where bundles stream, steps of up to so many tokens lend the slots the scratch they leave."""
 STREAMING_LOGITS_TOKENS = 16
 """Tokens per forward pass where bundles stream and every position's logits are wanted."""
 STREAMING_RESERVE_BYTES = 16 << 20
@@ -153,7 +151,6 @@ class Engine:
         self._governor = Governor()
         self._popularity: np.ndarray | None = None  # of the profile, read once
         self._text_promise = 0
-        self._scratch_tokens = self._scratch_unused = 0
         self._all_logits_promised = False
         base = [
             Item("process before loading", current_bytes()),
@@ -185,6 +182,7 @@ class Engine:
                 break
         self.chunk_tokens = min(chunk, self.context)
         self.logits_tokens = min(STREAMING_LOGITS_TOKENS if streams else CHUNK_TOKENS, self.context)
+        self._scratch_loan = ScratchLoan(self.spec, self.chunk_tokens, self.threads)
         weights = self._weight_items()
         self._weights_bytes = sum(item.bytes for item in weights)
         return [Item("scratch", size), *weights]
@@ -208,20 +206,9 @@ class Engine:
         """Bytes that slots may take now: what is theirs, and what others do not use yet."""
         unused = max(1, self._cache_count) * self._kv_item.bytes
         unused -= sum(cache.bytes - cache.unused_bytes for cache in self._caches)
-        unused += self._scratch_unused
+        unused += self._scratch_loan.bytes
         lent = max(0, self.budget.spare + unused - STREAMING_RESERVE_BYTES)
         return self._plan.least_bytes + lent
-
-    def _fit_scratch(self, n: int) -> None:
-        """Let go of the scratch that a step of n tokens leaves; `_fit_slab` lends it to slots."""
-        least = next((tokens for tokens in SCRATCH_TOKENS if n <= tokens), self.chunk_tokens)
-        tokens = min(least, self.chunk_tokens)
-        if tokens == self._scratch_tokens or not len(self._plan.streamed):
-            return
-        if tokens < self._scratch_tokens:
-            self._model.trim(tokens)
-        self._scratch_tokens = tokens
-        self._scratch_unused = trimmed_bytes(self.spec, self.chunk_tokens, tokens, self.threads)
 
     def _fit_slab(self) -> None:
         """Open or close slots so that they fill what nothing else needs. Not while a step runs."""
@@ -254,7 +241,6 @@ class Engine:
         started = perf_counter()
         self._core = Core(self.threads)
         self.isa = self._core.isa
-        self._fit_scratch(1)
         room = self._slab_room()
         self.slots = self._plan.slots(room)
         slots = [Slots(layout, count) for layout, count in self.slots.items()]
@@ -358,7 +344,8 @@ class Engine:
             if self._stepping:  # the last step was interrupted, who knows where
                 self._settle()
             kv.touch(kv.position + len(ids))
-            self._fit_scratch(len(ids))
+            if len(self._plan.streamed) and self._scratch_loan.fits(len(ids)):
+                self._model.trim(self._scratch_loan.tokens)
             self._fit_slab()
             self._stepping = True
             started = perf_counter()

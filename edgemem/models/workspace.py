@@ -12,6 +12,12 @@ from ..kernels import Array, Core, Linears, Ops
 from ..spec import ModelSpec
 
 
+LENDING_TOKENS = (8, 32, 128)
+"""Steps of up to so many tokens lend what they leave of scratch,"""
+LEND_AFTER_STEPS = 64
+"""once there were so many of them: memory that changes hands has to be cleared by the system."""
+
+
 class Scratch:
     """The activations of one step of up to `n_tokens` tokens; see `scratch_bytes`."""
 
@@ -93,6 +99,30 @@ def trimmed_bytes(spec: ModelSpec, of_tokens: int, n_tokens: int, threads: int) 
     parts = [core - core_scratch_bytes(spec, n_tokens, threads)]
     parts += [4 * (of_tokens - n_tokens) * width for width in floats]
     return sum(max(0, part - 2 * mmap.PAGESIZE) for part in parts)
+
+
+class ScratchLoan:
+    """What small steps lend to others of the scratch that `chunk_tokens` tokens take: `bytes` now,
+    while steps are of up to `tokens` tokens. All that a step of one token leaves, at first."""
+
+    def __init__(self, spec: ModelSpec, chunk_tokens: int, threads: int):
+        self._spec, self._chunk_tokens, self._threads = spec, chunk_tokens, threads
+        self._small_steps = 0
+        self._lend(min(LENDING_TOKENS[0], chunk_tokens))
+
+    def _lend(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.bytes = trimmed_bytes(self._spec, self._chunk_tokens, tokens, self._threads)
+
+    def fits(self, n: int) -> bool:
+        """A step of n tokens comes: True if more is lent from now on, and must be trimmed."""
+        least = next((tokens for tokens in LENDING_TOKENS if n <= tokens), self._chunk_tokens)
+        tokens = min(least, self._chunk_tokens)
+        self._small_steps = self._small_steps + 1 if tokens < self.tokens else 0
+        if tokens > self.tokens or self._small_steps == LEND_AFTER_STEPS:
+            self._lend(tokens)
+            return self._small_steps > 0
+        return False
 
 
 def scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:

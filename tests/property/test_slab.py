@@ -5,10 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import streaming
 
 import edgemem
 from edgemem import inventory
 from edgemem.engine import Engine
+from edgemem.models.workspace import LEND_AFTER_STEPS, ScratchLoan, scratch_bytes
 
 CONTEXT = 512
 RESERVE_BYTES = 1 << 20
@@ -46,7 +48,7 @@ def others_bytes(engine: Engine) -> int:
     """What everything but the slab may have now."""
     unused = max(1, engine._cache_count) * engine._kv_item.bytes
     unused -= sum(cache.bytes - cache.unused_bytes for cache in engine._caches)
-    return engine.budget.promised - engine._plan.least_bytes - unused - engine._scratch_unused
+    return engine.budget.promised - engine._plan.least_bytes - unused - engine._scratch_loan.bytes
 
 
 def assert_within(engine: Engine) -> None:
@@ -71,6 +73,30 @@ def test_a_cache_that_fills_takes_its_memory_from_the_slab(engine, resident):
         session.feed(ids[:1])
         assert full < slab_bytes(engine) <= before, "what was freed is lent again"
         assert_within(engine)
+
+
+def test_scratch_of_large_steps_is_lent_after_many_small_ones(resident):
+    loan = ScratchLoan(resident.spec, 512, threads=2)
+    most = loan.bytes
+    assert 0 < most < scratch_bytes(resident.spec, 512, 2)
+    assert not loan.fits(512) and loan.bytes == 0
+    assert not any(loan.fits(1) for _ in range(LEND_AFTER_STEPS - 1)) and loan.bytes == 0
+    assert loan.fits(1) and (loan.bytes, loan.tokens) == (most, 8)
+    assert not loan.fits(1) and loan.bytes == most
+    assert not loan.fits(20) and 0 < loan.bytes < most and loan.tokens == 32
+    assert not loan.fits(1) and not loan.fits(20) and not loan.fits(1)
+    assert loan.tokens == 32, "it counts steps in a row"
+
+
+def test_what_was_trimmed_is_used_again(tiny_moe_store, resident, monkeypatch):
+    """Long and short steps in turn, with scratch given back before every short one."""
+    monkeypatch.setattr("edgemem.models.workspace.LEND_AFTER_STEPS", 1)
+    rng = np.random.default_rng(3)
+    with streaming.opened(tiny_moe_store, 0.3) as engine, engine.session() as session:
+        with resident.session() as expected:
+            for count in (1, 100, 1, 1, 30, 2, 128, 7, 9, 1):
+                ids = rng.integers(0, engine.spec.vocab_size, count)
+                assert session.feed(ids).tobytes() == expected.feed(ids).tobytes()
 
 
 def test_sessions_take_what_they_fill_and_are_refused_in_the_end(engine, resident):
