@@ -25,6 +25,8 @@ class _InitParams(ctypes.Structure):
     _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
 
+_QUIET = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)(lambda *_: None)
+"""What ggml logs with, for the whole process: it must outlive every `Ggml`."""
 _SIGNATURES = {
     "ggml_log_set": (None, [c_void_p, c_void_p]),
     "ggml_init": (c_void_p, [_InitParams]),
@@ -68,8 +70,7 @@ class Ggml:
                 raise NoGgml(f"the ggml of llama-cpp-python {self.version} has no {name}")
             function.restype, function.argtypes = result, arguments
             setattr(self, name.removeprefix("ggml_"), function)
-        self._quiet = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)(lambda *_: None)
-        self.log_set(self._quiet, None)
+        self.log_set(_QUIET, None)
         self.backend = self.backend_cpu_init()
         self.device = self.backend_get_device(self.backend)
 
@@ -155,6 +156,8 @@ class GgmlProduct:
         """So many products, at the places that follow the last one's; in one graph, as a model's
         layers are, or where there are too few places in several."""
         self._ggml.backend_cpu_set_n_threads(self._ggml.backend, threads)
+        if self._at + calls > len(self._outputs):
+            self._at = 0  # the same few graphs again: making them is not what a product takes
         while calls > 0:
             here = min(calls, len(self._outputs) - self._at)
             graph = self._graph(self._at, here)

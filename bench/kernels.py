@@ -37,6 +37,7 @@ from bench.kernel_cases import (
     weight_bytes,
 )
 from bench.kernel_report import compare, heading, name_of, row
+from edgemem.arguments import MAX_THREADS
 from edgemem._native import isa_names, lib
 from edgemem.budget import parse_size, show_size, usable_cpus
 from edgemem.errors import EdgeMemError
@@ -283,10 +284,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         old = json.loads(args.compare.read_text()) if args.compare else None
+        if old is not None and not (isinstance(old, dict) and "records" in old):
+            raise ValueError(f"{args.compare} is not what --json writes")
+        if args.threads and not all(1 <= n <= MAX_THREADS for n in args.threads):
+            raise ValueError(f"--threads are from 1 to {MAX_THREADS}")
         new = run(args)
         if args.json:
             args.json.write_text(json.dumps(new, indent=1) + "\n")
-    except (OSError, ValueError, MemoryError, EdgeMemError) as error:
+    except (OSError, ValueError, MemoryError, EdgeMemError, NoGgml) as error:
         sys.exit(f"error: {error}")
     if old is None:
         return 0

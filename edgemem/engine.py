@@ -225,7 +225,8 @@ class Engine:
             if room == self._fitted:
                 return
             slots = self._plan.slots(room)
-            if slots != self.slots:
+            if slots != self.slots or self._fitted is None:
+                self._fitted = None  # until all is as it is to be: an interrupt may come between
                 self._streamer.resize(slots)
                 self.slots = slots
             self._fitted = room
@@ -235,7 +236,11 @@ class Engine:
         with self._lock:
             self._account_freed()
         self.budget.take(items, advise or self._advise, what)
-        self._fit_slab()
+        try:
+            self._fit_slab()
+        except BaseException:
+            self.budget.give_back(items)
+            raise
 
     def _load(self, progress: Progress | None) -> None:
         started = perf_counter()
@@ -344,8 +349,8 @@ class Engine:
             if self._stepping:  # the last step was interrupted, who knows where
                 self._settle()
             kv.touch(kv.position + len(ids))
-            if len(self._plan.streamed) and self._scratch_loan.fits(len(ids)):
-                self._model.trim(self._scratch_loan.tokens)
+            if len(self._plan.streamed):
+                self._scratch_loan.expect(len(ids), self._model.trim)
             self._fit_slab()
             self._stepping = True
             started = perf_counter()
@@ -457,9 +462,12 @@ class Engine:
         context = (spare - needed + self._kv_item.bytes) // per_token // 64 * 64
         if context > 0:
             lines.append(f"a context of {context} tokens would fit (--context {context})")
-        smaller = cache_bytes(self.spec, self.context, "q8_0")
-        if self.kv != "q8_0" and needed - self._kv_item.bytes + smaller <= spare:
-            lines.append(f"a KV cache at q8_0 would fit: {show_size(smaller)} (--kv q8_0)")
+        for name in ("f16", "q8_0"):
+            smaller = cache_bytes(self.spec, self.context, name)
+            saved = self._kv_item.bytes - smaller
+            if saved > 0 and needed - saved <= spare:
+                lines.append(f"a KV cache at {name} would fit: {show_size(smaller)} (--kv {name})")
+                break
         for name in ("q8_0", "q4_0"):
             smaller = inventory.bytes_as(self.store, BY_NAME[name])
             if needed - weights + smaller <= spare:

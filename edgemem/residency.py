@@ -148,13 +148,13 @@ class Residency:
 
         What leaves is what ranks lowest; its memory goes back to the system.
         """
-        for place, (layout, count) in enumerate(self.slots.items()):
-            if slots[layout] != count:
-                status = lib.em_residency_resize(
-                    self._native, place, slots[layout], pointer(ranks, "float *")
-                )
-                check(status, f"changing {count} slots to {slots[layout]}")
-                self.slots[layout] = slots[layout]
+        # All of them, whatever was believed: an interrupt may have cut the last change short.
+        for place, layout in enumerate(self.slots):
+            status = lib.em_residency_resize(
+                self._native, place, slots[layout], pointer(ranks, "float *")
+            )
+            check(status, f"changing {self.slots[layout]} slots to {slots[layout]}")
+            self.slots[layout] = slots[layout]
         self.room = self._room()
 
     @property

@@ -96,7 +96,7 @@ def _attention(spec: dict) -> str:
 
 def _context(facts: dict) -> str:
     per_token = show_size(facts["kv_bytes_per_token"])
-    return f"{facts['spec']['max_positions']} tokens, {per_token} of KV cache each"
+    return f"{facts['spec']['max_positions']} tokens, {per_token} of KV cache each, at f16"
 
 
 def _tokenizer(tokenizer: dict, spec: dict) -> str:

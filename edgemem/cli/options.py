@@ -37,7 +37,7 @@ _THREADS = click.option(
 
 _KV_COSTS = {
     "q8_0": "perplexity by -0.01 % and +0.17 % where it was measured (tiny-moe, stories260k)",
-    "f32": "keys and values are not rounded, in twice the memory of f16",
+    "f32": "keys and values are not rounded, where f16 costs perplexity -0.001 % and -0.004 %",
 }
 _KV = click.option(
     "--kv", type=click.Choice(KV_TYPES), default=KV_TYPES[0], show_default=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 
 import numpy as np
 
@@ -102,27 +103,39 @@ def trimmed_bytes(spec: ModelSpec, of_tokens: int, n_tokens: int, threads: int) 
 
 
 class ScratchLoan:
-    """What small steps lend to others of the scratch that `chunk_tokens` tokens take: `bytes` now,
-    while steps are of up to `tokens` tokens. All that a step of one token leaves, at first."""
+    """What small steps lend to others of the scratch that `chunk_tokens` tokens take: all that a
+    step of one token leaves, at first."""
 
     def __init__(self, spec: ModelSpec, chunk_tokens: int, threads: int):
         self._spec, self._chunk_tokens, self._threads = spec, chunk_tokens, threads
         self._small_steps = 0
         self._lend(min(LENDING_TOKENS[0], chunk_tokens))
 
-    def _lend(self, tokens: int) -> None:
-        self.tokens = tokens
-        self.bytes = trimmed_bytes(self._spec, self._chunk_tokens, tokens, self._threads)
+    @property
+    def tokens(self) -> int:
+        """Steps of up to so many tokens fit what is not lent."""
+        return self._now[0]
 
-    def fits(self, n: int) -> bool:
-        """A step of n tokens comes: True if more is lent from now on, and must be trimmed."""
+    @property
+    def bytes(self) -> int:
+        """What is lent now."""
+        return self._now[1]
+
+    def _lend(self, tokens: int) -> None:
+        # One assignment: an interrupt finds the old loan or the new one.
+        lent = trimmed_bytes(self._spec, self._chunk_tokens, tokens, self._threads)
+        self._now = (tokens, lent)
+
+    def expect(self, n: int, trim: Callable[[int], None]) -> None:
+        """A step of n tokens comes: takes back what it needs, or lends more if that is worth while,
+        after `trim` was told the tokens of the largest step that may touch scratch from now on."""
         least = next((tokens for tokens in LENDING_TOKENS if n <= tokens), self._chunk_tokens)
         tokens = min(least, self._chunk_tokens)
         self._small_steps = self._small_steps + 1 if tokens < self.tokens else 0
-        if tokens > self.tokens or self._small_steps == LEND_AFTER_STEPS:
+        if self._small_steps >= LEND_AFTER_STEPS:
+            trim(tokens)
+        if tokens > self.tokens or self._small_steps >= LEND_AFTER_STEPS:
             self._lend(tokens)
-            return self._small_steps > 0
-        return False
 
 
 def scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:

@@ -1,5 +1,7 @@
 """The elastic slab: what others do not use yet holds bundles, and goes back when they need it."""
 
+import contextlib
+import mmap
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,8 +10,11 @@ import pytest
 import streaming
 
 import edgemem
-from edgemem import inventory
+from edgemem import dtypes, inventory
+from edgemem._native import ffi, lib
+from edgemem.budget import current_bytes
 from edgemem.engine import Engine
+from edgemem.kernels import Array, Core
 from edgemem.models.workspace import LEND_AFTER_STEPS, ScratchLoan, scratch_bytes
 
 CONTEXT = 512
@@ -76,16 +81,104 @@ def test_a_cache_that_fills_takes_its_memory_from_the_slab(engine, resident):
 
 
 def test_scratch_of_large_steps_is_lent_after_many_small_ones(resident):
+    loan, trimmed = ScratchLoan(resident.spec, 512, threads=2), []
+
+    def expect(n: int) -> tuple[int, int]:
+        loan.expect(n, trimmed.append)
+        return loan.tokens, loan.bytes
+
+    least, most = loan.tokens, loan.bytes
+    assert least == 8 and 0 < most < scratch_bytes(resident.spec, 512, 2)
+    assert expect(512) == (512, 0)
+    assert {expect(1) for _ in range(LEND_AFTER_STEPS - 1)} == {(512, 0)} and not trimmed
+    assert expect(1) == (least, most) == expect(1) and trimmed == [least]
+    tokens, some = expect(20)
+    assert tokens == 32 and 0 < some < most
+    assert [expect(n) for n in (1, 20, 1)] == [(32, some)] * 3, "it counts steps in a row"
+    assert trimmed == [least]
+
+
+def test_scratch_is_lent_only_once_it_is_trimmed(resident):
     loan = ScratchLoan(resident.spec, 512, threads=2)
-    most = loan.bytes
-    assert 0 < most < scratch_bytes(resident.spec, 512, 2)
-    assert not loan.fits(512) and loan.bytes == 0
-    assert not any(loan.fits(1) for _ in range(LEND_AFTER_STEPS - 1)) and loan.bytes == 0
-    assert loan.fits(1) and (loan.bytes, loan.tokens) == (most, 8)
-    assert not loan.fits(1) and loan.bytes == most
-    assert not loan.fits(20) and 0 < loan.bytes < most and loan.tokens == 32
-    assert not loan.fits(1) and not loan.fits(20) and not loan.fits(1)
-    assert loan.tokens == 32, "it counts steps in a row"
+    loan.expect(512, None)
+    for _ in range(LEND_AFTER_STEPS - 1):
+        loan.expect(1, None)
+
+    def interrupted(tokens: int) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            loan.expect(1, interrupted)
+        assert (loan.tokens, loan.bytes) == (512, 0)
+    trimmed = []
+    loan.expect(1, trimmed.append)
+    assert trimmed == [8] and loan.bytes > 0
+
+
+def test_what_is_trimmed_goes_back_to_the_system(tiny_moe_store, monkeypatch):
+    """Dropped pages read as zeros; a core's scratch is seen in the process's memory."""
+    monkeypatch.setattr("edgemem.models.workspace.LEND_AFTER_STEPS", 1)
+    ids = np.arange(128) % 64
+    with streaming.opened(tiny_moe_store, 0.3) as engine, engine.session() as session:
+        arrays = vars(engine._model._work.scratch)
+        session.feed(ids)
+        chunk, kept = engine.chunk_tokens, 8
+        for name in ("x", "h", "q", "k", "v", "attended", "ahead"):
+            rows = arrays[name].array
+            page = -(-mmap.PAGESIZE // rows[0].nbytes)
+            assert rows[kept + page : chunk].any(), name
+        session.feed(ids[:1])
+        for name in ("x", "h", "q", "k", "v", "attended", "ahead"):
+            rows = arrays[name].array
+            page = -(-mmap.PAGESIZE // rows[0].nbytes)
+            assert not rows[kept + page : chunk - page].any(), name
+    core, tokens, cols = Core(1), 4096, 4096
+    size = lib.em_linear_scratch(tokens, cols)
+    core.reserve(size)
+    x, quants = Array((tokens, cols)), Array(1)
+    x.array[:] = 1
+    weights = np.zeros(1 << 16, np.uint8)
+    linear = ffi.new("em_linear *", {
+        "weights": ffi.from_buffer(weights), "out": quants.pointer, "out_stride": 0,
+        "dtype": dtypes.Q8_0.code, "rows": 1, "cols": cols,
+    })  # fmt: skip
+    before = current_bytes()
+    assert lib.em_linears(core.handle, linear, 1, x.pointer, tokens) == lib.EM_OK
+    touched = current_bytes() - before
+    assert touched >= 0.9 * size
+    core.trim(1 << 20)
+    assert current_bytes() - before <= touched - 0.8 * size
+
+
+@pytest.mark.parametrize("place", ["edgemem.streamer._certain", "edgemem.residency.pointer"])
+def test_an_interrupt_while_slots_change_leaves_the_budget_kept(
+    place, engine, resident, monkeypatch
+):
+    """What an interrupted change left is set right by the next step, also if it wants the slots
+    that there were before."""
+    monkeypatch.setattr("edgemem.models.workspace.LEND_AFTER_STEPS", 1)
+    ids, residency, changed = np.arange(128) % 64, engine._streamer._residency, 0
+    with engine.session() as session, resident.session() as expected:
+        engine._caches.clear()  # so that room depends on the steps alone
+        for count, other in ((40, 1), (1, 40), (40, 1)):
+            for _ in range(2):
+                assert session.feed(ids[:count]).tobytes() == expected.feed(ids[:count]).tobytes()
+            before = dict(residency.slots)
+            with monkeypatch.context() as patch:
+                patch.setattr(place, interrupt)
+                with contextlib.suppress(KeyboardInterrupt):
+                    engine._scratch_loan.expect(other, engine._model.trim)
+                    engine._fit_slab()
+            changed += residency.slots != before
+            assert session.feed(ids[:count]).tobytes() == expected.feed(ids[:count]).tobytes()
+            assert engine.slots == engine._plan.slots(engine._slab_room()) == residency.slots
+            assert set(residency.room.tolist()) == set(residency.slots.values())
+    assert changed == (3 if place.endswith("_certain") else 0), "the interrupt came elsewhere"
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
 
 
 def test_what_was_trimmed_is_used_again(tiny_moe_store, resident, monkeypatch):
