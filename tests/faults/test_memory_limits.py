@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
     "EDGEMEM_SANITIZED" in os.environ, reason="a sanitizer has memory of its own"
 )
 
-CONTEXT = 768
+CONTEXT = 640
 SMALL = {
     "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64,
     "num_hidden_layers": 8, "vocab_size": 4096,
@@ -42,7 +42,7 @@ import numpy as np
 import edgemem
 from edgemem.budget import MIB, peak_bytes
 
-ids = np.random.default_rng(0).integers(2, 4096, 720)  # the engine counts what is there before it
+ids = np.random.default_rng(0).integers(2, 4096, 640)  # the engine counts what is there before it
 path, memory, context = sys.argv[1], sys.argv[2], int(sys.argv[3])
 read, told = [], {}
 
@@ -66,10 +66,10 @@ if memory == "floor":
     told |= {"seconds": time.perf_counter() - started, "read": len(read)}
     memory = floor * MIB
 with load(memory) as engine, engine.session() as session:
-    sums = [zlib.crc32(session.feed(ids[:600]))]
+    sums = [zlib.crc32(session.feed(ids[:530]))]
     # So many small steps that they lend their scratch, and a large one that takes it back.
-    sums += [zlib.crc32(session.feed(ids[i : i + 1])) for i in range(600, 670)]
-    sums.append(zlib.crc32(session.feed(ids[670:])))
+    sums += [zlib.crc32(session.feed(ids[i : i + 1])) for i in range(530, 600)]
+    sums.append(zlib.crc32(session.feed(ids[600:])))
     told |= {"limit": engine.budget.limit, "sums": sums, "peak": peak_bytes()}
 print(json.dumps(told))
 """
