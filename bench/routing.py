@@ -14,7 +14,8 @@ import numpy as np
 import edgemem
 from bench.replay_cache import Belady, hit_rate, simulate
 from bench.replay_traces import Routing, of_tokens, read
-from edgemem.models.layers import Experts
+from edgemem.kvcache import KvCache
+from edgemem.models.decoder import Layer
 from edgemem.policies import Lru
 
 SHARES = (0.10, 0.25, 0.50)
@@ -23,21 +24,23 @@ WITHIN = 0.05
 
 def record(store: str, n_tokens: int, seed: int = 0) -> Routing:
     """The routing of a store's model over random tokens, as if decoded one by one."""
-    picked, run = [], Experts.run
+    picked, run = [], Layer.run
 
-    def noted(experts: Experts, n: int) -> None:
-        run(experts, n)
-        logits, k = experts._work.scratch.routing.logits.array[:n], experts._work.spec.top_k
-        picked.append(np.argpartition(logits, -k, axis=1)[:, -k:].copy())
+    def noted(layer: Layer, kv: KvCache, n: int) -> None:
+        run(layer, kv, n)
+        if layer.experts is not None:
+            work = layer.experts._work
+            logits, k = work.scratch.routing.logits.array[:n], work.spec.top_k
+            picked.append(np.argpartition(logits, -k, axis=1)[:, -k:].copy())
 
     with edgemem.load(store, context=max(64, n_tokens)) as engine, engine.session() as session:
         spec = engine.spec
         ids = np.random.default_rng(seed).integers(2, spec.vocab_size, n_tokens)
-        Experts.run = noted
+        Layer.run = noted
         try:
             session.feed(ids)
         finally:
-            Experts.run = run
+            Layer.run = run
     n_layers = sum(spec.routed)
     chunks = [np.stack(picked[i : i + n_layers], 1) for i in range(0, len(picked), n_layers)]
     return of_tokens(Path(store).name, np.concatenate(chunks), spec.n_experts)

@@ -55,7 +55,7 @@ def pointer(array: np.ndarray, ctype: str):
 
 
 _ARRAYS = {f"{name} *": ffi.typeof(f"{name}[]") for name in (
-    "float", "double", "int32_t", "int64_t", "uint16_t", "uint32_t", "uint64_t",
+    "float", "double", "int32_t", "int64_t", "uint8_t", "uint16_t", "uint32_t", "uint64_t",
 )}  # fmt: skip
 """Pointers that have a length and an owner, by the pointers that they serve as."""
 

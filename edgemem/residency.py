@@ -31,7 +31,6 @@ _TRIAL_BYTES = 48 << 20
 _TRIALS = 2
 _KNEE = 0.95
 """A depth is enough that gives this share of the best rate."""
-_ALL_BYTES = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,10 @@ class Residency:
 
     `addresses` is uint64 [n_bundles], 0 for the streamed; `index_of` int64 [n_bundles] numbers the
     streamed from 0 and is -1 for the others; `sizes` int64 [n_bundles] are bytes in memory. The
-    verbs take these numbers; `kinds`, `classes` (its layout class), `room` (slots of that) and
-    `flags` (int32, what a ready flag says) are by these numbers too. Opening reads the resident
-    bundles and checks them; `depth` reads in flight were best then, and `read_rate` bytes per
-    second came (0: unknown).
+    verbs take these numbers; `kinds`, `classes` (its layout class) and `room` (slots of that) are
+    by these numbers too. `native` is the em_residency, NULL where nothing streams. Opening reads
+    the resident bundles and checks them; `depth` reads in flight were best then, and `read_rate`
+    bytes per second came (0: unknown).
     Raises MemoryError, CorruptError, FlashError.
     """
 
@@ -74,7 +73,7 @@ class Residency:
         total += sum(s.count * size for s, size in zip(slots, slot_sizes, strict=True))
         self._slab = Slab(total)
         self._fd, self.direct = _open_direct(store.path)
-        self._native = None
+        self.native = ffi.NULL
         # Reads in flight land in the slab: it must outlive the thread that waits for them.
         self._finalizer = weakref.finalize(self, _close, self._slab, self._fd, None)
         try:
@@ -93,18 +92,18 @@ class Residency:
     @property
     def engine(self) -> str:
         """The I/O engine that reads streamed bundles, or "none"."""
-        if not self._native:
+        if not self.native:
             return "none"
-        return ffi.string(lib.em_residency_engine(self._native)).decode()
+        return ffi.string(lib.em_residency_engine(self.native)).decode()
 
     def acquire(self, indices: np.ndarray, ranks: np.ndarray) -> np.ndarray:
         """Pin streamed bundles (uint32, contiguous), start reading the absent; addresses uint64.
 
-        Never waits for a read: `ready` tells when bytes are there.
+        Never waits for a read: that is `wait`'s.
         """
         addresses = np.empty(len(indices), np.uint64)
         status = lib.em_residency_acquire(
-            self._native, pointer(indices, "uint32_t *"), len(indices), pointer(ranks, "float *"),
+            self.native, pointer(indices, "uint32_t *"), len(indices), pointer(ranks, "float *"),
             pointer(addresses, "uint64_t *"),
         )  # fmt: skip
         check(status, f"holding {len(indices)} bundles at once")
@@ -112,36 +111,28 @@ class Residency:
 
     def release(self, indices: np.ndarray) -> None:
         """Undo one `acquire` of the same bundles."""
-        lib.em_residency_release(self._native, pointer(indices, "uint32_t *"), len(indices))
+        lib.em_residency_release(self.native, pointer(indices, "uint32_t *"), len(indices))
 
     def release_all(self) -> None:
         """Undo every `acquire`, after a step that was interrupted in the middle of one."""
-        if self._native:
-            lib.em_residency_release_all(self._native)
+        if self.native:
+            lib.em_residency_release_all(self.native)
 
     def wait(self, indices: np.ndarray) -> None:
         """Wait until acquired bundles are there. Raises CorruptError or FlashError."""
         at = pointer(indices, "uint32_t *")
-        if lib.em_residency_wait(self._native, at, len(indices)) != lib.EM_OK:
+        if lib.em_residency_wait(self.native, at, len(indices)) != lib.EM_OK:
             raise self.error()
 
-    def prefetch(self, indices: np.ndarray, ranks: np.ndarray, most_bytes: int = _ALL_BYTES) -> int:
-        """Start reading the absent of these bundles, in this order, behind all demand, up to
-        `most_bytes`; they take the place of lower ranks. Returns how many."""
-        return lib.em_residency_prefetch(
-            self._native, pointer(indices, "uint32_t *"), len(indices), pointer(ranks, "float *"),
-            most_bytes,
-        )  # fmt: skip
-
-    def cancel(self, stale: np.ndarray) -> None:
-        """Forget what `prefetch` was asked for and has not started. What was prefetched stays until
-        it is acquired, but for `stale` (uint32), which nobody waits for any more."""
-        lib.em_residency_cancel(self._native, pointer(stale, "uint32_t *"), len(stale))
+    def cancel(self, indices, n: int) -> None:
+        """Forget prefetches that have not started. What was prefetched stays until it is acquired,
+        but for these bundles (uint32 pointer), which nobody waits for any more."""
+        lib.em_residency_cancel(self.native, indices, n)
 
     def clear(self) -> None:
         """Evict all that is not pinned: slots are as empty as after opening."""
-        if self._native:
-            lib.em_residency_clear(self._native)
+        if self.native:
+            lib.em_residency_clear(self.native)
 
     def resize(self, slots: dict[int, int], ranks: np.ndarray) -> None:
         """Change how many slots each layout class has, up to those at open. Nothing may be held.
@@ -151,36 +142,26 @@ class Residency:
         # All of them, whatever was believed: an interrupt may have cut the last change short.
         for place, layout in enumerate(self.slots):
             status = lib.em_residency_resize(
-                self._native, place, slots[layout], pointer(ranks, "float *")
+                self.native, place, slots[layout], pointer(ranks, "float *")
             )
             check(status, f"changing {self.slots[layout]} slots to {slots[layout]}")
             self.slots[layout] = slots[layout]
         self.room = self._room()
 
-    @property
-    def ready(self):
-        """int32 pointer: a flag for each streamed bundle, which says what of it is in place."""
-        return lib.em_residency_ready(self._native)
-
-    def clocks(self) -> tuple[int, int, int]:
-        """idle_us, read_bytes and busy_us of the counters."""
-        stats = lib.em_residency_statistics(self._native)
-        return stats.idle_us, stats.read_bytes, stats.busy_us
-
     def statistics(self) -> dict[str, int]:
         """Counters since open; see em_residency_stats."""
-        if not self._native:
+        if not self.native:
             return {}
-        stats = lib.em_residency_statistics(self._native)
+        stats = lib.em_residency_statistics(self.native)
         return {name: int(getattr(stats, name)) for name in _COUNTERS}
 
     def error(self) -> EdgeMemError:
         """The exception for the read that failed last."""
-        return self._error_of(self._native, self.streamed)
+        return self._error_of(self.native, self.streamed)
 
     def close(self) -> None:
         """Wait for reads in flight and let go of the file. Closing twice is fine."""
-        self._native = None
+        self.native = ffi.NULL
         self._finalizer()
 
     def _class_bytes(self, layout: int) -> int:
@@ -234,9 +215,7 @@ class Residency:
         native = self._open(self.streamed, (place[l] for l in layouts), classes, self.depth)
         self._finalizer.detach()
         self._finalizer = weakref.finalize(self, _close, self._slab, self._fd, native)
-        self._native = native
-        flags = ffi.buffer(self.ready, 4 * len(self.streamed))
-        self.flags = np.frombuffer(flags, np.int32)
+        self.native = native
 
     def _room(self) -> np.ndarray:
         """int64 [n_streamed]: the slots of each bundle's class."""

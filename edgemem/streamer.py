@@ -1,21 +1,22 @@
-"""Hands a layer the bundles it wants, for as long as it computes with them.
+"""Hands a model's parts the bundles they want, for as long as they compute with them.
 
-Resident bundles are just there. Of streamed ones a layer's whole demand is issued at once; what is
+Resident bundles are just there. Of streamed ones a turn's whole demand is issued at once; what is
 in memory can be computed while the rest lands, and what the next layers will want is read ahead:
 all of it where that is certain, the likeliest where it is foreseen. A policy ranks what may leave;
 it never sees memory.
+
+Turns run inside native calls (native/stream.c). This is what they work on, and what they call back
+where Python has a say: a policy that is written in it, and the recorder of a trace.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import planner
-from ._native import ffi, pointer
+from ._native import check, ffi, lib, pointer
 from .format import Kind
 from .lookahead import Lookahead
 from .policies import Policy
@@ -27,31 +28,14 @@ if TYPE_CHECKING:
 AHEAD = 2
 """Turns that are read ahead where their demand is certain: one being read, one waiting."""
 
-Foresee = Callable[[], np.ndarray]
-"""What the next layer will likely want, likeliest first: bundles, uint32 [n]."""
-
-
-@dataclass(slots=True)
-class Bundles:
-    """Bundles held for one native call: `addresses` uint64 [n], and how to wait for them.
-
-    `first` is their place in the turn's demand. `ready` and `ids` are what em_ffn_run takes;
-    `wait()` waits for all of them.
-    """
-
-    addresses: np.ndarray
-    first: int = 0
-    ready: object = ffi.NULL
-    ids: object = ffi.NULL
-    wait: Callable[[], None] = lambda: None
-
 
 class Streamer:
     """Feeds a model from a residency; `policy` ranks what streams (None: nothing does).
 
     `turns` int64 [n_bundles] tell when in a step each bundle has its turn; policies number them as
     layers. With `lookahead` what a model foresees is read ahead. `recorder`, where there is one, is
-    told of every streamed turn, every step and every change of slots.
+    told of every streamed turn, every step and every change of slots. `stream` is the em_stream
+    that native operations take.
     """
 
     def __init__(
@@ -59,102 +43,62 @@ class Streamer:
         lookahead: bool = True,
     ):  # fmt: skip
         self._residency = residency
-        self._policy = policy
-        self.recorder: Recorder | None = None
-        self._demand: list[np.ndarray] = []
-        self._lookahead = Lookahead() if lookahead else None
-        self._foreseen = np.empty(0, np.uint32)
+        self._recorder: Recorder | None = None
+        self._raised: BaseException | None = None
+        self._me = ffi.new_handle(weakref.ref(self))
+        self._resident_demand = 0
+        n, m = len(residency.sizes), len(residency.streamed)
+        arrays = {  # what the stream points into
+            "addresses": residency.addresses, "sizes": residency.sizes,
+            "index_of": residency.index_of, "foreseen": np.zeros(m, np.uint32),
+            "indices": np.zeros(n, np.uint32), "held": np.zeros(n, np.uint64),
+            "uses": np.zeros(n, np.int32), "likely": np.zeros(2 * m, np.uint32),
+            "likelihood": np.zeros(m, np.float32), "wanted": np.zeros(m, np.uint8),
+        }  # fmt: skip
+        self.stream = ffi.new("em_stream *", {"residency": residency.native, "user": self._me})
+        self._owners: dict[str, tuple] = {}
+        for name, array in arrays.items():
+            self._point(name, array)
+        self._lookahead = lookahead
         if policy is not None:
             self._turns = turns[residency.streamed]
-            self._wanted = np.zeros(len(residency.streamed), bool)
-            self._certain = _certain(residency, self._turns)
+            self._point("turn_of", self._turns.astype(np.int32))
+            self._rank_by(policy)
+            self._fit()
 
-    def hold(self, ids: np.ndarray) -> _Hold:
-        """A context manager that gives the addresses (uint64 [n]) of resident bundles `ids`."""
-        self._demand.append(ids)
-        return _Hold(self._residency.addresses[ids])
+    def resident(self, bundle: int) -> int:
+        """The address of a bundle that stays where it is until the streamer is closed."""
+        return int(self._residency.addresses[bundle])
 
-    def rounds(
-        self, ids: np.ndarray, uses: np.ndarray | None = None, tokens: int = 1,
-        foresee: Foresee | None = None,
-    ) -> Iterator[Bundles]:  # fmt: skip
-        """Bundles `ids` (uint32, ascending) of one turn, in one round or in as many as memory asks.
+    def use_resident(self, bundles: np.ndarray) -> None:
+        """This step computes with these resident bundles, outside any turn."""
+        self._resident_demand += int(self._residency.sizes[bundles].sum())
 
-        A round's reads run while the one before it is computed. `uses` says how many of the step's
-        `tokens` take each bundle. `foresee` is called, if at all, while the last reads run.
-        """
-        self._demand.append(ids)
-        indices = self._residency.index_of[ids]
-        if indices[0] < 0:
-            yield Bundles(self._residency.addresses[ids])
-            return
-        turn = int(self._turns[indices[0]])
-        self._policy.observe(turn, indices, uses, tokens)
-        ranks = self._policy.ranks(turn)
-        indices = indices.astype(np.uint32)
-        size = self._round_size(indices)
-        held: list[tuple[np.ndarray, np.ndarray, int]] = []
-        try:
-            for start in range(0, len(indices), size):
-                part = indices[start : start + size]
-                held.append((part, self._residency.acquire(part, ranks), start))
-                if len(held) == 2:
-                    yield from self._give(held)
-            self._learn(indices)
-            self._look_ahead(turn, ranks, foresee)
-            while held:
-                yield from self._give(held)
-        finally:
-            for part, _, _ in held:
-                self._residency.release(part)
-        if self.recorder is not None:
-            self.recorder.demand(turn, indices, uses)
+    def check(self, status: int, doing: str) -> None:
+        """Raise what a native operation's status means, if anything; `doing` says what it did."""
+        if status == lib.EM_FLASH:
+            raise self._residency.error()
+        if status == lib.EM_RAISED:
+            raised, self._raised = self._raised, None
+            raise raised or KeyboardInterrupt
+        check(status, doing)
 
-    def _give(self, held) -> Iterator[Bundles]:
-        part, addresses, start = held[0]
-        residency = self._residency
-        at = pointer(part, "uint32_t *")
-        yield Bundles(addresses, start, residency.ready, at, lambda: residency.wait(part))
-        residency.release(held.pop(0)[0])
+    @property
+    def recorder(self) -> Recorder | None:
+        """Who records a trace."""
+        return self._recorder
 
-    def _round_size(self, indices: np.ndarray) -> int:
-        return planner.round_size(self._residency.classes[indices], self._residency.room[indices])
-
-    def _learn(self, indices: np.ndarray) -> None:
-        """Compare what was foreseen with what came, and forget what has not started."""
-        foreseen, self._foreseen = self._foreseen, self._foreseen[:0]
-        if not len(foreseen):
-            return
-        self._wanted[indices] = True
-        used = self._wanted[foreseen]
-        self._wanted[indices] = False
-        self._lookahead.learn(len(foreseen), int(used.sum()))
-        self._residency.cancel(foreseen[~used])
-
-    def _look_ahead(self, turn: int, ranks: np.ndarray, foresee: Foresee | None) -> None:
-        """Start on the next turns' bundles while this turn is computed."""
-        certain = self._certain.get(turn)
-        if certain is not None:
-            self._residency.prefetch(certain, ranks)
-        if foresee is None or self._lookahead is None:
-            return
-        residency = self._residency
-        room = self._lookahead.admit(*residency.clocks())
-        if not room:
-            return
-        likely = residency.index_of[foresee()].astype(np.uint32)
-        absent = likely[residency.flags[likely] == 0]
-        if len(absent):
-            # The resident among them go along, so that none of them makes place for another.
-            residency.prefetch(np.concatenate([absent, likely]), ranks, room)
-            self._foreseen = absent
+    @recorder.setter
+    def recorder(self, recorder: Recorder | None) -> None:
+        self._recorder = recorder
+        self.stream.record = ffi.NULL if recorder is None else lib.edgemem_record
 
     def resize(self, slots: dict[int, int]) -> None:
         """Change the slots of each layout class. Not while a step runs."""
         self._residency.resize(slots, self._policy.ranks(0))
-        self._certain = _certain(self._residency, self._turns)
-        if self.recorder is not None:
-            self.recorder.resize(self.slots)
+        self._fit()
+        if self._recorder is not None:
+            self._recorder.resize(self.slots)
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -163,41 +107,39 @@ class Streamer:
 
     def end_step(self, phase: str, tokens: int, withheld_bytes: int = 0) -> None:
         """A step of `tokens` tokens is over, in which slots were denied some memory."""
-        if self.recorder is not None:
-            self.recorder.step(phase, tokens, withheld_bytes)
+        if self._recorder is not None:
+            self._recorder.step(phase, tokens, withheld_bytes)
 
     def settle(self) -> None:
         """Forget what an interrupted step held and demanded."""
+        stream = self.stream
         self._residency.release_all()
-        if len(self._foreseen):
-            self._residency.cancel(self._foreseen)
-        self._demand = []
-        self._foreseen = self._foreseen[:0]
-        if self.recorder is not None:
-            self.recorder.drop()
+        if stream.n_foreseen:
+            self._residency.cancel(stream.foreseen, stream.n_foreseen)
+        self.take_demand()
+        stream.n_foreseen = 0
+        if self._recorder is not None:
+            self._recorder.drop()
 
     def clear(self, policy: Policy | None) -> None:
         """Empty the slots and start anew with another policy. A trace cannot say so: it ends."""
         self._residency.clear()
-        self._policy = policy
-        self._lookahead = Lookahead() if self._lookahead else None
-        self._foreseen = self._foreseen[:0]
+        self.stream.n_foreseen = 0
+        if policy is not None:
+            self._rank_by(policy)
         self.end_recording()
 
     def end_recording(self) -> None:
         """Let go of the recorder."""
-        if self.recorder is not None:
-            self.recorder.close()
+        if self._recorder is not None:
+            self._recorder.close()
         self.recorder = None
 
-    def error(self) -> Exception:
-        """The exception for the read that failed."""
-        return self._residency.error()
-
     def take_demand(self) -> int:
-        """Bytes of the bundles held since this was last asked, counted once for each hold."""
-        ids, self._demand = self._demand, []
-        return int(self._residency.sizes[np.concatenate(ids)].sum()) if ids else 0
+        """Bytes of the bundles used since this was last asked, counted once for each use."""
+        demand = self.stream.demand_bytes + self._resident_demand
+        self.stream.demand_bytes = self._resident_demand = 0
+        return demand
 
     def statistics(self) -> dict[str, int]:
         """The residency's counters."""
@@ -205,38 +147,86 @@ class Streamer:
 
     def close(self) -> None:
         """Wait for reads in flight and let go of the store's file."""
+        self.stream.residency = ffi.NULL
         self._residency.close()
         self.end_recording()
 
+    def _set(self, name: str, value, owner: object) -> None:
+        """Set a field of the stream; what it points to has an owner, whatever interrupts this."""
+        self._owners[name] = (owner, self._owners.get(name))
+        setattr(self.stream, name, value)
+        self._owners[name] = (owner, None)
 
-class _Hold:
-    __slots__ = ("_addresses",)
+    def _point(self, name: str, array: np.ndarray) -> None:
+        ctype = "float *" if array.dtype == np.float32 else f"{array.dtype.name}_t *"
+        at = pointer(np.ascontiguousarray(array), ctype)
+        self._set(name, at, at)
 
-    def __init__(self, addresses: np.ndarray):
-        self._addresses = addresses
+    def _rank_by(self, policy: Policy) -> None:
+        self._policy = policy
+        self._point("ranks", policy.ranks(0))
+        self.stream.observe = lib.edgemem_observe
+        self._set("policy", policy.native, policy)
+        ahead = Lookahead() if self._lookahead else None
+        self._set("lookahead", ffi.NULL if ahead is None else ahead.state, ahead)
 
-    def __enter__(self) -> np.ndarray:
-        return self._addresses
+    def _fit(self) -> None:
+        """What is certain depends on the slots."""
+        first, certain = _certain(self._residency, self._turns)
+        self._point("certain_first", first)
+        self._point("certain", certain)
 
-    def __exit__(self, *_) -> None:
-        """Resident bundles need no unpinning."""
+    def observe(self, turn: int, indices: np.ndarray, uses: np.ndarray | None, tokens: int) -> None:
+        """A turn begins that demands these streamed bundles: called back from native code."""
+        self._policy.observe(turn, indices, uses, tokens)
+        self._point("ranks", self._policy.ranks(turn))
+
+    def record(self, turn: int, indices: np.ndarray, uses: np.ndarray | None, tokens: int) -> None:
+        """A turn is over: called back from native code."""
+        self._recorder.demand(turn, indices, uses)
 
 
-def _certain(residency: Residency, turns: np.ndarray) -> dict[int, np.ndarray]:
-    """For each turn the bundles that are certainly wanted next: dense layers, and the head.
+def _called_back(function) -> None:
+    """Make native code call `function(streamer, turn, indices, uses, tokens)`, both arrays its own.
+
+    What it raises ends the step: `Streamer.check` raises it again.
+    """
+
+    def call(me, turn, indices, n, uses, tokens) -> int:
+        demanded = np.frombuffer(ffi.buffer(indices, 4 * n), np.uint32).copy()
+        counts = None
+        if uses != ffi.NULL:
+            counts = np.frombuffer(ffi.buffer(uses, 4 * n), np.int32).copy()
+        function(ffi.from_handle(me)(), turn, demanded, counts, tokens)
+        return lib.EM_OK
+
+    def failed(exception, value, traceback) -> None:
+        ffi.from_handle(traceback.tb_frame.f_locals["me"])()._raised = value
+
+    ffi.def_extern(f"edgemem_{function.__name__}", error=lib.EM_RAISED, onerror=failed)(call)
+
+
+_called_back(Streamer.observe)
+_called_back(Streamer.record)
+
+
+def _certain(residency: Residency, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(first [n_turns + 1], bundles): what is certainly wanted after turn t, dense layers and the
+    head, are `bundles[first[t] : first[t + 1]]`.
 
     As many of them as the slots can hold beside those that are in use.
     """
     sure = np.flatnonzero(np.isin(residency.kinds, (Kind.FFN, Kind.HEAD)))
     order = np.unique(turns)
-    found = {}
+    found = [np.empty(0, np.int64)] * (int(order[-1]) + 1)
     for place, turn in enumerate(order.tolist()):
         following = np.roll(order, -place - 1)[:AHEAD]
         ahead = [part for t in following if t != turn for part in [sure[turns[sure] == t]]]
         ids = [part[: _beside(residency, part)] for part in ahead if len(part)]
         if ids:
-            found[turn] = np.concatenate(ids).astype(np.uint32)
-    return found
+            found[turn] = np.concatenate(ids)
+    first = np.cumsum([0, *map(len, found)])
+    return first.astype(np.int32), np.concatenate(found).astype(np.uint32)
 
 
 def _beside(residency: Residency, part: np.ndarray) -> int:

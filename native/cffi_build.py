@@ -8,12 +8,21 @@ import sys
 
 import cffi
 
+CALLED_BACK = """
+extern "Python" int32_t edgemem_observe(void *, int32_t, uint32_t const *, int32_t,
+                                        int32_t const *, int32_t);
+extern "Python" int32_t edgemem_record(void *, int32_t, uint32_t const *, int32_t,
+                                       int32_t const *, int32_t);
+"""
+"""What the core calls in Python, each an em_observer; edgemem/streamer.py says what they do."""
+
 
 def main(header: str, output: str) -> None:
     with open(header, encoding="utf-8") as file:
         declared = re.search(r"/\* cdef:.*?\*/(.*)/\* end cdef \*/", file.read(), re.S).group(1)
     builder = cffi.FFI()
     builder.cdef(declared)
+    builder.cdef(CALLED_BACK)
     builder.set_source("edgemem._core", '#include "edgemem.h"')
     builder.emit_c_code(output)
 

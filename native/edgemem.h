@@ -24,6 +24,7 @@ enum {
     EM_NO_MEMORY = 3,   /* an allocation failed, or the reserved scratch is too small */
     EM_NO_THREADS = 4,  /* the system refused to start a thread */
     EM_FLASH = 5,       /* a bundle could not be read, or its checksum is wrong */
+    EM_RAISED = 6,      /* a function of the caller's says that this is the end */
 };
 
 /* Number formats; the codes are those of the store. */
@@ -155,66 +156,6 @@ int32_t em_softmax(em_core *core, float *x, int32_t n_rows, int32_t n_cols);
  * last filled up with zeros. q [n_rows, blocks, 32]; scale and sum [n_rows, blocks]. */
 int32_t em_quantize(em_core *core, const float *x, int32_t n_rows, int32_t n_cols, int8_t *q,
                     float *scale, int32_t *sum);
-
-/* One of the calls above as a layer repeats it in every step: all that does not change with it.
- * Pointers are to scratch of n tokens; numbers of rows and columns are for one token. */
-enum {
-    EM_OP_NORM = 0,
-    EM_OP_LINEARS = 1,
-    EM_OP_CLAMP = 2,
-    EM_OP_ATTEND = 3, /* store, then run */
-    EM_OP_ROUTE = 4,
-    EM_OP_SIGMOID = 5,
-};
-
-typedef struct {
-    const float *x, *weight;
-    float *out;
-    float eps;
-    int32_t rows, cols;
-} em_norm_op;
-
-typedef struct {
-    const em_linear *items;
-    const float *x;
-    int32_t n_items;
-} em_linears_op;
-
-typedef struct {
-    float *q;
-    const float *k, *v, *cos_table, *sin_table;
-    float *out;
-} em_attend_op;
-
-typedef struct {
-    const float *logits;
-    int32_t n_experts, top_k, normalize;
-    int32_t *n_chosen; /* what em_route returns */
-    uint32_t *experts;
-    int32_t *first, *tokens;
-    float *weights;
-} em_route_op;
-
-typedef struct {
-    float *x;
-    int32_t cols;
-    float limit; /* of EM_OP_CLAMP */
-} em_elements_op;
-
-typedef struct {
-    int32_t kind;
-    em_norm_op norm;
-    em_linears_op linears;
-    em_attend_op attend;
-    em_route_op route;
-    em_elements_op elements;
-} em_op;
-
-/* Runs operations one after another on n tokens at `position`; `attention` is the layer's, or NULL
- * where none attends. Gives the first status that is not EM_OK, and in *failed which operation's.
- */
-int32_t em_ops_run(em_core *core, const em_op *ops, int32_t n_ops, const em_attention *attention,
-                   int64_t position, int32_t n_tokens, int32_t *failed);
 
 /* ---- residency: which bundles are in memory, and where --------------------------------------- */
 
@@ -350,8 +291,167 @@ typedef struct {
 /* `tokens` tokens demanded bundles `ids` [n] of a layer, each once and each taken by uses[i] of the
  * tokens (NULL: by one): restates the layer's ranks. EM_INVALID changes nothing: an id is not the
  * layer's, or a number is out of range. */
-int32_t em_next_use_observe(em_next_use *state, int32_t layer, const int64_t *ids, int32_t n,
-                            const int64_t *uses, int64_t tokens);
+int32_t em_next_use_observe(em_next_use *state, int32_t layer, const uint32_t *ids, int32_t n,
+                            const int32_t *uses, int32_t tokens);
+
+/* ---- lookahead: how much to read ahead of demand --------------------------------------------- */
+
+/* The state of edgemem/lookahead.py, which says what it means. */
+typedef struct {
+    double precision, idle_us, bytes_per_us; /* averages */
+    int64_t idle_before, read_before, busy_before;
+    int64_t pause, layers_left;
+    double memory, longest_idle_us, first_precision, least_precision, most_precision;
+    int64_t longest_pause;
+} em_lookahead;
+
+/* Bytes that may be read now for the next layer, given the residency's counters; once a layer. */
+int64_t em_lookahead_admit(em_lookahead *state, int64_t idle_us, int64_t read_bytes,
+                           int64_t busy_us);
+/* Of `foreseen` bundles that were not in memory a layer did use `used`. */
+void em_lookahead_learn(em_lookahead *state, int32_t foreseen, int32_t used);
+
+/* ---- streams: how turns take their bundles --------------------------------------------------- */
+
+/* A turn demands streamed bundles `indices` [n], each taken by uses[i] of the tokens (NULL: by
+ * one). Gives EM_OK, or EM_RAISED where that is the end of the step. */
+typedef int32_t em_observer(void *user, int32_t turn, const uint32_t *indices, int32_t n,
+                            const int32_t *uses, int32_t tokens);
+
+/* The state of edgemem/streamer.py, which owns the arrays. Of all n_bundles bundles some are
+ * streamed: those are numbered as in the residency. */
+typedef struct {
+    em_residency *residency;      /* NULL where nothing streams */
+    const uint64_t *addresses;    /* [n_bundles]: of those that are not streamed */
+    const int64_t *sizes;         /* [n_bundles] */
+    const int64_t *index_of;      /* [n_bundles]: -1 for those that are not streamed */
+    const int32_t *turn_of;       /* [n_streamed] */
+    const int32_t *certain_first; /* [n_turns + 1] */
+    const uint32_t *certain;      /* streamed bundles that are wanted after each turn, surely */
+    const float *ranks;           /* [n_streamed]: the lowest leaves first */
+    em_next_use *policy;          /* observes every turn; or, where that is NULL, `observe` does */
+    em_observer *observe;
+    em_observer *record; /* is told of a turn when it is over; may be NULL */
+    void *user;
+    em_lookahead *lookahead; /* NULL: nothing is foreseen */
+    int64_t demand_bytes;    /* of all bundles that turns took */
+    int32_t n_foreseen;      /* of `foreseen`: what was read ahead for the next turn */
+    uint32_t *foreseen;      /* [n_streamed] */
+    uint32_t *indices;       /* [n_bundles]: these, too, are for a turn to use */
+    uint64_t *held;          /* [n_bundles] */
+    int32_t *uses;           /* [n_bundles] */
+    uint32_t *likely;        /* [2 n_streamed] */
+    float *likelihood;       /* [n_streamed] */
+    uint8_t *wanted;         /* [n_streamed], zeros */
+} em_stream;
+
+/* ---- operations in a row --------------------------------------------------------------------- */
+
+/* One of the calls above as a layer repeats it in every step: all that does not change with it.
+ * Pointers are to scratch of n tokens; numbers of rows and columns are for one token. */
+enum {
+    EM_OP_NORM = 0,
+    EM_OP_LINEARS = 1,
+    EM_OP_CLAMP = 2,
+    EM_OP_ATTEND = 3, /* store, then run */
+    EM_OP_ROUTE = 4,
+    EM_OP_SIGMOID = 5,
+    EM_OP_FFN = 6, /* these take bundles of a stream */
+    EM_OP_GATHER = 7,
+    EM_OP_TABLE = 8,
+};
+
+typedef struct {
+    const float *x, *weight;
+    float *out;
+    float eps;
+    int32_t rows, cols;
+} em_norm_op;
+
+typedef struct {
+    const em_linear *items;
+    const float *x;
+    int32_t n_items;
+} em_linears_op;
+
+typedef struct {
+    float *q;
+    const float *k, *v, *cos_table, *sin_table;
+    float *out;
+} em_attend_op;
+
+typedef struct {
+    const float *logits;
+    int32_t n_experts, top_k, normalize;
+    int32_t *n_chosen; /* what em_route returns */
+    uint32_t *experts;
+    int32_t *first, *tokens;
+    float *weights;
+} em_route_op;
+
+typedef struct {
+    float *x;
+    int32_t cols;
+    float limit; /* of EM_OP_CLAMP */
+} em_elements_op;
+
+/* What the next turn will want, as far as the present state tells: `ops` route tokens. */
+typedef struct {
+    const struct em_op *ops;
+    int32_t n_ops;
+    const em_route_op *routing; /* theirs */
+    const uint32_t *bundles;    /* of its experts */
+} em_foresight;
+
+/* em_ffn_run. Without `routing` all tokens take bundles[0]. */
+typedef struct {
+    em_stream *stream;
+    const em_ffn *ffn;
+    const uint32_t *bundles; /* of the experts */
+    const em_route_op *routing;
+    const int32_t *tokens; /* by pair; without routing by token */
+    const float *weights;
+    const float *x;
+    float *out;
+    em_foresight foresight; /* n_ops = 0: none */
+} em_ffn_op;
+
+/* em_embed, with bundles `wanted` of the table's `bundles`, each by uses[i] of the tokens. */
+typedef struct {
+    em_stream *stream;
+    const uint32_t *bundles, *wanted;
+    const int32_t *uses, *ids;
+    int32_t n_wanted, n_bundles, rows_per_bundle, dtype, lanes, cols;
+    uint64_t *addresses; /* [n_bundles], for the operation to use */
+    float *out;
+} em_gather_op;
+
+/* em_linears, with a matrix that lies in `bundles`, of which each has `items`' next. */
+typedef struct {
+    em_stream *stream;
+    const uint32_t *bundles;
+    em_linear *items; /* [n_bundles], whose weights are the operation's to set */
+    int32_t n_bundles;
+    const float *x;
+} em_table_op;
+
+typedef struct em_op {
+    int32_t kind;
+    em_norm_op norm;
+    em_linears_op linears;
+    em_attend_op attend;
+    em_route_op route;
+    em_elements_op elements;
+    em_ffn_op ffn;
+    em_gather_op gather;
+    em_table_op table;
+} em_op;
+
+/* Runs operations one after another on n tokens at `position`; `attention` is the layer's, or NULL
+ * where none attends. Gives the first status that is not EM_OK, and in *failed which operation's.
+ */
+int32_t em_ops_run(em_core *core, const em_op *ops, int32_t n_ops, const em_attention *attention,
+                   int64_t position, int32_t n_tokens, int32_t *failed);
 
 /* end cdef */
 

@@ -17,8 +17,8 @@ static void rates_decay(float *restrict rates, int64_t n, float keep) {
 }
 
 /* Moves the shares towards the rates that expected this turn's uses (expectation maximisation). */
-static void shares_learn(em_next_use *s, const double *weights, const int64_t *ids, int32_t n,
-                         const int64_t *uses) {
+static void shares_learn(em_next_use *s, const double *weights, const uint32_t *ids, int32_t n,
+                         const int32_t *uses) {
     int64_t n_bundles = s->starts[s->n_layers];
     double credit[EM_MOST_RATES] = {0}, expected[EM_MOST_RATES], count = 0;
     for (int32_t i = 0; i < n; i++) {
@@ -36,8 +36,8 @@ static void shares_learn(em_next_use *s, const double *weights, const int64_t *i
         s->shares[r] += s->learning * (credit[r] / count - s->shares[r]);
 }
 
-static void rates_feed(em_next_use *s, int32_t layer, const int64_t *ids, int32_t n,
-                       const int64_t *uses, int64_t tokens) {
+static void rates_feed(em_next_use *s, int32_t layer, const uint32_t *ids, int32_t n,
+                       const int32_t *uses, int32_t tokens) {
     int64_t n_bundles = s->starts[s->n_layers], start = s->starts[layer];
     double *weights = s->weights + (int64_t)layer * s->n_rates;
     for (int32_t r = 0; r < s->n_rates; r++) {
@@ -75,8 +75,8 @@ static void clock_advance(em_next_use *s) {
     s->clock = 0;
 }
 
-int32_t em_next_use_observe(em_next_use *s, int32_t layer, const int64_t *ids, int32_t n,
-                            const int64_t *uses, int64_t tokens) {
+int32_t em_next_use_observe(em_next_use *s, int32_t layer, const uint32_t *ids, int32_t n,
+                            const int32_t *uses, int32_t tokens) {
     if (layer < 0 || layer >= s->n_layers || n < 0 || tokens < 1) return EM_INVALID;
     if (s->n_rates < 1 || s->n_rates > EM_MOST_RATES) return EM_INVALID;
     for (int32_t i = 0; i < n; i++)

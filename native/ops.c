@@ -1,5 +1,6 @@
 /* Operations over a core: arguments are checked here, then the pool runs kernels. */
 #include "core.h"
+#include "stream.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -330,6 +331,9 @@ static int32_t run_op(em_core *core, const em_op *op, const em_attention *attent
     case EM_OP_ATTEND: return attend(core, &op->attend, attention, position, n);
     case EM_OP_ROUTE: return route(core, &op->route, n);
     case EM_OP_SIGMOID: return em_sigmoid(core, e->x, n * e->cols);
+    case EM_OP_FFN: return em_stream_ffn(core, &op->ffn, n);
+    case EM_OP_GATHER: return em_stream_gather(core, &op->gather, n);
+    case EM_OP_TABLE: return em_stream_table(core, &op->table, n);
     default: return EM_INVALID;
     }
 }

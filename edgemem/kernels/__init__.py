@@ -4,10 +4,13 @@
 """
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from .._native import Slab, check, ffi, lib, pointer
+from ..format import Layout
 
 ACTIVATION_CODES = {
     "silu": lib.EM_SILU,
@@ -89,15 +92,20 @@ class Core:
 
 class Ops:
     """Operations on one scratch that one native call runs one after another, in the order in which
-    they were added; whoever adds one fills in what `add` returns, and keeps what that points to."""
+    they were added; whoever adds one fills in what `add` returns, and lets `keep` keep what that
+    points to, if nobody else does.
 
-    MOST = 16
+    `check(status, doing)` raises what a status means.
+    """
 
-    def __init__(self, core: Core):
-        self._core = core
+    MOST = 20
+
+    def __init__(self, core: Core, check: Callable[[int, str], None] = check):
+        self._core, self._check = core, check
         self._ops = ffi.new("em_op[]", self.MOST)
         self._failed = ffi.new("int32_t *")
         self._doing: list[str] = []
+        self._kept: list[object] = []
 
     def add(self, kind: int, doing: str):
         """A new em_op; `doing` is for the error if it fails."""
@@ -107,6 +115,14 @@ class Ops:
         self._doing.append(doing)
         return op
 
+    def keep(self, owner: object) -> None:
+        """Keep what operations point to."""
+        self._kept.append(owner)
+
+    def lend(self, foresight) -> None:
+        """Let `foresight` (em_foresight) run these operations."""
+        foresight.ops, foresight.n_ops = self._ops, len(self._doing)
+
     def run(self, n_tokens: int, attention=ffi.NULL, position: int = 0) -> None:
         """Run them on n tokens; `attention` (em_attention): the layer's cache where one attends."""
         status = lib.em_ops_run(
@@ -114,88 +130,43 @@ class Ops:
             self._failed,
         )  # fmt: skip
         if status != lib.EM_OK:
-            check(status, self._doing[self._failed[0]])
+            self._check(status, self._doing[self._failed[0]])
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of a bundle that stays where it is: laid out by `layout` from `address` on."""
+
+    layout: Layout
+    address: int
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.layout
+
+    def pointer(self, name: str, ctype: str):
+        """Where a tensor starts."""
+        return ffi.cast(ctype, self.address + self.layout[name].offset)
 
 
 class Linears:
     """Matrices of one bundle that read the same input: out_i (+)= W_i x + b_i.
 
-    `parts` is a list of (segment name, bias segment name or None, out Array, first float in out);
-    out rows are `stride` floats apart, by default the matrix's rows.
+    `parts` is a list of (segment name, bias segment name or None, out Array).
     """
 
-    def __init__(
-        self, core: Core, layout, parts, accumulate: bool = False, stride: int | None = None
-    ):
-        self._core = core
+    def __init__(self, tensors: Tensors, parts, accumulate: bool = False):
         self._items = ffi.new("em_linear[]", len(parts))
-        self._offsets = []
-        for item, (name, bias, out, start) in zip(self._items, parts, strict=True):
-            segment = layout[name]
-            item.out = out.pointer + start
-            item.out_stride = stride or segment.rows
+        for item, (name, bias, out) in zip(self._items, parts, strict=True):
+            segment = tensors.layout[name]
+            item.weights = tensors.pointer(name, "void *")
+            if bias is not None and bias in tensors:
+                item.bias = tensors.pointer(bias, "float *")
+            item.out, item.out_stride = out.pointer, segment.rows
             item.dtype, item.rows, item.cols = segment.dtype.code, segment.rows, segment.cols
             item.accumulate = accumulate
-            has_bias = bias is not None and bias in layout
-            self._offsets.append((item, segment.offset, layout[bias].offset if has_bias else None))
-
-    def bind(self, address: int) -> None:
-        """The bundle is at `address` from now on."""
-        for item, weights, bias in self._offsets:
-            item.weights = ffi.cast("void *", address + weights)
-            if bias is not None:
-                item.bias = ffi.cast("float *", address + bias)
 
     def add_to(self, ops: Ops, x, doing: str) -> None:
-        """Let `ops` multiply x, a float pointer to [n_tokens, cols]."""
+        """Let `ops`, which keeps this, multiply x, a float pointer to [n_tokens, cols]."""
         op = ops.add(lib.EM_OP_LINEARS, doing).linears
         op.items, op.n_items, op.x = self._items, len(self._items), x
-
-    def run(self, x, n_tokens: int) -> None:
-        """x: float pointer to [n_tokens, cols]."""
-        status = lib.em_linears(self._core.handle, self._items, len(self._items), x, n_tokens)
-        check(status, "multiplying matrices")
-
-
-class Table:
-    """A matrix split over bundles of whole rows (the last may hold fewer): gathered, or multiplied.
-
-    Both take the bundles that are there now: their addresses, uint64 [k].
-    """
-
-    def __init__(self, core: Core, layouts):
-        self._core = core
-        self._segments = [layout["rows"] for layout in layouts]
-        self._addresses = np.zeros(len(layouts), np.uint64)
-        self.rows_per_bundle = self._segments[0].rows
-        self._linears = ffi.new("em_linear[]", len(self._segments))
-        rows = sum(segment.rows for segment in self._segments)
-        for linear, segment in zip(self._linears, self._segments, strict=True):
-            linear.dtype, linear.rows = segment.dtype.code, segment.rows
-            linear.cols, linear.out_stride = segment.cols, rows
-
-    def gather(self, ids: np.ndarray, out: Array, here: np.ndarray, addresses: np.ndarray) -> None:
-        """out [n, cols] = the rows `ids`, int32 [n], contiguous, each checked by the caller.
-
-        Rows that are not in the bundles `here` are left as they are.
-        """
-        first = self._segments[0]
-        self._addresses[:] = 0
-        self._addresses[here] = addresses
-        status = lib.em_embed(
-            self._core.handle, pointer(self._addresses, "uint64_t *"), first.rows,
-            first.dtype.code, first.lanes, first.cols, pointer(ids, "int32_t *"), len(ids),
-            out.pointer,
-        )  # fmt: skip
-        check(status, "gathering rows")
-
-    def multiply(self, x, n_tokens: int, out: Array, start: int, addresses: np.ndarray) -> None:
-        """out [n_tokens, rows] = x · tableᵀ in the columns of bundles `start` and on, for a float
-        pointer x to [n_tokens, cols]; the others are left as they are."""
-        for i, address in enumerate(addresses.tolist(), start):
-            self._linears[i].weights = ffi.cast("void *", address)
-            self._linears[i].out = out.pointer + i * self.rows_per_bundle
-        status = lib.em_linears(
-            self._core.handle, self._linears + start, len(addresses), x, n_tokens
-        )
-        check(status, "multiplying by a table")
+        ops.keep(self)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .._native import check, lib, pointer
+from .._native import check, ffi, lib, pointer
 from ..errors import CorruptError
 from ..format import Kind
-from ..kernels import Array, Core, Ops, Table
+from ..kernels import Array, Core, Ops
 from ..spec import ModelSpec
-from .layers import Attention, Experts, Norm, SharedExpert
+from .layers import Experts, Norm, SharedExpert, add_attention
 from .rope import inverse_frequencies
 from .workspace import Workspace
 
@@ -26,56 +26,72 @@ class Layer:
 
     def __init__(self, work: Workspace, index: int, feed_forward: list[type]):
         spec, s = work.spec, work.scratch
-        self._work, self._index = work, index
-        self._id, layouts = work.bundles(Kind.DENSE, index)
-        layout = layouts[0]
-        self._ops = ops = Ops(work.core)
-        attention = Attention(work, ops, layout)
+        self._index = index
+        self._ops = ops = work.ops()
+        tensors = work.tensors(index)
+        add_attention(work, ops, tensors)
         x, h = s.x.pointer, s.h.pointer
-        norm = Norm(ops, layout, "ffn_norm", spec.norm_eps, spec.hidden, x, h)
-        self._feed_forward = [part(work, index, ops, layout) for part in feed_forward]
-        self._parts = [attention, norm, *self._feed_forward]
-        self.experts = next((p for p in self._feed_forward if isinstance(p, Experts)), None)
-        self._address = None
-        with work.streamer.hold(self._id) as addresses:
-            self._bind(int(addresses[0]))
-
-    def _bind(self, address: int) -> None:
-        if address != self._address:
-            for part in self._parts:
-                part.bind(address)
-            self._address = address
+        Norm(ops, tensors, "ffn_norm", spec.norm_eps, spec.hidden, x, h)
+        parts = [part(work, index, ops, tensors) for part in feed_forward]
+        ops.keep(parts)
+        self.experts = next((p for p in parts if isinstance(p, Experts)), None)
 
     def run(self, kv: KvCache, n: int) -> None:
-        with self._work.streamer.hold(self._id) as addresses:
-            self._bind(int(addresses[0]))
-            self._ops.run(n, kv.layers[self._index], kv.position)
-            for part in self._feed_forward:
-                part.run(n)
+        self._ops.run(n, kv.layers[self._index], kv.position)
 
 
 class Vocabulary:
     """Rows of the vocabulary: gathered as embeddings, or multiplied by as the output head."""
 
     def __init__(self, work: Workspace, kind: Kind):
-        self._work = work
-        self._ids, layouts = work.bundles(kind)
-        self._table = Table(work.core, layouts)
+        self._bundles, layouts = work.bundles(kind)
+        self._segments = [layout["rows"] for layout in layouts]
+        self._rows_per_bundle = self._segments[0].rows
+        self._add_gather(work)
+        self._add_table(work)
 
-    def embed(self, ids: np.ndarray, out: Array) -> None:
-        """out [n, hidden] = the rows of `ids`, int32 [n], each in the vocabulary."""
+    def _add_gather(self, work: Workspace) -> None:
+        first, n = self._segments[0], len(self._segments)
+        self._addresses = Array(n, np.uint64)
+        self._gather = work.ops()
+        self._gather_op = op = self._gather.add(lib.EM_OP_GATHER, "gathering rows").gather
+        op.stream, op.bundles = work.streamer.stream, pointer(self._bundles, "uint32_t *")
+        op.n_bundles, op.rows_per_bundle = n, first.rows
+        op.dtype, op.lanes, op.cols = first.dtype.code, first.lanes, first.cols
+        op.addresses, op.out = self._addresses.pointer, work.scratch.x.pointer
+
+    def _add_table(self, work: Workspace) -> None:
+        self._items = ffi.new("em_linear[]", len(self._segments))
+        rows = sum(segment.rows for segment in self._segments)
+        for item, segment in zip(self._items, self._segments, strict=True):
+            item.dtype, item.rows = segment.dtype.code, segment.rows
+            item.cols, item.out_stride = segment.cols, rows
+        self._table = work.ops()
+        op = self._table.add(lib.EM_OP_TABLE, "multiplying by the output head").table
+        op.stream, op.bundles = work.streamer.stream, pointer(self._bundles, "uint32_t *")
+        op.items, op.n_bundles, op.x = self._items, len(self._segments), work.scratch.h.pointer
+
+    def embed(self, ids: np.ndarray) -> None:
+        """scratch.x [n, hidden] = the rows of `ids`, int32 [n], each in the vocabulary."""
         ids = np.ascontiguousarray(ids, np.int32)
-        wanted, uses = np.unique(ids // self._table.rows_per_bundle, return_counts=True)
-        for bundles in self._work.streamer.rounds(self._ids[wanted], uses, len(ids)):
-            bundles.wait()
-            here = wanted[bundles.first : bundles.first + len(bundles.addresses)]
-            self._table.gather(ids, out, here, bundles.addresses)
+        wanted, uses = np.unique(ids // self._rows_per_bundle, return_counts=True)
+        kept = (
+            pointer(wanted.astype(np.uint32), "uint32_t *"),
+            pointer(uses.astype(np.int32), "int32_t *"), pointer(ids, "int32_t *"),
+        )  # fmt: skip
+        op = self._gather_op
+        op.wanted, op.uses, op.ids = kept
+        op.n_wanted = len(wanted)
+        self._gather.run(len(ids))
 
-    def read_out(self, x, n_tokens: int, out: Array) -> None:
-        """out [n_tokens, vocab] = the logits of x, a float pointer to [n_tokens, hidden]."""
-        for bundles in self._work.streamer.rounds(self._ids, None, n_tokens):
-            bundles.wait()
-            self._table.multiply(x, n_tokens, out, bundles.first, bundles.addresses)
+    def write_to(self, logits: Array) -> None:
+        """Let `read_out` write there: float32 [n_tokens, vocab]."""
+        for i, item in enumerate(self._items):
+            item.out = logits.pointer + i * self._rows_per_bundle
+
+    def read_out(self, n_tokens: int) -> None:
+        """The logits of scratch.h [n_tokens, hidden]."""
+        self._table.run(n_tokens)
 
 
 class Decoder(ABC):
@@ -86,17 +102,17 @@ class Decoder(ABC):
         self._work = work = Workspace(store, streamer, core, max_tokens)
         self._layers = [Layer(work, i, self._parts(i)) for i in range(self.spec.n_layers)]
         for layer, following in pairwise(self._layers):
-            if layer.experts is not None:
-                layer.experts.following = following.experts
-        self._final_id, final = work.bundles(Kind.DENSE, self.spec.n_layers)
+            if layer.experts is not None and following.experts is not None:
+                layer.experts.foresee(following.experts)
         self._final = Ops(core)
         x, h = work.scratch.x.pointer, work.scratch.h.pointer
-        self._final_norm = Norm(
-            self._final, final[0], "norm", self.spec.norm_eps, self.spec.hidden, x, h
-        )
+        tensors = work.tensors(self.spec.n_layers)
+        self._norm = Norm(self._final, tensors, "norm", self.spec.norm_eps, self.spec.hidden, x, h)
         self._head = Vocabulary(work, Kind.HEAD)
         self._embedding = self._head if self.spec.tied else Vocabulary(work, Kind.EMBED)
-        self._logits = Array((1, self.spec.vocab_size))
+        self._reserve_logits(1)
+        layers = range(self.spec.n_layers + 1)
+        self._dense = np.concatenate([work.bundles(Kind.DENSE, i)[0] for i in layers])
         self._frequencies = (0, None)
 
     @abstractmethod
@@ -119,8 +135,9 @@ class Decoder(ABC):
 
         ids: int32 [n], 1 ≤ n ≤ max_tokens, each in the vocabulary; kv has room for n more.
         """
-        n, s = len(ids), self._work.scratch
-        self._embedding.embed(ids, s.x)
+        n = len(ids)
+        self._work.streamer.use_resident(self._dense)
+        self._embedding.embed(ids)
         self._rotate(kv, n)
         for layer in self._layers:
             layer.run(kv, n)
@@ -144,14 +161,14 @@ class Decoder(ABC):
         check(status, "computing rotary angles")
 
     def _read_out(self, n: int, rows: int) -> np.ndarray:
-        s, hidden = self._work.scratch, self.spec.hidden
-        if rows == 0:
-            return self._logits.array[:0]
         if len(self._logits.array) < rows:
-            self._logits = Array((rows, self.spec.vocab_size))
-        with self._work.streamer.hold(self._final_id) as addresses:
-            self._final_norm.bind(int(addresses[0]))
-            self._final_norm.read(s.x.pointer + (n - rows) * hidden)
+            self._reserve_logits(rows)
+        if rows > 0:
+            self._norm.read(self._work.scratch.x.pointer + (n - rows) * self.spec.hidden)
             self._final.run(rows)
-        self._head.read_out(s.h.pointer, rows, self._logits)
+            self._head.read_out(rows)
         return self._logits.array[:rows]
+
+    def _reserve_logits(self, rows: int) -> None:
+        self._logits = Array((rows, self.spec.vocab_size))
+        self._head.write_to(self._logits)

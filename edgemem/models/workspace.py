@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .._native import lib
+from .._native import ffi, lib
 from ..format import Kind, Layout
-from ..kernels import Array, Core, Linears, Ops
+from ..kernels import Array, Core, Linears, Ops, Tensors
 from ..spec import ModelSpec
 
 
@@ -54,26 +54,18 @@ class Routing:
         self.weights = Array(pairs)
         self._n_chosen = Array(1, np.int32)
 
-    def add_to(self, ops: Ops, work: Workspace, layout, x: Array) -> Linears:
-        """Let `ops` route x [n, hidden] by a layer's router, whose matrix is still to be bound."""
-        spec = work.spec
-        router = Linears(work.core, layout, [("router", None, self.logits, 0)])
+    def add_to(self, ops: Ops, spec: ModelSpec, tensors: Tensors, x: Array):
+        """Let `ops` route x [n, hidden] by a layer's router; the em_route_op's address."""
+        router = Linears(tensors, [("router", None, self.logits)])
         router.add_to(ops, x.pointer, "routing")
-        op = ops.add(lib.EM_OP_ROUTE, "routing").route
-        op.n_experts, op.top_k, op.normalize = spec.n_experts, spec.top_k, spec.normalize_top_k
+        op = ops.add(lib.EM_OP_ROUTE, "routing")
+        route = op.route
+        route.n_experts, route.top_k = spec.n_experts, spec.top_k
+        route.normalize = spec.normalize_top_k
         for name in ("logits", "experts", "first", "tokens", "weights"):
-            setattr(op, name, getattr(self, name).pointer)
-        op.n_chosen = self._n_chosen.pointer
-        return router
-
-    @property
-    def chosen(self) -> np.ndarray:
-        """uint32: the experts that the tokens routed last need, ascending."""
-        return self.experts.array[: self._n_chosen.array[0]]
-
-    def uses(self, wanted: int) -> np.ndarray:
-        """int32: how many tokens take each of the experts chosen last."""
-        return np.diff(self.first.array[: wanted + 1])
+            setattr(route, name, getattr(self, name).pointer)
+        route.n_chosen = self._n_chosen.pointer
+        return ffi.addressof(op, "route")
 
 
 def core_scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:
@@ -167,3 +159,12 @@ class Workspace:
         """(ids uint32 [n], their layouts) of the bundles of one kind, in one layer or in none."""
         ids = self._store.find(kind) if layer is None else self._store.find(kind, layer)
         return np.ascontiguousarray(ids, np.uint32), [self._store.layout_of(int(i)) for i in ids]
+
+    def tensors(self, layer: int) -> Tensors:
+        """What every token needs of a layer, or after the last of them."""
+        ids, layouts = self.bundles(Kind.DENSE, layer)
+        return Tensors(layouts[0], self.streamer.resident(int(ids[0])))
+
+    def ops(self) -> Ops:
+        """New operations, whose failures the streamer explains."""
+        return Ops(self.core, self.streamer.check)

@@ -54,7 +54,7 @@ class NextUse(Policy):
             "rates": pointer(self._rates, "float *"),
             "ranks": pointer(self._ranks, "float *"),
         }
-        self._state = ffi.new("em_next_use *", {
+        self.native = ffi.new("em_next_use *", {
             **self._arrays, "n_layers": n_layers, "n_rates": n_rates, "last_layer": -1,
             "learning": LEARNING, "least_rate": LEAST_RATE, "prior": PRIOR,
             "longest_clock": _LONGEST_CLOCK,
@@ -65,12 +65,12 @@ class NextUse(Policy):
     ) -> None:
         assert uses is None or len(uses) == len(ids)
         status = lib.em_next_use_observe(
-            self._state, layer, _int64(ids), len(ids), ffi.NULL if uses is None else _int64(uses),
-            tokens,
+            self.native, layer, _integers(ids, np.uint32), len(ids),
+            ffi.NULL if uses is None else _integers(uses, np.int32), tokens,
         )  # fmt: skip
         if status != lib.EM_OK:
             check(status, f"ranking the bundles of layer {layer}")
 
 
-def _int64(numbers: np.ndarray):
-    return pointer(np.ascontiguousarray(numbers, np.int64), "int64_t *")
+def _integers(numbers: np.ndarray, dtype: type):
+    return pointer(np.ascontiguousarray(numbers, dtype), f"{np.dtype(dtype).name}_t *")

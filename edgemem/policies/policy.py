@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
+from .._native import ffi
+
 
 class Policy(ABC):
     """Ranks the streamed bundles of a model: where room is needed, the lowest rank goes first.
@@ -15,6 +17,8 @@ class Policy(ABC):
     """
 
     name: str
+    native = ffi.NULL
+    """The em_next_use that observes turns in native code; without one `observe` is called back."""
 
     def __init__(self, layer_of: np.ndarray, n_layers: int):
         self.layer_of = np.asarray(layer_of, np.int64)

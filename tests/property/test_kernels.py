@@ -17,7 +17,7 @@ from edgemem._native import Slab, ffi, isa_names, lib
 from edgemem.dtypes import BY_NAME, KV_TYPES, DType
 from edgemem.errors import UnsupportedError
 from edgemem.format import Layout
-from edgemem.kernels import ACTIVATION_CODES, Array, Core, Linears, Table, reference
+from edgemem.kernels import ACTIVATION_CODES, Array, Core, Linears, Ops, Tensors, reference
 from edgemem.spec import RopeSpec
 
 U = 2.0**-24
@@ -87,10 +87,10 @@ def product(core, bundle: Bundle, x: np.ndarray, bias: bool, start: np.ndarray |
     out = Array((len(x), bundle.layout["w"].rows))
     if start is not None:
         out.array[:] = start
-    parts = [("w", "b" if bias else None, out, 0)]
-    linears = Linears(core, bundle.layout, parts, accumulate=start is not None)
-    linears.bind(bundle.address)
-    linears.run(ffi.cast("float *", x.ctypes.data), len(x))
+    parts, ops = [("w", "b" if bias else None, out)], Ops(core)
+    linears = Linears(Tensors(bundle.layout, bundle.address), parts, start is not None)
+    linears.add_to(ops, ffi.cast("float *", x.ctypes.data), "multiplying")
+    ops.run(len(x))
     return out.array
 
 
@@ -156,12 +156,15 @@ def test_gathering_rows_is_exact(name, lanes, cores, rng):
         out = Array((len(ids), cols))
 
         def gather(core, bundles=bundles, ids=ids, out=out):
-            table = Table(core, [b.layout for b in bundles])
-            at = np.array([b.address for b in bundles], np.uint64)
+            at, segment = Array(len(bundles), np.uint64), bundles[0].layout["rows"]
+            args = segment.rows, segment.dtype.code, segment.lanes, segment.cols
+            args += ffi.cast("int32_t *", ids.ctypes.data), len(ids), out.pointer
             out.array[:] = 7
-            table.gather(ids, out, np.array([1]), at[1:2])
-            assert (out.array[ids // len(bundles[0].values["rows"]) != 1] == 7).all()
-            table.gather(ids, out, np.arange(3), at)
+            for here in ([1], range(3)):  # the rows of bundles that are not there stay
+                at.array[here] = [bundles[i].address for i in here]
+                assert lib.em_embed(core.handle, at.pointer, *args) == lib.EM_OK
+                there = np.isin(ids // segment.rows, here)
+                assert (out.array[~there] == 7).all()
             return out.array.copy()
 
         found = on_all(cores, gather)

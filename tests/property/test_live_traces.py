@@ -11,6 +11,7 @@ from tiny_config import ROUTED_TYPES
 import edgemem
 from edgemem import policies, tracefile
 from edgemem._native import lib
+from edgemem.recorder import Recorder
 
 pytest.importorskip("numba", reason="the replay needs numba: pip install edgemem[bench]")
 
@@ -123,15 +124,15 @@ def test_interrupted_and_failed_steps_leave_no_line(stores, tmp_path, monkeypatc
     path = tmp_path / "run.jsonl"
     with streaming.opened(stores["trained"], 0.1, trace=path) as engine, engine.session() as s:
         s.feed([1, 2, 3])
-        gives, calls = engine._streamer._give, []
+        recorder, calls = engine._streamer.recorder, []
 
-        def interrupted(held):
+        def interrupted(*demand):
             calls.append(0)
             if len(calls) == 4:
                 raise KeyboardInterrupt
-            return gives(held)
+            return Recorder.demand(recorder, *demand)
 
-        monkeypatch.setattr(engine._streamer, "_give", interrupted)
+        monkeypatch.setattr(recorder, "demand", interrupted)
         with pytest.raises(KeyboardInterrupt):
             s.feed([4, 5])
         s.feed([6])

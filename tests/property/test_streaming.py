@@ -12,9 +12,8 @@ import tiny
 from tiny_config import MODEL_TYPES
 
 import edgemem
-from edgemem import inventory, policies, residency
+from edgemem import inventory, lookahead, policies, residency
 from edgemem.format import Kind
-from edgemem.lookahead import Lookahead
 
 POLICIES = [name for name in policies.POLICIES if name != "static"]
 ENGINES = ("threads", "io_uring")
@@ -103,7 +102,8 @@ def test_what_is_foreseen_is_read_ahead(tiny_moe_store, monkeypatch):
     with edgemem.load(tiny_moe_store) as engine:
         expected = answer(engine)
     with monkeypatch.context() as patch:  # whatever time this device has
-        patch.setattr(Lookahead, "admit", lambda *_: 1 << 40)
+        patch.setattr(lookahead, "FIRST_PACE", 1e30)
+        patch.setattr(lookahead, "LEAST_PRECISION", -1.0)
         with streaming.opened(tiny_moe_store, 0.2) as engine:
             assert answer(engine) == expected
             ahead = engine._streamer.statistics()
@@ -127,7 +127,8 @@ def test_without_direct_reads_the_answer_is_the_same(stores, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
-def test_interrupted_steps_leave_the_engine_usable(stores):
+@pytest.mark.parametrize("policy", ["next-use", "lru"])  # one that is native, one called back
+def test_interrupted_steps_leave_the_engine_usable(stores, policy):
     """At the floor a pin that is left behind would end the engine."""
 
     class Interrupt(Exception):
@@ -140,7 +141,7 @@ def test_interrupted_steps_leave_the_engine_usable(stores):
         expected = answer(engine)
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        with streaming.opened(stores["qwen3_moe"], 0.0) as engine:
+        with streaming.opened(stores["qwen3_moe"], 0.0, policy=policy) as engine:
             for i in range(60):
                 try:
                     signal.setitimer(signal.ITIMER_REAL, 1e-4 * (1 + i % 13))
@@ -152,6 +153,17 @@ def test_interrupted_steps_leave_the_engine_usable(stores):
             assert answer(engine) == expected
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+def test_what_a_policy_raises_ends_the_step_and_nothing_else(stores, monkeypatch):
+    with edgemem.load(stores["mixtral"]) as engine:
+        expected = answer(engine)
+    with streaming.opened(stores["mixtral"], 0.0, policy="lfu") as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._streamer._policy, "observe", lambda *_: 1 // 0)
+            with pytest.raises(ZeroDivisionError):
+                answer(engine)
+        assert answer(engine) == expected
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
