@@ -18,6 +18,7 @@ import platform
 import random
 import statistics
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -25,9 +26,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import belady
+from . import belady, inventory
 from ._native import isa_names
 from .budget import Item, machine_bytes, peak_bytes, usable_cpus
+from .format import Kind
 from .sequence import TokenSequence
 
 if TYPE_CHECKING:
@@ -74,7 +76,8 @@ class Report:
     `slots`, as many as there were at the end, are for `streamed_bundles`. The rates of flash (at
     reads of `record_bytes`) and DRAM are those that `ideal_seconds_per_token` of decode is made of;
     `efficiency` is η, of the median repetition. Of flash, and of Belady, there is nothing to say
-    (None) where nothing streams.
+    (None) where nothing streams. `breakdown` tells what the seconds of a decoded token went into,
+    all of them: "all else" is what no counter has, most of it Python's.
     """
 
     budget_bytes: int
@@ -106,6 +109,7 @@ class Report:
     ideal_seconds_per_token: float
     efficiency: float
     peak_rss_bytes: int
+    breakdown: dict[str, float]
 
 
 def measure(
@@ -120,37 +124,51 @@ def measure(
     """
     check(engine, prompt_tokens, new_tokens, repetitions)
     rounds, length = repetitions + warm, prompt_tokens + new_tokens
-    if len(engine._plan.streamed):
-        size = rounds * _demand_bytes(engine, prompt_tokens, new_tokens)
-        engine._promise([Item("record of the demand", size)], "measuring")
+    steps = _chunks(engine, prompt_tokens) + [1] * new_tokens
+    steps_at_once = steps * rounds if warm else steps
+    size = 4 * sum(_demand_room(engine, steps * rounds))
+    engine._promise([Item("record of the demand", size)], "measuring")
     # Not numpy's generators: importing them takes memory that no budget has promised.
     draw, vocab = random.Random(seed), range(engine.spec.vocab_size)
-    times, demands = [], []
+    times, demands, spent = [], [], Counter()
     for i in range(rounds):
         row = np.array(draw.choices(vocab, k=length), np.int32)
         times.append(np.zeros(1 + new_tokens))
         if i and not warm:
             engine.clear()
         if i == 0 or not warm:
-            demands.append(_Demand(engine))
+            demands.append(_Demand(engine, steps_at_once))
+        counts = i >= warm
         if i == warm:  # from here on it counts
             engine.trace.clear()
-        steps = _steps(engine, row, prompt_tokens, demands[-1], counts=i >= warm)
-        for step, seconds in enumerate(steps):
+        before = Counter()
+        for step, seconds in enumerate(_steps(engine, row, prompt_tokens, demands[-1], counts)):
             times[i][step] = seconds
+            if step == 0:
+                before = _spent(engine)
             if progress is not None:
                 progress(i * length + prompt_tokens + step, rounds * length)
+        if counts:
+            spent.update(_spent(engine))
+            spent.subtract(before)
     engine._streamer.end_recording()
-    return _report(engine, prompt_tokens, np.array(times[warm:]), demands, warm)
+    return _report(engine, prompt_tokens, np.array(times[warm:]), demands, warm, spent)
 
 
-def _demand_bytes(engine: Engine, prompt_tokens: int, new_tokens: int) -> int:
-    """Bytes that a `_Demand` takes for a repetition, at most: arrays grow in large steps."""
-    spec, chunk = engine.spec, engine.chunk_tokens
-    chunks, beside = -(-prompt_tokens // chunk), 2 + len(engine.slots)
-    ids = new_tokens * (max(spec.top_k, 1) + beside)
-    ids += chunks * (max(spec.n_experts, chunk) + beside)
-    return 2 * 4 * ids * (spec.n_layers + 2)
+def _chunks(engine: Engine, tokens: int) -> list[int]:
+    """The steps that a prompt takes."""
+    chunk = engine.chunk_tokens
+    return [chunk] * (tokens // chunk) + [tokens % chunk] * (tokens % chunk > 0)
+
+
+def _spent(engine: Engine) -> Counter[str]:
+    """Seconds that all steps so far have spent, by what they did; the rest is Python's."""
+    clocks, waited = engine._core.clocks(), engine._streamer.statistics().get("stall_us", 0)
+    spent = engine._model.spent()
+    spent["waiting for bundles"] = clocks["stall"] + waited / 1e6
+    spent["taking bundles"] = clocks["taking"]
+    spent["foreseeing bundles"] = clocks["foreseeing"]
+    return spent
 
 
 def check(engine: Engine, prompt_tokens: int, new_tokens: int, repetitions: int) -> None:
@@ -171,82 +189,73 @@ def _steps(engine: Engine, ids: np.ndarray, prompt_tokens: int, demand: _Demand,
     """Run one repetition; yields the seconds of the prompt, then of each token."""
     sequence = TokenSequence(engine)
     try:
-        demand.counts = False
         started = perf_counter()
         sequence.extend(ids[:prompt_tokens])
         int(sequence.logits().argmax())
-        yield perf_counter() - started
-        demand.counts = counts
+        seconds = perf_counter() - started
+        demand.end_step(False)
+        yield seconds
         for token in ids[prompt_tokens:].tolist():
             started = perf_counter()
             sequence.append(token)
             sequence.logits()
-            yield perf_counter() - started
+            seconds = perf_counter() - started
+            demand.end_step(counts)
+            yield seconds
     finally:
         sequence.close()
 
 
 class _Demand:
-    """A recorder that keeps what streamed layers demand, for Belady; it tells the one before it.
+    """What streamed turns of some repetitions demand, for Belady: written down by native code.
 
-    `counts` says whether what comes is of the decode that is measured.
+    `end_step` says whether the turns since the last one count.
     """
 
-    def __init__(self, engine: Engine):
-        self.counts = False
-        self._now = engine._streamer.slots
-        self._ids, self._lengths, self._counted = array("I"), array("I"), array("B")
-        self._slots = array("I")
-        self._then = engine._streamer.recorder
-        engine._streamer.recorder = self
+    def __init__(self, engine: Engine, steps: Sequence[int]):
+        self._log = engine._streamer.write_down(*_demand_room(engine, steps))
+        self._ends, self._counted = array("I"), array("B")
+
+    def end_step(self, counts: bool) -> None:
+        self._ends.append(self._log.n_turns)
+        self._counted.append(counts)
 
     @property
     def starts(self) -> np.ndarray:
-        ends = np.cumsum(np.frombuffer(self._lengths, np.uintc), dtype=np.int64)
-        return np.concatenate([np.zeros(1, np.int64), ends])
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self._log.counts, dtype=np.int64)])
 
     @property
     def ids(self) -> np.ndarray:
-        return np.frombuffer(self._ids, np.uintc).astype(np.int64)
+        return self._log.indices.astype(np.int64)
 
     @property
     def counted(self) -> np.ndarray:
-        return np.frombuffer(self._counted, bool)
+        return np.repeat(np.frombuffer(self._counted, bool), np.diff(self._ends, prepend=0))
 
     @property
     def slots(self) -> np.ndarray:
-        return np.frombuffer(self._slots, np.uintc).astype(np.int64).reshape(-1, len(self._now))
+        starts, slots = zip(*self._log.resized, strict=True)
+        return np.repeat(slots, np.diff([*starts, self._log.n_turns]), axis=0)
 
-    def demand(self, turn: int, indices: np.ndarray, uses: np.ndarray | None = None) -> None:
-        self._ids.frombytes(indices.tobytes())
-        self._lengths.append(len(indices))
-        self._counted.append(self.counts)
-        self._slots.extend(self._now)
-        if self._then is not None:
-            self._then.demand(turn, indices, uses)
 
-    def resize(self, slots: tuple[int, ...]) -> None:
-        self._now = slots
-        if self._then is not None:
-            self._then.resize(slots)
-
-    def step(self, phase: str, tokens: int, withheld_bytes: int = 0) -> None:
-        if self._then is not None:
-            self._then.step(phase, tokens, withheld_bytes)
-
-    def drop(self) -> None:
-        if self._then is not None:
-            self._then.drop()
-
-    def close(self) -> None:
-        if self._then is not None:
-            self._then.close()
-        self._then = None
+def _demand_room(engine: Engine, steps: Sequence[int]) -> tuple[int, int]:
+    """How many bundles, and how many turns, steps of so many tokens demand at most."""
+    streamed = engine._plan.streamed
+    turns = inventory.turns(engine.store)[streamed]
+    _, first, there = np.unique(turns, return_index=True, return_counts=True)
+    head = engine.store.entries["kind"][streamed][first] == Kind.HEAD
+    # All of the head's, and of others no more than the tokens want of the turn.
+    each = inventory.plannable(engine.store).at_once[streamed][first]
+    each = np.where(head, there, each)
+    times = 1 + head * engine.spec.tied  # embeddings are rows of a tied head
+    most = sum(int((times * np.minimum(there, each * tokens)).sum()) for tokens in steps)
+    return most, len(steps) * int(times.sum())
 
 
 def _report(
-    engine: Engine, prompt_tokens: int, times: np.ndarray, demands: list[_Demand], warm: bool
-) -> Report:
+    engine: Engine, prompt_tokens: int, times: np.ndarray, demands: list[_Demand], warm: bool,
+    spent: Counter[str],
+) -> Report:  # fmt: skip
     """`times` are seconds, float64 [repetitions, 1 + new_tokens]: of the prompt, of each token."""
     residency, plan, how = engine._streamer._residency, engine._plan, engine._streaming
     new_tokens = times.shape[1] - 1
@@ -258,6 +267,7 @@ def _report(
     record, flash = flash_rate(engine) if len(plan.streamed) else (None, None)
     missed = best.missed_bytes / (new_tokens * len(times)) / flash if flash else 0.0
     ideal = max(decode.demand_bytes_per_token / dram, missed)
+    spent["all else"] = float(seconds.sum()) - spent.total()
     return Report(
         budget_bytes=engine.budget.limit, context=engine.context, kv=engine.kv,
         threads=engine.threads, isa=engine.isa, io_engine=residency.engine, policy=how.policy,
@@ -275,6 +285,7 @@ def _report(
         ideal_seconds_per_token=ideal,
         efficiency=ideal / (statistics.median(seconds) / new_tokens),
         peak_rss_bytes=peak,
+        breakdown={doing: each / (new_tokens * len(times)) for doing, each in spent.items()},
     )  # fmt: skip
 
 

@@ -217,6 +217,7 @@ class Engine:
         with self._lock:
             if self._streamer is None:  # not loaded yet, or closed meanwhile
                 return
+            self._streamer.check_idle()
             if self._stepping:  # the last step was interrupted, who knows where
                 self._settle()
             room = self._slab_room()
@@ -327,6 +328,7 @@ class Engine:
         """Free the weights and the store. Closing twice is fine; sessions cannot run afterwards."""
         with self._lock:
             if self._streamer is not None:
+                self._streamer.check_idle()
                 self._streamer.close()
             self._model = self._streamer = self._core = None
         self.store.close()
@@ -346,6 +348,7 @@ class Engine:
         """
         with self._lock:
             self._check_open()
+            self._streamer.check_idle()
             if self._stepping:  # the last step was interrupted, who knows where
                 self._settle()
             kv.touch(kv.position + len(ids))
@@ -378,7 +381,7 @@ class Engine:
     def _statistics(self) -> dict[str, int]:
         """What streaming has done since open."""
         now = self._streamer.statistics() or dict.fromkeys(COUNTERS, 0)
-        return now | {"stall_us": now["stall_us"] + self._core.stall_us()}
+        return now | {"stall_us": now["stall_us"] + int(self._core.clocks()["stall"] * 1e6)}
 
     def clear(self) -> None:
         """Empty the slots and forget what was learned of the demand, as just after loading.
@@ -387,6 +390,7 @@ class Engine:
         """
         with self._lock:
             self._check_open()
+            self._streamer.check_idle()
             self._settle()
             self._streamer.clear(self._new_policy())
 

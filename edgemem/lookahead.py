@@ -25,8 +25,8 @@ LONGEST_PAUSE = 1 << 20
 class Lookahead:
     """Admits bytes to be read ahead, from what was measured in the layers before.
 
-    The arithmetic is native/lookahead.c, which a stream calls in every turn; `state` is what it
-    works on. Of that, `precision` is the share of what was foreseen, and not in memory, that the
+    The arithmetic is native/lookahead.c, which streams call in turns that foresee; `state` is what
+    it works on. Of that, `precision` is the share of what was foreseen, and not in memory, that the
     next layer did use.
     """
 

@@ -84,8 +84,9 @@ def plan(bundles: Bundles, room: int) -> Plan | None:
 def round_size(classes: np.ndarray, room: np.ndarray) -> int:
     """How many of some bundles are held at once, by the layout class of each and its slots.
 
-    All, or where they are more than the slots, in rounds half of those of the tightest class: the
-    next round lands while one is computed.
+    This is what native/stream.c does, said once more for replays. All, or where they are more than
+    the slots, in rounds half of those of the tightest class: the next round lands while one is
+    computed.
     """
     if len(classes) <= room.min():
         return len(classes)

@@ -157,6 +157,8 @@ class Residency:
 
     def error(self) -> EdgeMemError:
         """The exception for the read that failed last."""
+        if not self.native:
+            return FlashError(f"reading {self._store.path}: it was closed")
         return self._error_of(self.native, self.streamed)
 
     def close(self) -> None:

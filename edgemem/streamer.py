@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ._native import check, ffi, lib, pointer
+from .errors import EdgeMemError, UnsupportedError
 from .format import Kind
+from .kernels import Array
 from .lookahead import Lookahead
 from .policies import Policy
 from .residency import Residency
@@ -47,6 +49,7 @@ class Streamer:
         self._raised: BaseException | None = None
         self._me = ffi.new_handle(weakref.ref(self))
         self._resident_demand = 0
+        self._log: DemandLog | None = None
         n, m = len(residency.sizes), len(residency.streamed)
         arrays = {  # what the stream points into
             "addresses": residency.addresses, "sizes": residency.sizes,
@@ -56,6 +59,7 @@ class Streamer:
             "likelihood": np.zeros(m, np.float32), "wanted": np.zeros(m, np.uint8),
         }  # fmt: skip
         self.stream = ffi.new("em_stream *", {"residency": residency.native, "user": self._me})
+        self.stream.pause = lib.edgemem_pause
         self._owners: dict[str, tuple] = {}
         for name, array in arrays.items():
             self._point(name, array)
@@ -79,9 +83,21 @@ class Streamer:
         if status == lib.EM_FLASH:
             raise self._residency.error()
         if status == lib.EM_RAISED:
-            raised, self._raised = self._raised, None
-            raise raised or KeyboardInterrupt
+            try:
+                raise self._raised or EdgeMemError(f"{doing}: what it called failed; see above")
+            finally:
+                self._raised = None
+        if status == lib.EM_UNSUPPORTED:
+            raise UnsupportedError(
+                f"{doing}: the engine is closed, in the middle of a step, or another process's"
+            )
         check(status, doing)
+
+    def check_idle(self) -> None:
+        """Raise ValueError in the middle of a step: signals' functions and policies may run there,
+        and are not to run another."""
+        if self.stream.busy:
+            raise ValueError("the engine is in the middle of a step: wait until it is over")
 
     @property
     def recorder(self) -> Recorder | None:
@@ -97,6 +113,8 @@ class Streamer:
         """Change the slots of each layout class. Not while a step runs."""
         self._residency.resize(slots, self._policy.ranks(0))
         self._fit()
+        if self._log is not None:
+            self._log.resized.append((self._log.n_turns, self.slots))
         if self._recorder is not None:
             self._recorder.resize(self.slots)
 
@@ -114,7 +132,8 @@ class Streamer:
         """Forget what an interrupted step held and demanded."""
         stream = self.stream
         self._residency.release_all()
-        if stream.n_foreseen:
+        self._raised = None
+        if stream.n_foreseen and stream.residency:
             self._residency.cancel(stream.foreseen, stream.n_foreseen)
         self.take_demand()
         stream.n_foreseen = 0
@@ -135,6 +154,12 @@ class Streamer:
             self._recorder.close()
         self.recorder = None
 
+    def write_down(self, indices_room: int, turns_room: int) -> DemandLog:
+        """A log of what streamed turns demand from now on, with room for so much."""
+        self._log = log = DemandLog(indices_room, turns_room, self.slots)
+        self._set("log", log.native, log)
+        return log
+
     def take_demand(self) -> int:
         """Bytes of the bundles used since this was last asked, counted once for each use."""
         demand = self.stream.demand_bytes + self._resident_demand
@@ -147,7 +172,7 @@ class Streamer:
 
     def close(self) -> None:
         """Wait for reads in flight and let go of the store's file."""
-        self.stream.residency = ffi.NULL
+        self.stream.residency, self.stream.n_foreseen = ffi.NULL, 0
         self._residency.close()
         self.end_recording()
 
@@ -171,23 +196,61 @@ class Streamer:
         self._set("lookahead", ffi.NULL if ahead is None else ahead.state, ahead)
 
     def _fit(self) -> None:
-        """What is certain depends on the slots."""
+        """What is certain depends on the slots. An interrupt in the middle does no harm: before the
+        next step the engine changes slots again."""
         first, certain = _certain(self._residency, self._turns)
         self._point("certain_first", first)
         self._point("certain", certain)
 
-    def observe(self, turn: int, indices: np.ndarray, uses: np.ndarray | None, tokens: int) -> None:
-        """A turn begins that demands these streamed bundles: called back from native code."""
+    def _observe(
+        self, turn: int, indices: np.ndarray, uses: np.ndarray | None, tokens: int
+    ) -> None:
+        """A turn begins."""
         self._policy.observe(turn, indices, uses, tokens)
         self._point("ranks", self._policy.ranks(turn))
 
-    def record(self, turn: int, indices: np.ndarray, uses: np.ndarray | None, tokens: int) -> None:
-        """A turn is over: called back from native code."""
+    def _pause(self, *_) -> None:
+        """A round of several is over. Signals are heard whenever Python runs: there is no more."""
+
+    def _record(self, turn: int, indices: np.ndarray, uses: np.ndarray | None, *_) -> None:
+        """A turn is over."""
         self._recorder.demand(turn, indices, uses)
 
 
-def _called_back(function) -> None:
-    """Make native code call `function(streamer, turn, indices, uses, tokens)`, both arrays its own.
+class DemandLog:
+    """What turns demanded since it was begun: `counts` uint32 [n_turns] bundles each, and all their
+    `indices` uint32, one turn's after the other's. Both raise AssertionError where room ended.
+
+    `resized` says from which turn on there were how many slots of each layout class.
+    """
+
+    def __init__(self, indices_room: int, turns_room: int, slots: tuple[int, ...]):
+        self.resized = [(0, slots)]
+        self._indices = Array(max(indices_room, 1), np.uint32)
+        self._counts = Array(max(turns_room, 1), np.uint32)
+        self.native = ffi.new("em_demand_log *", {
+            "indices": self._indices.pointer, "counts": self._counts.pointer,
+            "indices_room": indices_room, "turns_room": turns_room,
+        })  # fmt: skip
+
+    @property
+    def n_turns(self) -> int:
+        return self.native.n_turns
+
+    @property
+    def counts(self) -> np.ndarray:
+        assert self.n_turns <= self.native.turns_room, "more turns than were foreseen"
+        return self._counts.array[: self.n_turns]
+
+    @property
+    def indices(self) -> np.ndarray:
+        assert self.native.n_indices <= self.native.indices_room, "more demand than was foreseen"
+        return self._indices.array[: self.native.n_indices]
+
+
+def _called_back(name: str) -> None:
+    """Make native code call a streamer's `name(turn, indices, uses, tokens)`: streamed bundles
+    uint32 [n], and how many of the tokens take each, int32 [n], or None for one; both its own.
 
     What it raises ends the step: `Streamer.check` raises it again.
     """
@@ -197,17 +260,19 @@ def _called_back(function) -> None:
         counts = None
         if uses != ffi.NULL:
             counts = np.frombuffer(ffi.buffer(uses, 4 * n), np.int32).copy()
-        function(ffi.from_handle(me)(), turn, demanded, counts, tokens)
+        getattr(ffi.from_handle(me)(), name)(turn, demanded, counts, tokens)
         return lib.EM_OK
 
     def failed(exception, value, traceback) -> None:
-        ffi.from_handle(traceback.tb_frame.f_locals["me"])()._raised = value
+        if traceback is not None:  # without, `call` was not even begun, and cffi tells why
+            me = traceback.tb_frame.f_locals["me"]
+            ffi.from_handle(me)()._raised = value.with_traceback(traceback)
 
-    ffi.def_extern(f"edgemem_{function.__name__}", error=lib.EM_RAISED, onerror=failed)(call)
+    ffi.def_extern(f"edgemem{name}", error=lib.EM_RAISED, onerror=failed)(call)
 
 
-_called_back(Streamer.observe)
-_called_back(Streamer.record)
+for _name in ("_observe", "_pause", "_record"):
+    _called_back(_name)
 
 
 def _certain(residency: Residency, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

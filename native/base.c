@@ -23,11 +23,13 @@ void *em_arena_take(em_arena *arena, uint64_t bytes) {
     return piece;
 }
 
-int64_t em_now_us(void) {
+int64_t em_now_ns(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
+
+int64_t em_now_us(void) { return em_now_ns() / 1000; }
 
 void em_pages_drop(void *start, uint64_t bytes) {
     uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = (uintptr_t)start;

@@ -19,7 +19,8 @@ EM_INLINE int64_t em_round_up(int64_t value, int64_t multiple) {
 EM_INLINE int64_t em_min(int64_t a, int64_t b) { return a < b ? a : b; }
 EM_INLINE int64_t em_max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-int64_t em_now_us(void); /* a clock that never goes back */
+int64_t em_now_ns(void); /* a clock that never goes back */
+int64_t em_now_us(void);
 
 /* Takes pieces off the core's scratch, in order; `take` gives NULL once it is used up. */
 typedef struct {

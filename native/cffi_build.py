@@ -11,6 +11,8 @@ import cffi
 CALLED_BACK = """
 extern "Python" int32_t edgemem_observe(void *, int32_t, uint32_t const *, int32_t,
                                         int32_t const *, int32_t);
+extern "Python" int32_t edgemem_pause(void *, int32_t, uint32_t const *, int32_t,
+                                      int32_t const *, int32_t);
 extern "Python" int32_t edgemem_record(void *, int32_t, uint32_t const *, int32_t,
                                        int32_t const *, int32_t);
 """

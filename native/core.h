@@ -10,7 +10,8 @@ struct em_core {
     const em_kernels *kernels;
     uint8_t *scratch;
     uint64_t scratch_bytes;
-    int64_t stall_us;
+    em_core_times times;
+    int64_t aside_ns; /* of all operations so far, what is not their own work */
 };
 
 EM_INLINE em_arena em_core_arena(const em_core *core) {

@@ -61,8 +61,13 @@ void em_core_trim(em_core *core, uint64_t bytes);
 /* Gives the whole pages of this memory, which its owner keeps, back to the system: then they are
  * zero, and taken again when they are used. */
 void em_pages_drop(void *start, uint64_t bytes);
-/* Microseconds that em_ffn_run has waited for bundles since this was last asked. */
-int64_t em_core_take_stall_us(em_core *core);
+/* What the calling thread has done since open, beside its operations' own work. */
+typedef struct {
+    int64_t stall_ns;  /* em_ffn_run waited for bundles */
+    int64_t taking_ns; /* turns took bundles, and let go of them */
+    int64_t foreseeing_ns;
+} em_core_times;
+em_core_times em_core_clocks(const em_core *core);
 
 /* out[t, r] (+)= bias[r] + sum over c of weights[r, c] * x[t, c]. `weights` is a store matrix of 16
  * lanes, 64-byte aligned. */
@@ -318,10 +323,16 @@ void em_lookahead_learn(em_lookahead *state, int32_t foreseen, int32_t used);
 typedef int32_t em_observer(void *user, int32_t turn, const uint32_t *indices, int32_t n,
                             const int32_t *uses, int32_t tokens);
 
+/* What turns demanded, one after another. What there is no room for is lost, but counted. */
+typedef struct {
+    uint32_t *indices, *counts; /* of all turns; of each turn */
+    int64_t n_indices, n_turns, indices_room, turns_room;
+} em_demand_log;
+
 /* The state of edgemem/streamer.py, which owns the arrays. Of all n_bundles bundles some are
  * streamed: those are numbered as in the residency. */
 typedef struct {
-    em_residency *residency;      /* NULL where nothing streams */
+    em_residency *residency;      /* NULL where nothing streams, and once it is closed */
     const uint64_t *addresses;    /* [n_bundles]: of those that are not streamed */
     const int64_t *sizes;         /* [n_bundles] */
     const int64_t *index_of;      /* [n_bundles]: -1 for those that are not streamed */
@@ -332,17 +343,20 @@ typedef struct {
     em_next_use *policy;          /* observes every turn; or, where that is NULL, `observe` does */
     em_observer *observe;
     em_observer *record; /* is told of a turn when it is over; may be NULL */
+    em_observer *pause;  /* is called between the rounds of a turn, so that signals are heard */
     void *user;
+    int32_t busy;            /* a turn is running: another one is refused */
     em_lookahead *lookahead; /* NULL: nothing is foreseen */
     int64_t demand_bytes;    /* of all bundles that turns took */
     int32_t n_foreseen;      /* of `foreseen`: what was read ahead for the next turn */
     uint32_t *foreseen;      /* [n_streamed] */
-    uint32_t *indices;       /* [n_bundles]: these, too, are for a turn to use */
+    uint32_t *indices;       /* [n_bundles]: scratch of one turn, as all that follow */
     uint64_t *held;          /* [n_bundles] */
     int32_t *uses;           /* [n_bundles] */
     uint32_t *likely;        /* [2 n_streamed] */
     float *likelihood;       /* [n_streamed] */
-    uint8_t *wanted;         /* [n_streamed], zeros */
+    uint8_t *wanted;         /* [n_streamed], zeros between turns */
+    em_demand_log *log;      /* NULL: none is kept */
 } em_stream;
 
 /* ---- operations in a row --------------------------------------------------------------------- */
@@ -397,9 +411,9 @@ typedef struct {
 
 /* What the next turn will want, as far as the present state tells: `ops` route tokens. */
 typedef struct {
-    const struct em_op *ops;
+    struct em_op *ops;
     int32_t n_ops;
-    const em_route_op *routing; /* theirs */
+    const em_route_op *routing; /* of the EM_OP_ROUTE among them */
     const uint32_t *bundles;    /* of its experts */
 } em_foresight;
 
@@ -426,17 +440,19 @@ typedef struct {
     float *out;
 } em_gather_op;
 
-/* em_linears, with a matrix that lies in `bundles`, of which each has `items`' next. */
+/* em_linears with a matrix whose rows lie in `bundles`, as many in each, but for the last. */
 typedef struct {
     em_stream *stream;
     const uint32_t *bundles;
-    em_linear *items; /* [n_bundles], whose weights are the operation's to set */
-    int32_t n_bundles;
+    em_linear *items; /* [n_bundles], whose weights and out are the operation's to set */
+    int32_t n_bundles, rows_per_bundle;
     const float *x;
+    float *out;
 } em_table_op;
 
 typedef struct em_op {
     int32_t kind;
+    int64_t spent_ns; /* so far, without what em_core_times has */
     em_norm_op norm;
     em_linears_op linears;
     em_attend_op attend;
@@ -450,7 +466,7 @@ typedef struct em_op {
 /* Runs operations one after another on n tokens at `position`; `attention` is the layer's, or NULL
  * where none attends. Gives the first status that is not EM_OK, and in *failed which operation's.
  */
-int32_t em_ops_run(em_core *core, const em_op *ops, int32_t n_ops, const em_attention *attention,
+int32_t em_ops_run(em_core *core, em_op *ops, int32_t n_ops, const em_attention *attention,
                    int64_t position, int32_t n_tokens, int32_t *failed);
 
 /* end cdef */

@@ -246,8 +246,9 @@ static int32_t run_as_ready(em_core *core, ffn_task *t, const int32_t *ready, co
             since = 0;
             continue;
         }
-        int64_t now = em_now_us();
-        if (since > 0) core->stall_us += now - since;
+        int64_t now = em_now_ns(), waited = since > 0 ? now - since : 0;
+        core->times.stall_ns += waited;
+        core->aside_ns += waited;
         since = now;
         sched_yield();
     }

@@ -49,11 +49,7 @@ void em_core_trim(em_core *core, uint64_t bytes) {
         em_pages_drop(core->scratch + bytes, core->scratch_bytes - bytes);
 }
 
-int64_t em_core_take_stall_us(em_core *core) {
-    int64_t stall = core->stall_us;
-    core->stall_us = 0;
-    return stall;
-}
+em_core_times em_core_clocks(const em_core *core) { return core->times; }
 
 /* Some microseconds of one thread's work, about what it takes to share it with another. */
 #define WORTH_SHARING 100000
@@ -338,10 +334,14 @@ static int32_t run_op(em_core *core, const em_op *op, const em_attention *attent
     }
 }
 
-int32_t em_ops_run(em_core *core, const em_op *ops, int32_t n_ops, const em_attention *attention,
+int32_t em_ops_run(em_core *core, em_op *ops, int32_t n_ops, const em_attention *attention,
                    int64_t position, int32_t n_tokens, int32_t *failed) {
+    int64_t now = em_now_ns();
     for (int32_t i = 0; i < n_ops; i++) {
+        int64_t started = now, aside = core->aside_ns;
         int32_t status = run_op(core, &ops[i], attention, position, n_tokens);
+        now = em_now_ns();
+        ops[i].spent_ns += now - started - (core->aside_ns - aside);
         if (status == EM_OK) continue;
         *failed = i;
         return status;

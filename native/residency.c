@@ -347,6 +347,7 @@ int32_t em_residency_acquire(em_residency *r, const uint32_t *ids, int32_t n, co
 }
 
 void em_residency_release(em_residency *r, const uint32_t *ids, int32_t n) {
+    if (n < 1 || r->owner != getpid()) return;
     pthread_mutex_lock(&r->mutex);
     for (int32_t i = 0; i < n; i++)
         if (ids[i] < (uint32_t)r->n_bundles && r->states[ids[i]].pins > 0) unpin(r, ids[i]);

@@ -1,4 +1,4 @@
-/* What a residency is made of, for the two files that implement it. */
+/* What a residency is made of, for the files that implement it, and for streams. */
 #ifndef EM_RESIDENCY_H
 #define EM_RESIDENCY_H
 

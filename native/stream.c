@@ -26,7 +26,15 @@ typedef struct {
     const em_foresight *foresight; /* NULL: none */
     int32_t (*compute)(em_core *core, const void *op, const held_round *round, int32_t tokens);
     const void *op;
+    int64_t computing_ns, foreseeing_ns; /* so far */
 } em_turn;
+
+static int32_t compute(em_core *core, em_turn *t, const held_round *round) {
+    int64_t started = em_now_ns();
+    int32_t status = t->compute(core, t->op, round, t->tokens);
+    t->computing_ns += em_now_ns() - started;
+    return status;
+}
 
 /* ---- reading ahead ----------------------------------------------------------------------- */
 
@@ -50,10 +58,12 @@ static void learn(em_stream *s, int32_t n) {
 
 /* The bundles that the present state asks for, likeliest first, of equals the first first. */
 static int32_t foresee(em_core *core, em_stream *s, const em_foresight *f, int32_t tokens,
-                       uint32_t *likely) {
+                       int32_t *n_likely) {
     const em_route_op *r = f->routing;
+    uint32_t *likely = s->likely;
     int32_t failed, n = 0;
-    if (em_ops_run(core, f->ops, f->n_ops, NULL, 0, tokens, &failed) != EM_OK) return 0;
+    int32_t status = em_ops_run(core, f->ops, f->n_ops, NULL, 0, tokens, &failed);
+    if (status != EM_OK) return status;
     for (int32_t i = 0; i < *r->n_chosen; i++) {
         int64_t index = s->index_of[f->bundles[r->experts[i]]];
         float likelihood = tokens > 1 ? (float)(r->first[i + 1] - r->first[i]) : r->weights[i];
@@ -66,35 +76,42 @@ static int32_t foresee(em_core *core, em_stream *s, const em_foresight *f, int32
         s->likelihood[at] = likelihood;
         likely[at] = (uint32_t)index;
     }
-    return n;
+    *n_likely = n;
+    return EM_OK;
 }
 
 /* Starts on the next turns' bundles while this turn is computed. */
-static void look_ahead(em_core *core, em_stream *s, int32_t turn, const em_turn *t) {
+static int32_t look_ahead(em_core *core, em_stream *s, int32_t turn, em_turn *t) {
     int32_t from = s->certain_first[turn], sure = s->certain_first[turn + 1] - from;
     if (sure > 0)
         em_residency_prefetch(s->residency, s->certain + from, sure, s->ranks, UINT64_MAX);
-    if (!t->foresight || t->foresight->n_ops == 0 || !s->lookahead) return;
+    if (!t->foresight || t->foresight->n_ops == 0 || !s->lookahead) return EM_OK;
     em_residency_stats stats = em_residency_statistics(s->residency);
     int64_t room = em_lookahead_admit(s->lookahead, stats.idle_us, stats.read_bytes, stats.busy_us);
-    if (room == 0) return;
+    if (room == 0) return EM_OK;
     /* The absent first; the resident among them go along, so that none of them makes place. */
-    int32_t n = foresee(core, s, t->foresight, t->tokens, s->likely), absent = 0;
+    int64_t started = em_now_ns();
+    int32_t n = 0, absent = 0;
+    int32_t status = foresee(core, s, t->foresight, t->tokens, &n);
+    t->foreseeing_ns += em_now_ns() - started;
     const int32_t *ready = em_residency_ready(s->residency);
     for (int32_t i = 0; i < n; i++)
         if (__atomic_load_n(&ready[s->likely[i]], __ATOMIC_ACQUIRE) == EM_READY_NOT)
             s->foreseen[absent++] = s->likely[i];
-    if (absent == 0) return;
+    if (status != EM_OK || absent == 0) return status;
     memmove(s->likely + absent, s->likely, (size_t)n * sizeof *s->likely);
     memcpy(s->likely, s->foreseen, (size_t)absent * sizeof *s->likely);
     em_residency_prefetch(s->residency, s->likely, absent + n, s->ranks, (uint64_t)room);
     s->n_foreseen = absent;
+    return EM_OK;
 }
 
 /* ---- turns ------------------------------------------------------------------------------- */
 
-/* How many of the turn's bundles are held at once: all, or where a class has fewer slots, half of
- * those of the tightest, so that the next round lands while one is computed. */
+/* edgemem/planner.py's rule: how many of the turn's bundles are held at once. All, or where a class
+ * has fewer slots, half of those of the tightest, so that the next round lands while one is
+ * computed. */
+/* (Slots change only between steps, so that they need no lock here.) */
 static int32_t round_size(const em_residency *r, const uint32_t *indices, int32_t n) {
     int32_t tight = INT32_MAX;
     for (int32_t c = 0; c < r->n_classes; c++) {
@@ -107,16 +124,16 @@ static int32_t round_size(const em_residency *r, const uint32_t *indices, int32_
 }
 
 /* Computes with bundles first…end of the turn's demand, and lets go of them. */
-static int32_t give(em_core *core, em_stream *s, const em_turn *t, int32_t first, int32_t end) {
+static int32_t give(em_core *core, em_stream *s, em_turn *t, int32_t first, int32_t end) {
     held_round round = {s->held + first, em_residency_ready(s->residency), s->indices + first,
                         first, end - first};
-    int32_t status = t->compute(core, t->op, &round, t->tokens);
+    int32_t status = compute(core, t, &round);
     em_residency_release(s->residency, s->indices + first, end - first);
     return status;
 }
 
 /* All rounds of a turn: the reads of one run while the one before it is computed. */
-static int32_t run_rounds(em_core *core, em_stream *s, int32_t turn, const em_turn *t) {
+static int32_t run_rounds(em_core *core, em_stream *s, int32_t turn, em_turn *t) {
     int32_t size = round_size(s->residency, s->indices, t->n), given = 0, held = 0;
     int32_t status = EM_OK;
     while (held < t->n && status == EM_OK) {
@@ -128,10 +145,14 @@ static int32_t run_rounds(em_core *core, em_stream *s, int32_t turn, const em_tu
         if (start == given) continue;
         status = give(core, s, t, given, start);
         given = start;
+        if (status == EM_OK && s->pause)
+            status = s->pause(s->user, turn, s->indices, t->n, t->uses, t->tokens);
     }
     if (status == EM_OK) {
         learn(s, t->n);
-        look_ahead(core, s, turn, t);
+        status = look_ahead(core, s, turn, t);
+    }
+    if (status == EM_OK) {
         status = give(core, s, t, given, held);
         given = held;
     }
@@ -145,7 +166,16 @@ static int32_t observe(em_stream *s, int32_t turn, const em_turn *t) {
     return s->observe(s->user, turn, s->indices, t->n, t->uses, t->tokens);
 }
 
-static int32_t run_turn(em_core *core, em_stream *s, const em_turn *t) {
+static void write_down(em_demand_log *log, const uint32_t *indices, int32_t n) {
+    if (log->n_turns < log->turns_room && log->n_indices + n <= log->indices_room) {
+        memcpy(log->indices + log->n_indices, indices, (size_t)n * sizeof *indices);
+        log->counts[log->n_turns] = (uint32_t)n;
+    }
+    log->n_turns++;
+    log->n_indices += n;
+}
+
+static int32_t take_turn(em_core *core, em_stream *s, em_turn *t) {
     if (t->n == 0) return EM_OK;
     for (int32_t i = 0; i < t->n; i++) {
         uint32_t bundle = t->bundles[t->picked ? t->picked[i] : (uint32_t)i];
@@ -155,21 +185,39 @@ static int32_t run_turn(em_core *core, em_stream *s, const em_turn *t) {
     }
     if (s->index_of[t->bundles[t->picked ? t->picked[0] : 0]] < 0) {
         held_round all = {s->held, NULL, s->indices, 0, t->n};
-        return t->compute(core, t->op, &all, t->tokens);
+        return compute(core, t, &all);
     }
     if (!s->residency) return EM_UNSUPPORTED; /* closed */
     int32_t turn = s->turn_of[s->indices[0]];
     int32_t status = observe(s, turn, t);
     if (status == EM_OK) status = run_rounds(core, s, turn, t);
+    if (status == EM_OK && s->log) write_down(s->log, s->indices, t->n);
     if (status == EM_OK && s->record)
         status = s->record(s->user, turn, s->indices, t->n, t->uses, t->tokens);
     return status;
 }
 
+static int32_t run_turn(em_core *core, em_stream *s, em_turn *t) {
+    if (s->busy) return EM_UNSUPPORTED;
+    int64_t started = em_now_ns();
+    s->busy = 1;
+    int32_t status = take_turn(core, s, t);
+    s->busy = 0;
+    int64_t taking = em_now_ns() - started - t->computing_ns - t->foreseeing_ns;
+    core->times.taking_ns += taking;
+    core->times.foreseeing_ns += t->foreseeing_ns;
+    core->aside_ns += taking + t->foreseeing_ns;
+    return status;
+}
+
 /* ---- what takes turns -------------------------------------------------------------------- */
 
-static int32_t wait_for(em_stream *s, const held_round *r) {
-    return r->ready ? em_residency_wait(s->residency, r->indices, r->n) : EM_OK;
+static int32_t wait_for(em_core *core, em_stream *s, const held_round *r) {
+    if (!r->ready) return EM_OK;
+    int64_t started = em_now_ns();
+    int32_t status = em_residency_wait(s->residency, r->indices, r->n);
+    core->aside_ns += em_now_ns() - started;
+    return status;
 }
 
 static int32_t compute_ffn(em_core *core, const void *op, const held_round *r, int32_t tokens) {
@@ -197,7 +245,7 @@ int32_t em_stream_ffn(em_core *core, const em_ffn_op *f, int32_t tokens) {
 
 static int32_t compute_gather(em_core *core, const void *op, const held_round *r, int32_t tokens) {
     const em_gather_op *g = op;
-    int32_t status = wait_for(g->stream, r);
+    int32_t status = wait_for(core, g->stream, r);
     if (status != EM_OK) return status;
     memset(g->addresses, 0, (size_t)g->n_bundles * sizeof *g->addresses);
     for (int32_t i = 0; i < r->n; i++) g->addresses[g->wanted[r->first + i]] = r->addresses[i];
@@ -218,10 +266,13 @@ int32_t em_stream_gather(em_core *core, const em_gather_op *g, int32_t tokens) {
 
 static int32_t compute_table(em_core *core, const void *op, const held_round *r, int32_t tokens) {
     const em_table_op *t = op;
-    int32_t status = wait_for(t->stream, r);
+    int32_t status = wait_for(core, t->stream, r);
     if (status != EM_OK) return status;
     em_linear *items = t->items + r->first;
-    for (int32_t i = 0; i < r->n; i++) items[i].weights = (const void *)(uintptr_t)r->addresses[i];
+    for (int32_t i = 0; i < r->n; i++) {
+        items[i].weights = (const void *)(uintptr_t)r->addresses[i];
+        items[i].out = t->out + (int64_t)(r->first + i) * t->rows_per_bundle;
+    }
     return em_linears(core, items, r->n, t->x, tokens);
 }
 

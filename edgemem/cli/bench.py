@@ -50,9 +50,10 @@ and ends in exit code 1.
 @options.engine_options(
     "Most tokens of a session.  [default: prompt and new tokens]", several_budgets=True
 )
+@click.option("--breakdown", is_flag=True, help="Show what the time of a decoded token goes into.")
 @options.streaming_options
 @options.JSON
-def bench(model, dtype, cache_dir, memory, trace, as_json, **more):
+def bench(model, dtype, cache_dir, memory, trace, breakdown, as_json, **more):
     from ..store import Store
     from .cache import as_store
 
@@ -65,7 +66,7 @@ def bench(model, dtype, cache_dir, memory, trace, as_json, **more):
         facts = _facts(opened)
     one = measured if len(memory) == 1 else measured_apart
     results = [one(store, size, trace=trace, **more) for size in memory]
-    _show(facts, results, as_json)
+    _show(facts, results, breakdown, as_json)
     if any("error" in result for result in results):
         sys.exit(1)
 
@@ -145,10 +146,12 @@ def measured_apart(
         return {"memory": memory, "error": reason, "message": message}
 
 
-def _show(facts: dict, results: list[dict], as_json: bool) -> None:
-    from .bench_table import heading, legend, table
+def _show(facts: dict, results: list[dict], breakdown: bool, as_json: bool) -> None:
+    from .bench_table import breakdowns, heading, legend, table
 
     if as_json:
         options.print_json(facts | {"results": results})
         return
-    print("\n\n".join(filter(None, (heading(facts), table(results), legend(results)))))
+    parts = [heading(facts), table(results), legend(results)]
+    parts += [breakdowns(results)] * breakdown
+    print("\n\n".join(filter(None, parts)))

@@ -22,8 +22,30 @@ def heading(facts: dict) -> str:
 
 def table(results: list[dict]) -> str:
     """A row for each result, padded so that it is a table on a terminal too."""
-    rows = [COLUMNS, *map(_row, results)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    return _aligned([COLUMNS, *map(_row, results)])
+
+
+def breakdowns(results: list[dict]) -> str:
+    """What the time of a decoded token goes into, in ms and shares: a column for each budget."""
+    done = [result for result in results if "error" not in result]
+    if not done:
+        return ""
+    totals = [sum(result["breakdown"].values()) for result in done]
+    names = sorted(done[0]["breakdown"], key=lambda name: -done[0]["breakdown"][name])
+    rows = [("ms of a decoded token", *(result["memory"] for result in done))]
+    for name in names:
+        parts = [result["breakdown"][name] for result in done]
+        if any(parts):
+            rows.append((name, *map(_part, parts, totals)))
+    return _aligned([*rows, ("all", *map(_part, totals, totals))])
+
+
+def _part(seconds: float, of: float) -> str:
+    return f"{1e3 * seconds:.3f} ({100 * seconds / of:.1f} %)"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(f"{c:>{w}}" for c, w in zip(row, widths)) + " |" for row in rows]
     rule = "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])

@@ -70,12 +70,14 @@ class Core:
         self.handle = ffi.gc(out[0], lib.em_core_close)
         self.threads = threads
         self.isa = ffi.string(lib.em_core_isa(self.handle)).decode()
-        self._stall_us = 0
 
-    def stall_us(self) -> int:
-        """Microseconds that products have waited for bundles so far."""
-        self._stall_us += lib.em_core_take_stall_us(self.handle)
-        return self._stall_us
+    def clocks(self) -> dict[str, float]:
+        """Seconds since open in which operations waited for bundles (stall), took them and let go
+        of them (taking), and foresaw which come next (foreseeing)."""
+        times = lib.em_core_clocks(self.handle)
+        return {
+            name: getattr(times, f"{name}_ns") / 1e9 for name in ("stall", "taking", "foreseeing")
+        }
 
     def read_bytes(self, address: int, size: int) -> None:
         """Read memory with all threads and do nothing with it: the pace that bounds products."""
@@ -122,6 +124,13 @@ class Ops:
     def lend(self, foresight) -> None:
         """Let `foresight` (em_foresight) run these operations."""
         foresight.ops, foresight.n_ops = self._ops, len(self._doing)
+
+    def spent(self) -> dict[str, float]:
+        """Seconds that operations have worked since they were added, by what each was doing."""
+        seconds = dict.fromkeys(self._doing, 0.0)
+        for op, doing in zip(self._ops, self._doing):
+            seconds[doing] += op.spent_ns / 1e9
+        return seconds
 
     def run(self, n_tokens: int, attention=ffi.NULL, position: int = 0) -> None:
         """Run them on n tokens; `attention` (em_attention): the layer's cache where one attends."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ class Layer:
     def __init__(self, work: Workspace, index: int, feed_forward: list[type]):
         spec, s = work.spec, work.scratch
         self._index = index
-        self._ops = ops = work.ops()
+        self.ops = ops = work.ops()
         tensors = work.tensors(index)
         add_attention(work, ops, tensors)
         x, h = s.x.pointer, s.h.pointer
@@ -37,7 +38,7 @@ class Layer:
         self.experts = next((p for p in parts if isinstance(p, Experts)), None)
 
     def run(self, kv: KvCache, n: int) -> None:
-        self._ops.run(n, kv.layers[self._index], kv.position)
+        self.ops.run(n, kv.layers[self._index], kv.position)
 
 
 class Vocabulary:
@@ -53,8 +54,8 @@ class Vocabulary:
     def _add_gather(self, work: Workspace) -> None:
         first, n = self._segments[0], len(self._segments)
         self._addresses = Array(n, np.uint64)
-        self._gather = work.ops()
-        self._gather_op = op = self._gather.add(lib.EM_OP_GATHER, "gathering rows").gather
+        self.gathering = work.ops()
+        self._gather_op = op = self.gathering.add(lib.EM_OP_GATHER, "gathering rows").gather
         op.stream, op.bundles = work.streamer.stream, pointer(self._bundles, "uint32_t *")
         op.n_bundles, op.rows_per_bundle = n, first.rows
         op.dtype, op.lanes, op.cols = first.dtype.code, first.lanes, first.cols
@@ -66,10 +67,12 @@ class Vocabulary:
         for item, segment in zip(self._items, self._segments, strict=True):
             item.dtype, item.rows = segment.dtype.code, segment.rows
             item.cols, item.out_stride = segment.cols, rows
-        self._table = work.ops()
-        op = self._table.add(lib.EM_OP_TABLE, "multiplying by the output head").table
+        self.multiplying = work.ops()
+        op = self.multiplying.add(lib.EM_OP_TABLE, "multiplying by the output head").table
         op.stream, op.bundles = work.streamer.stream, pointer(self._bundles, "uint32_t *")
-        op.items, op.n_bundles, op.x = self._items, len(self._segments), work.scratch.h.pointer
+        op.items, op.n_bundles = self._items, len(self._segments)
+        op.rows_per_bundle, op.x = self._rows_per_bundle, work.scratch.h.pointer
+        self._table_op = op
 
     def embed(self, ids: np.ndarray) -> None:
         """scratch.x [n, hidden] = the rows of `ids`, int32 [n], each in the vocabulary."""
@@ -82,16 +85,12 @@ class Vocabulary:
         op = self._gather_op
         op.wanted, op.uses, op.ids = kept
         op.n_wanted = len(wanted)
-        self._gather.run(len(ids))
+        self.gathering.run(len(ids))
 
-    def write_to(self, logits: Array) -> None:
-        """Let `read_out` write there: float32 [n_tokens, vocab]."""
-        for i, item in enumerate(self._items):
-            item.out = logits.pointer + i * self._rows_per_bundle
-
-    def read_out(self, n_tokens: int) -> None:
-        """The logits of scratch.h [n_tokens, hidden]."""
-        self._table.run(n_tokens)
+    def read_out(self, n_tokens: int, logits: Array) -> None:
+        """logits [n_tokens, vocab] = scratch.h [n_tokens, hidden] times the table."""
+        self._table_op.out = logits.pointer
+        self.multiplying.run(n_tokens)
 
 
 class Decoder(ABC):
@@ -110,9 +109,11 @@ class Decoder(ABC):
         self._norm = Norm(self._final, tensors, "norm", self.spec.norm_eps, self.spec.hidden, x, h)
         self._head = Vocabulary(work, Kind.HEAD)
         self._embedding = self._head if self.spec.tied else Vocabulary(work, Kind.EMBED)
-        self._reserve_logits(1)
-        layers = range(self.spec.n_layers + 1)
+        self._ops = (self._final, self._embedding.gathering, self._head.multiplying)
+        self._logits = Array((1, self.spec.vocab_size))
+        layers = range(self.spec.n_layers)
         self._dense = np.concatenate([work.bundles(Kind.DENSE, i)[0] for i in layers])
+        self._last = work.bundles(Kind.DENSE, self.spec.n_layers)[0]
         self._frequencies = (0, None)
 
     @abstractmethod
@@ -148,6 +149,13 @@ class Decoder(ABC):
         """Give memory that steps of up to n tokens do not touch back until it is used again."""
         self._work.trim(n_tokens)
 
+    def spent(self) -> Counter[str]:
+        """Seconds that operations have worked so far, by what they were doing."""
+        total = Counter()
+        for ops in (*self._ops, *(layer.ops for layer in self._layers)):
+            total.update(ops.spent())
+        return total
+
     def _rotate(self, kv: KvCache, n: int) -> None:
         spec, s = self.spec, self._work.scratch
         length = max(kv.rope_length, kv.position + n) if spec.rope.type == "dynamic" else 1
@@ -162,13 +170,10 @@ class Decoder(ABC):
 
     def _read_out(self, n: int, rows: int) -> np.ndarray:
         if len(self._logits.array) < rows:
-            self._reserve_logits(rows)
+            self._logits = Array((rows, self.spec.vocab_size))
         if rows > 0:
             self._norm.read(self._work.scratch.x.pointer + (n - rows) * self.spec.hidden)
+            self._work.streamer.use_resident(self._last)
             self._final.run(rows)
-            self._head.read_out(rows)
+            self._head.read_out(rows, self._logits)
         return self._logits.array[:rows]
-
-    def _reserve_logits(self, rows: int) -> None:
-        self._logits = Array((rows, self.spec.vocab_size))
-        self._head.write_to(self._logits)

@@ -1,6 +1,7 @@
 """The law for streaming: budget, policy, lookahead, I/O engine, threads and chunks never change an
 answer, nor do slots that come and go."""
 
+import gc
 import os
 import signal
 import time
@@ -14,6 +15,8 @@ from tiny_config import MODEL_TYPES
 import edgemem
 from edgemem import inventory, lookahead, policies, residency
 from edgemem.format import Kind
+from edgemem.models.decoder import Vocabulary
+from edgemem.streamer import Streamer
 
 POLICIES = [name for name in policies.POLICIES if name != "static"]
 ENGINES = ("threads", "io_uring")
@@ -155,15 +158,65 @@ def test_interrupted_steps_leave_the_engine_usable(stores, policy):
         signal.signal(signal.SIGALRM, before)
 
 
-def test_what_a_policy_raises_ends_the_step_and_nothing_else(stores, monkeypatch):
+@pytest.mark.parametrize("called_back", ["observe", "pause", "record"])
+def test_what_is_raised_in_the_middle_of_a_step_ends_it_and_nothing_else(
+    called_back, stores, tmp_path, monkeypatch
+):
+    """With all that it says, and without keeping the sequence that it ended."""
     with edgemem.load(stores["mixtral"]) as engine:
         expected = answer(engine)
-    with streaming.opened(stores["mixtral"], 0.0, policy="lfu") as engine:
-        with monkeypatch.context() as patch:
-            patch.setattr(engine._streamer._policy, "observe", lambda *_: 1 // 0)
-            with pytest.raises(ZeroDivisionError):
-                answer(engine)
+    options = {"policy": "lfu", "trace": tmp_path / "x"}
+    with streaming.opened(stores["mixtral"], 0.0, **options) as engine:
+        streamer = engine._streamer
+        owner, name = {
+            "observe": (streamer._policy, "observe"), "pause": (Streamer, "_pause"),
+            "record": (streamer.recorder, "demand"),
+        }[called_back]  # fmt: skip
+        gc.disable()
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, divided_by_zero)
+                with pytest.raises(ZeroDivisionError) as raised:
+                    answer(engine)
+            assert "divided_by_zero" in [entry.name for entry in raised.traceback]
+            del raised
+            assert not list(engine._caches)
+        finally:
+            gc.enable()
         assert answer(engine) == expected
+
+
+def divided_by_zero(*_) -> None:
+    1 // 0  # noqa: B018
+
+
+def test_nobody_enters_an_engine_in_the_middle_of_its_step(stores, monkeypatch):
+    """A signal's function, or a policy, may try."""
+    with edgemem.load(stores["mixtral"]) as engine:
+        expected = answer(engine)
+    with streaming.opened(stores["mixtral"], 0.0, policy="lru") as engine:
+        session = engine.session()
+        for entered in (engine.close, engine.clear, lambda: session.feed([1])):
+            with monkeypatch.context() as patch:
+                patch.setattr(engine._streamer._policy, "observe", lambda *_, f=entered: f())
+                with pytest.raises(ValueError, match="in the middle of a step"):
+                    answer(engine)
+            assert answer(engine) == expected
+
+
+def test_an_interrupt_while_room_for_logits_is_made(tiny_moe_store, monkeypatch):
+    with edgemem.load(tiny_moe_store) as engine:
+        expected = answer(engine)
+    with edgemem.load(tiny_moe_store) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(Vocabulary, "read_out", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                engine.logits([1, 2, 3])
+        assert answer(engine) == expected
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -251,8 +251,7 @@ def test_a_store_whose_name_looks_like_an_option(tiny_moe_store, tmp_path):
 
 def test_what_the_governor_withheld_is_in_the_trace(tiny_moe_store, tmp_path):
     with streaming.opened(tiny_moe_store, 0.2, trace=tmp_path / "x") as engine:
-        heard = benchmark._Demand(engine)
-        heard.step("decode", 1, withheld_bytes=4096)
+        engine._streamer.end_step("decode", 1, withheld_bytes=4096)
         engine._streamer.end_recording()
     assert [line["withheld_bytes"] for line in tracefile.read(tmp_path / "x")[1]] == [4096]
 

@@ -10,7 +10,8 @@ from edgemem._native import ffi, lib, pointer
 
 TYPES = {
     "float *": np.float32, "double *": np.float64, "int32_t *": np.int32, "int64_t *": np.int64,
-    "uint16_t *": np.uint16, "uint32_t *": np.uint32, "uint64_t *": np.uint64,
+    "uint8_t *": np.uint8, "uint16_t *": np.uint16, "uint32_t *": np.uint32,
+    "uint64_t *": np.uint64,
 }  # fmt: skip
 
 

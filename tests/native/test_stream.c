@@ -1,0 +1,255 @@
+/* Turns: rows gathered through few slots, in rounds, with bundles read ahead and reads that fail,
+ * are those of the file; and whatever happens nothing stays pinned. */
+#include "check.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { BUNDLES = 24, CLASSES = 2, PAGE = 4096, PIECE = 8192, COLS = 64, ROWS = 32, TOKENS = 40 };
+
+/* Rows of floats, in bundles of two sizes, each of a class of its own. */
+typedef struct {
+    FILE *file;
+    float rows[BUNDLES * ROWS][COLS];
+    em_bundle bundles[BUNDLES];
+    uint8_t *slab;
+    em_slot_class classes[CLASSES];
+    em_core *core;
+    em_residency *residency;
+    em_stream stream;
+    em_lookahead ahead;
+    em_demand_log log;
+    uint32_t ids[BUNDLES];
+    int observed, paused, ends_at;
+} world;
+
+static int32_t observe(void *user, int32_t turn, const uint32_t *indices, int32_t n,
+                       const int32_t *uses, int32_t tokens) {
+    world *w = user;
+    (void)turn, (void)indices, (void)uses, (void)tokens;
+    CHECK(n > 0, "%d bundles", n);
+    return ++w->observed == w->ends_at ? EM_RAISED : EM_OK;
+}
+
+static int32_t pause(void *user, int32_t turn, const uint32_t *indices, int32_t n,
+                     const int32_t *uses, int32_t tokens) {
+    world *w = user;
+    (void)turn, (void)indices, (void)n, (void)uses, (void)tokens;
+    return ++w->paused == w->ends_at ? EM_RAISED : EM_OK;
+}
+
+static void make_store(world *w) {
+    fill_unit(w->rows[0], BUNDLES * ROWS * COLS, 7);
+    w->file = tmpfile();
+    uint64_t offset = PAGE;
+    for (int32_t i = 0; i < BUNDLES; i++) {
+        uint64_t rows = ROWS * COLS * 4, bytes = rows + (i % 3 == 0 ? 3 * PAGE : 0);
+        uint8_t *image = calloc(1, bytes);
+        memcpy(image, w->rows[i * ROWS], rows);
+        w->bundles[i] =
+            (em_bundle){offset, bytes, bytes, 0, em_crc32c(0, image, bytes), i % 3 == 0};
+        fseek(w->file, (long)offset, SEEK_SET);
+        fwrite(image, 1, bytes, w->file);
+        offset += bytes;
+        free(image);
+        w->ids[i] = (uint32_t)i;
+    }
+    fflush(w->file);
+}
+
+/* Arrays are exactly as large as the header asks, so that a sanitizer sees what writes beyond. */
+static void open_world(world *w, int32_t slots, const em_faults *faults) {
+    memset(w, 0, sizeof *w);
+    make_store(w);
+    uint64_t each[] = {2 * PAGE, 5 * PAGE};
+    if (posix_memalign((void **)&w->slab, PAGE, (size_t)slots * (each[0] + each[1])) != 0) abort();
+    w->classes[0] = (em_slot_class){w->slab, each[0], slots};
+    w->classes[1] = (em_slot_class){w->slab + (uint64_t)slots * each[0], each[1], slots};
+    CHECK(em_core_open(2, NULL, &w->core) == EM_OK, "a core");
+    CHECK(em_residency_open(fileno(w->file), w->bundles, BUNDLES, w->classes, CLASSES, "threads", 3,
+                            PIECE, faults, &w->residency) == EM_OK,
+          "a residency");
+    uint64_t *addresses = exact(BUNDLES * 8);
+    int64_t *sizes = exact(BUNDLES * 8), *index_of = exact(BUNDLES * 8);
+    int32_t *turn_of = exact(BUNDLES * 4), *certain_first = exact(2 * 4);
+    uint32_t *certain = exact(4);
+    float *ranks = exact(BUNDLES * 4);
+    for (int32_t i = 0; i < BUNDLES; i++) {
+        addresses[i] = 0;
+        sizes[i] = (int64_t)w->bundles[i].bytes;
+        index_of[i] = i;
+        turn_of[i] = 0;
+        ranks[i] = (float)i;
+    }
+    certain_first[0] = 0; /* bundle 5 is wanted after every turn */
+    certain_first[1] = 1;
+    certain[0] = 5;
+    w->ahead = (em_lookahead){.precision = 0.9, .memory = 64, .most_precision = 0.98};
+    w->log = (em_demand_log){exact(4 * BUNDLES), exact(8), 0, 0, BUNDLES, 2};
+    w->stream = (em_stream){.residency = w->residency,
+                            .addresses = addresses,
+                            .sizes = sizes,
+                            .index_of = index_of,
+                            .turn_of = turn_of,
+                            .certain_first = certain_first,
+                            .certain = certain,
+                            .ranks = ranks,
+                            .observe = observe,
+                            .pause = pause,
+                            .user = w,
+                            .lookahead = &w->ahead,
+                            .foreseen = exact(BUNDLES * 4),
+                            .indices = exact(BUNDLES * 4),
+                            .held = exact(BUNDLES * 8),
+                            .uses = exact(BUNDLES * 4),
+                            .likely = exact(2 * BUNDLES * 4),
+                            .likelihood = exact(BUNDLES * 4),
+                            .wanted = exact(BUNDLES),
+                            .log = &w->log};
+    memset(w->stream.wanted, 0, BUNDLES);
+}
+
+static void end_world(world *w) {
+    em_stream *s = &w->stream;
+    em_residency_close(w->residency);
+    em_core_close(w->core);
+    void *owned[] = {(void *)s->addresses,
+                     (void *)s->sizes,
+                     (void *)s->index_of,
+                     (void *)s->turn_of,
+                     (void *)s->certain_first,
+                     (void *)s->certain,
+                     (void *)s->ranks,
+                     s->foreseen,
+                     s->indices,
+                     s->held,
+                     s->uses,
+                     s->likely,
+                     s->likelihood,
+                     s->wanted,
+                     w->log.indices,
+                     w->log.counts,
+                     w->slab};
+    for (size_t i = 0; i < sizeof owned / sizeof owned[0]; i++) free(owned[i]);
+    fclose(w->file);
+}
+
+/* Whether every slot can be pinned, as it can where nothing is. */
+static bool nothing_is_pinned(world *w, int32_t slots) {
+    uint32_t wanted[BUNDLES];
+    uint64_t at[BUNDLES];
+    int32_t n = 0;
+    for (int32_t c = 0; c < CLASSES; c++)
+        for (uint32_t i = 0, count = 0; i < BUNDLES && count < (uint32_t)slots; i++)
+            if (w->bundles[i].slot_class == c) {
+                wanted[n++] = i;
+                count++;
+            }
+    if (em_residency_acquire(w->residency, wanted, n, NULL, at) != EM_OK) return false;
+    em_residency_wait(w->residency, wanted, n);
+    em_residency_release(w->residency, wanted, n);
+    return true;
+}
+
+/* Gathers random rows as one operation; true if they are the file's. */
+static int32_t gather(world *w, uint32_t *seed, int32_t most, bool *right) {
+    int32_t ids[TOKENS], uses[BUNDLES] = {0}, failed = 0;
+    uint32_t wanted[BUNDLES], n = 0;
+    uint64_t *addresses = exact(BUNDLES * 8);
+    float *out = exact(TOKENS * COLS * 4);
+    for (int32_t t = 0; t < TOKENS; t++) {
+        uint32_t bundle = random_bits(seed) % (uint32_t)most;
+        ids[t] = (int32_t)(bundle * ROWS + random_bits(seed) % ROWS);
+        uses[bundle]++;
+    }
+    int32_t counts[BUNDLES];
+    for (uint32_t b = 0; b < BUNDLES; b++)
+        if (uses[b] > 0) {
+            counts[n] = uses[b];
+            wanted[n++] = b;
+        }
+    em_op op = {.kind = EM_OP_GATHER};
+    op.gather = (em_gather_op){&w->stream, w->ids, wanted, counts, ids,       (int32_t)n, BUNDLES,
+                               ROWS,       EM_F32, 1,      COLS,   addresses, out};
+    int32_t status = em_ops_run(w->core, &op, 1, NULL, 0, TOKENS, &failed);
+    *right = true;
+    for (int32_t t = 0; t < TOKENS && status == EM_OK; t++)
+        *right &= memcmp(out + t * COLS, w->rows[ids[t]], COLS * 4) == 0;
+    free(out);
+    free(addresses);
+    return status;
+}
+
+/* Two at the least: one is computed while the next lands. */
+static void any_number_of_slots(void) {
+    for (int32_t slots = 2; slots <= BUNDLES; slots++) {
+        world w;
+        uint32_t seed = (uint32_t)slots;
+        bool right;
+        open_world(&w, slots, NULL);
+        for (int32_t most = 1; most <= BUNDLES; most++) {
+            int32_t status = gather(&w, &seed, most, &right);
+            CHECK(status == EM_OK && right, "%d slots, %d bundles: %d", slots, most, status);
+        }
+        CHECK(slots > 3 || w.paused > 0, "%d slots", slots);
+        CHECK(w.log.n_turns == BUNDLES, "%d turns", (int)w.log.n_turns);
+        CHECK(nothing_is_pinned(&w, slots), "%d slots", slots);
+        end_world(&w);
+    }
+}
+
+static void every_read_fails_once(void) {
+    for (int64_t nth = 0; nth < 40; nth++) {
+        world w;
+        uint32_t seed = 3;
+        bool right;
+        em_faults faults = {.kind = nth % 2 ? EM_FAULT_ERROR : EM_FAULT_FLIP,
+                            .first = nth,
+                            .count = 1,
+                            .seed = (uint64_t)nth};
+        open_world(&w, 2, &faults);
+        int32_t status = gather(&w, &seed, BUNDLES, &right);
+        CHECK((status == EM_OK && right) || status == EM_FLASH, "read %d: %d", (int)nth, status);
+        CHECK(nothing_is_pinned(&w, 2), "read %d", (int)nth);
+        em_residency_clear(w.residency);
+        CHECK(gather(&w, &seed, BUNDLES, &right) == EM_OK && right, "after read %d", (int)nth);
+        end_world(&w);
+    }
+}
+
+static void what_is_raised_ends_it(void) {
+    for (int ends_at = 1; ends_at <= 3; ends_at++) {
+        world w;
+        uint32_t seed = 5;
+        bool right;
+        open_world(&w, 2, NULL);
+        w.ends_at = ends_at; /* at first in observe, else between rounds */
+        CHECK(gather(&w, &seed, BUNDLES, &right) == EM_RAISED, "at %d", ends_at);
+        CHECK(nothing_is_pinned(&w, 2) && w.stream.busy == 0, "at %d", ends_at);
+        w.ends_at = 0;
+        CHECK(gather(&w, &seed, BUNDLES, &right) == EM_OK && right, "at %d", ends_at);
+        end_world(&w);
+    }
+}
+
+static void closed_or_busy(void) {
+    world w;
+    uint32_t seed = 9;
+    bool right;
+    open_world(&w, 2, NULL);
+    w.stream.busy = 1;
+    CHECK(gather(&w, &seed, BUNDLES, &right) == EM_UNSUPPORTED, "busy");
+    w.stream.busy = 0;
+    w.stream.residency = NULL;
+    CHECK(gather(&w, &seed, BUNDLES, &right) == EM_UNSUPPORTED, "closed");
+    end_world(&w);
+}
+
+int main(void) {
+    any_number_of_slots();
+    every_read_fails_once();
+    what_is_raised_ends_it();
+    closed_or_busy();
+    return check_report();
+}
