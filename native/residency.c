@@ -317,7 +317,7 @@ static bool place(em_residency *r, uint32_t bundle, const float *ranks) {
 
 int32_t em_residency_acquire(em_residency *r, const uint32_t *ids, int32_t n, const float *ranks,
                              uint64_t *addresses) {
-    if (r->owner != getpid()) return EM_UNSUPPORTED; /* rings and slots belong to the parent */
+    if (is_foreign(r)) return EM_UNSUPPORTED;
     for (int32_t i = 0; i < n; i++)
         if (ids[i] >= (uint32_t)r->n_bundles) return EM_INVALID;
     pthread_mutex_lock(&r->mutex);
@@ -347,7 +347,7 @@ int32_t em_residency_acquire(em_residency *r, const uint32_t *ids, int32_t n, co
 }
 
 void em_residency_release(em_residency *r, const uint32_t *ids, int32_t n) {
-    if (n < 1 || r->owner != getpid()) return;
+    if (n < 1 || is_foreign(r)) return;
     pthread_mutex_lock(&r->mutex);
     for (int32_t i = 0; i < n; i++)
         if (ids[i] < (uint32_t)r->n_bundles && r->states[ids[i]].pins > 0) unpin(r, ids[i]);
@@ -355,6 +355,7 @@ void em_residency_release(em_residency *r, const uint32_t *ids, int32_t n) {
 }
 
 void em_residency_release_all(em_residency *r) {
+    if (is_foreign(r)) return;
     pthread_mutex_lock(&r->mutex);
     for (uint32_t bundle = 0; bundle < (uint32_t)r->n_bundles; bundle++)
         while (r->states[bundle].pins > 0) unpin(r, bundle);
@@ -364,7 +365,7 @@ void em_residency_release_all(em_residency *r) {
 int32_t em_residency_prefetch(em_residency *r, const uint32_t *ids, int32_t n, const float *ranks,
                               uint64_t most_bytes) {
     int32_t started = 0;
-    if (r->owner != getpid()) return 0;
+    if (is_foreign(r)) return 0;
     for (int32_t i = 0; i < n; i++)
         if (ids[i] >= (uint32_t)r->n_bundles) return 0;
     pthread_mutex_lock(&r->mutex);
@@ -387,6 +388,7 @@ int32_t em_residency_prefetch(em_residency *r, const uint32_t *ids, int32_t n, c
 }
 
 void em_residency_cancel(em_residency *r, const uint32_t *ids, int32_t n) {
+    if (is_foreign(r)) return;
     pthread_mutex_lock(&r->mutex);
     em_residency_drop_ahead(r);
     for (int32_t i = 0; i < n; i++)
@@ -395,7 +397,7 @@ void em_residency_cancel(em_residency *r, const uint32_t *ids, int32_t n) {
 }
 
 void em_residency_clear(em_residency *r) {
-    if (r->owner != getpid()) return;
+    if (is_foreign(r)) return;
     pthread_mutex_lock(&r->mutex);
     em_residency_drop_ahead(r);
     for (int32_t i = 0; i < r->n_bundles; i++) {
@@ -434,7 +436,7 @@ static bool any_in(const em_residency *r, int32_t slot_class, int32_t first, boo
 
 int32_t em_residency_resize(em_residency *r, int32_t slot_class, int32_t n_slots,
                             const float *ranks) {
-    if (r->owner != getpid()) return EM_UNSUPPORTED;
+    if (is_foreign(r)) return EM_UNSUPPORTED;
     if (slot_class < 0 || slot_class >= r->n_classes || n_slots < 1 ||
         n_slots > r->classes[slot_class].n_slots)
         return EM_INVALID;
@@ -488,6 +490,7 @@ em_read_failure em_residency_failure(em_residency *r) {
 }
 
 em_residency_stats em_residency_statistics(em_residency *r) {
+    if (is_foreign(r)) return r->stats;
     pthread_mutex_lock(&r->mutex);
     em_residency_stats stats = r->stats;
     if (r->in_flight > 0) stats.busy_us += em_now_us() - r->busy_since_us;

@@ -5,6 +5,7 @@
 #include "io.h"
 
 #include <pthread.h>
+#include <unistd.h>
 
 enum { ABSENT, LOADING, RESIDENT };
 enum { NO_SLOT = -1, EMPTY = -1 };
@@ -71,6 +72,10 @@ struct em_residency {
     int fd;
     pid_t owner;
 };
+
+/* Rings and slots belong to the process that opened them; in a child of it the mutex may be locked
+ * for ever, by a thread that the child does not have. */
+EM_INLINE bool is_foreign(const em_residency *r) { return r->owner != getpid(); }
 
 /* The thread that ends reads, and forgetting prefetches that have not started (under the mutex). */
 void *em_residency_reap(void *residency);

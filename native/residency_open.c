@@ -17,7 +17,7 @@ static bool queue_open(piece_queue *q, int64_t capacity) {
 
 void em_residency_close(em_residency *r) {
     /* Threads do not follow a fork: what they wait on ends with the child. */
-    if (!r || r->owner != getpid()) return;
+    if (!r || is_foreign(r)) return;
     if (r->reaping) {
         pthread_mutex_lock(&r->mutex);
         em_residency_drop_ahead(r);
