@@ -11,16 +11,24 @@
 /* About 50 us: longer than the gap between two regions of a step, shorter than a nap is worth. */
 #define SPINS 8000
 
-/* Items are claimed by counting `claim` down: the region's number above, its unclaimed items below.
- * A worker that wakes late finds another number or no item, so nobody waits for workers, only for
- * items. */
+/* A part of a region's items, in a cache line of its own: [end - left, end). `claim` has the
+ * region's number above and `left` below. */
+typedef struct {
+    _Alignas(64) _Atomic uint64_t claim;
+    _Atomic int64_t end;
+} em_part;
+
+/* Each thread takes the items of its own part in order, so that it reads memory as it lies; then it
+ * helps with the parts of the others. A worker that wakes late finds another number or no item, so
+ * nobody waits for workers, only for items. */
 struct em_pool {
     pthread_t *threads;
+    em_part *parts;    /* [n_threads] */
     int32_t n_threads; /* the caller included */
     int32_t n_started;
     pid_t owner; /* workers do not follow a fork */
 
-    _Alignas(64) _Atomic uint64_t claim;
+    _Alignas(64) _Atomic uint32_t region;
     _Atomic(em_task *) task;
     void *_Atomic arg;
     _Alignas(64) _Atomic int64_t n_done;
@@ -45,35 +53,44 @@ EM_INLINE void pause_cpu(void) {
 
 EM_INLINE uint32_t region_of(uint64_t claim) { return (uint32_t)(claim >> 32); }
 
-/* Runs items of the region that `claim` names until none is left or another region has begun. */
-static void take_items(em_pool *pool, int32_t thread) {
-    uint64_t claim = atomic_load(&pool->claim);
-    const uint32_t region = region_of(claim);
-    /* If an exchange below succeeds, these are that region's: while it has unclaimed items, its
-     * caller has not come back to write the next. */
-    em_task *task = atomic_load(&pool->task);
-    void *arg = atomic_load(&pool->arg);
+/* Runs what is left of one thread's part; how many items that were. */
+static int64_t take_part(em_pool *pool, em_part *part, uint32_t region, int32_t thread) {
+    uint64_t claim = atomic_load(&part->claim);
     int64_t done = 0;
     while (region_of(claim) == region && (uint32_t)claim > 0) {
-        if (!atomic_compare_exchange_weak(&pool->claim, &claim, claim - 1)) continue;
-        task(arg, (int64_t)(uint32_t)claim - 1, thread);
+        /* If the exchange succeeds, these are that region's: while it has unclaimed items, its
+         * caller has not come back to write the next. */
+        em_task *task = atomic_load(&pool->task);
+        void *arg = atomic_load(&pool->arg);
+        int64_t end = atomic_load(&part->end);
+        if (!atomic_compare_exchange_weak(&part->claim, &claim, claim - 1)) continue;
+        task(arg, end - (int64_t)(uint32_t)claim, thread);
         done++;
-        claim = atomic_load(&pool->claim);
+        claim = atomic_load(&part->claim);
+    }
+    return done;
+}
+
+/* Runs items of the present region until none is left or another one has begun. */
+static void take_items(em_pool *pool, uint32_t region, int32_t thread) {
+    int64_t done = 0;
+    for (int32_t i = 0; i < pool->n_threads; i++) {
+        int32_t of = thread + i < pool->n_threads ? thread + i : thread + i - pool->n_threads;
+        done += take_part(pool, &pool->parts[of], region, thread);
     }
     if (done > 0) atomic_fetch_add(&pool->n_done, done);
 }
 
 static void wait_for_region(em_pool *pool, uint32_t seen) {
     for (int spin = 0; spin < SPINS; spin++) {
-        if (region_of(atomic_load_explicit(&pool->claim, memory_order_acquire)) != seen) return;
+        if (atomic_load_explicit(&pool->region, memory_order_acquire) != seen) return;
         pause_cpu();
     }
     /* Sequentially consistent on both sides: either the caller sees us in `sleeping`, or we see its
      * new region before we wait. */
     pthread_mutex_lock(&pool->mutex);
     atomic_fetch_add(&pool->sleeping, 1);
-    while (region_of(atomic_load(&pool->claim)) == seen)
-        pthread_cond_wait(&pool->wake, &pool->mutex);
+    while (atomic_load(&pool->region) == seen) pthread_cond_wait(&pool->wake, &pool->mutex);
     atomic_fetch_sub(&pool->sleeping, 1);
     pthread_mutex_unlock(&pool->mutex);
 }
@@ -86,20 +103,28 @@ static void *work(void *start_arg) {
         wait_for_region(pool, seen);
         /* In this order: closing is set before the last region begins, so whoever has seen that
          * region knows. */
-        seen = region_of(atomic_load(&pool->claim));
+        seen = atomic_load(&pool->region);
         if (atomic_load(&pool->closing)) return NULL;
-        take_items(pool, start.index);
+        take_items(pool, seen, start.index);
     }
 }
 
-static void begin_region(em_pool *pool, int64_t n_items) {
-    uint64_t region = region_of(atomic_load(&pool->claim)) + 1;
-    atomic_store(&pool->claim, region << 32 | (uint64_t)n_items);
+static uint32_t begin_region(em_pool *pool, int64_t n_items) {
+    uint32_t region = atomic_load(&pool->region) + 1;
+    int64_t start = 0;
+    for (int32_t i = 0; i < pool->n_threads; i++) {
+        int64_t end = n_items * (i + 1) / pool->n_threads;
+        atomic_store(&pool->parts[i].end, end);
+        atomic_store(&pool->parts[i].claim, (uint64_t)region << 32 | (uint64_t)(end - start));
+        start = end;
+    }
+    atomic_store(&pool->region, region);
     if (atomic_load(&pool->sleeping) > 0) {
         pthread_mutex_lock(&pool->mutex);
         pthread_cond_broadcast(&pool->wake);
         pthread_mutex_unlock(&pool->mutex);
     }
+    return region;
 }
 
 void em_pool_run(em_pool *pool, em_task *task, void *arg, int64_t n_items) {
@@ -110,8 +135,7 @@ void em_pool_run(em_pool *pool, em_task *task, void *arg, int64_t n_items) {
     atomic_store(&pool->task, task);
     atomic_store(&pool->arg, arg);
     atomic_store(&pool->n_done, 0);
-    begin_region(pool, n_items);
-    take_items(pool, 0);
+    take_items(pool, begin_region(pool, n_items), 0);
     for (int spin = 0; atomic_load_explicit(&pool->n_done, memory_order_acquire) < n_items;
          spin++) {
         if (spin < SPINS)
@@ -139,10 +163,14 @@ int32_t em_pool_open(int32_t n_threads, em_pool **out) {
     if (!pool) return EM_NO_MEMORY;
     *pool = (em_pool){.n_threads = n_threads, .owner = getpid()};
     pool->threads = calloc((size_t)n_threads, sizeof *pool->threads);
-    if (!pool->threads) {
+    pool->parts = aligned_alloc(64, (size_t)n_threads * sizeof *pool->parts);
+    if (!pool->threads || !pool->parts) {
+        free(pool->threads);
+        free(pool->parts);
         free(pool);
         return EM_NO_MEMORY;
     }
+    for (int32_t i = 0; i < n_threads; i++) pool->parts[i] = (em_part){0, 0};
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->wake, NULL);
     for (int32_t i = 1; i < n_threads; i++)
@@ -163,6 +191,7 @@ void em_pool_close(em_pool *pool) {
     pthread_mutex_destroy(&pool->mutex);
     pthread_cond_destroy(&pool->wake);
     free(pool->threads);
+    free(pool->parts);
     free(pool);
 }
 
