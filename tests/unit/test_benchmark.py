@@ -70,6 +70,28 @@ def test_a_dense_model_that_streams(stories_store):
     assert 0 < report.belady_hit_rate < 1 and report.decode.hit_rate is not None
 
 
+@pytest.mark.parametrize("share", [0.2, None])
+def test_the_breakdown_adds_up_to_the_time_of_a_token(share, tiny_moe_store):
+    opened = edgemem.load if share is None else streaming.opened
+    with opened(tiny_moe_store, *[share] * (share is not None)) as engine:
+        report = benchmark.measure(engine, **COUNTS)
+    parts, rates = report.breakdown, report.decode.tokens_per_second
+    assert 0.999 / rates.high <= sum(parts.values()) <= 1.001 / rates.low
+    assert all(seconds >= 0 for seconds in parts.values())
+    assert min(parts["routing"], parts["attending"], parts["multiplying by the output head"]) > 0
+    streams = (parts["waiting for bundles"] > 0, parts["foreseeing bundles"] > 0)
+    assert streams == (share is not None, share is not None)
+
+
+def test_a_breakdown_is_shown_where_it_is_asked_for(tiny_moe_store, floor):
+    budgets = ("--memory", f"{floor + 8}M", "--memory", "auto")
+    shown = bench(tiny_moe_store, *FEW, *budgets, "--breakdown")[0]
+    table = [line.split("|")[1:-1] for line in shown.split("ms of a decoded token")[1].splitlines()]
+    assert [len(row) for row in table[1:] if row] == [3] * (len(table) - 1)
+    assert [cell.strip() for cell in table[-1]][0] == "all" and table[-1][1].endswith("(100.0 %) ")
+    assert "ms of a decoded token" not in bench(tiny_moe_store, *FEW, *budgets)[0]
+
+
 def test_a_model_that_fits_says_nothing_of_flash(tiny_moe_store):
     with edgemem.load(tiny_moe_store, context=64) as engine:
         report = benchmark.measure(engine, **COUNTS)
