@@ -77,7 +77,8 @@ class Report:
     reads of `record_bytes`) and DRAM are those that `ideal_seconds_per_token` of decode is made of;
     `efficiency` is η, of the median repetition. Of flash, and of Belady, there is nothing to say
     (None) where nothing streams. `breakdown` tells what the seconds of a decoded token went into,
-    all of them: "all else" is what no counter has, most of it Python's.
+    all of them: "all else" is what no counter has, most of it Python's. What native code calls back
+    (policies that are not native, a trace) is in "taking bundles".
     """
 
     budget_bytes: int
@@ -127,7 +128,8 @@ def measure(
     steps = _chunks(engine, prompt_tokens) + [1] * new_tokens
     steps_at_once = steps * rounds if warm else steps
     size = 4 * sum(_demand_room(engine, steps * rounds))
-    engine._promise([Item("record of the demand", size)], "measuring")
+    record = Item("record of the demand", size)
+    engine._promise([record], "measuring")
     # Not numpy's generators: importing them takes memory that no budget has promised.
     draw, vocab = random.Random(seed), range(engine.spec.vocab_size)
     times, demands, spent = [], [], Counter()
@@ -152,7 +154,9 @@ def measure(
             spent.update(_spent(engine))
             spent.subtract(before)
     engine._streamer.end_recording()
-    return _report(engine, prompt_tokens, np.array(times[warm:]), demands, warm, spent)
+    report = _report(engine, prompt_tokens, np.array(times[warm:]), demands, warm, spent)
+    engine.budget.give_back([record])
+    return report
 
 
 def _chunks(engine: Engine, tokens: int) -> list[int]:

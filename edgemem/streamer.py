@@ -149,7 +149,9 @@ class Streamer:
         self.end_recording()
 
     def end_recording(self) -> None:
-        """Let go of the recorder."""
+        """Let go of the recorder, and of the log."""
+        self._log = None
+        self._set("log", ffi.NULL, None)
         if self._recorder is not None:
             self._recorder.close()
         self.recorder = None

@@ -64,7 +64,7 @@ void em_pages_drop(void *start, uint64_t bytes);
 /* What the calling thread has done since open, beside its operations' own work. */
 typedef struct {
     int64_t stall_ns;  /* em_ffn_run waited for bundles */
-    int64_t taking_ns; /* turns took bundles, and let go of them */
+    int64_t taking_ns; /* turns took bundles, let go of them, and called back */
     int64_t foreseeing_ns;
 } em_core_times;
 em_core_times em_core_clocks(const em_core *core);
@@ -452,7 +452,7 @@ typedef struct {
 
 typedef struct em_op {
     int32_t kind;
-    int64_t spent_ns; /* so far, without what em_core_times has */
+    int64_t spent_ns; /* so far, without waiting for bundles and what em_core_times has */
     em_norm_op norm;
     em_linears_op linears;
     em_attend_op attend;

@@ -230,7 +230,6 @@ static int32_t run_as_ready(em_core *core, ffn_task *t, const int32_t *ready, co
     waiting batch = {lists + 2 * n_bundles, 0};
     for (int32_t b = 0; b < n_bundles; b++) inner.items[b] = b;
     t->batch = batch.items;
-    int64_t since = 0;
     while (inner.count + outer.count > 0) {
         batch.count = 0;
         int32_t n = take_ready(ready, ids, EM_READY_FIRST, &inner, &batch);
@@ -242,15 +241,12 @@ static int32_t run_as_ready(em_core *core, ffn_task *t, const int32_t *ready, co
         int32_t m = n < 0 ? n : take_ready(ready, ids, EM_READY_WHOLE, &outer, &batch);
         if (m > 0) run_down(core, t, m);
         if (m < 0) return EM_FLASH;
-        if (n + m > 0) {
-            since = 0;
-            continue;
-        }
-        int64_t now = em_now_ns(), waited = since > 0 ? now - since : 0;
+        if (n + m > 0) continue;
+        int64_t since = em_now_ns();
+        sched_yield();
+        int64_t waited = em_now_ns() - since;
         core->times.stall_ns += waited;
         core->aside_ns += waited;
-        since = now;
-        sched_yield();
     }
     return EM_OK;
 }

@@ -119,7 +119,7 @@ static uint32_t begin_region(em_pool *pool, int64_t n_items) {
         start = end;
     }
     atomic_store(&pool->region, region);
-    if (atomic_load(&pool->sleeping) > 0) {
+    if (atomic_load(&pool->sleeping) > 0 && pool->owner == getpid()) { /* a child has no workers */
         pthread_mutex_lock(&pool->mutex);
         pthread_cond_broadcast(&pool->wake);
         pthread_mutex_unlock(&pool->mutex);

@@ -72,8 +72,8 @@ class Core:
         self.isa = ffi.string(lib.em_core_isa(self.handle)).decode()
 
     def clocks(self) -> dict[str, float]:
-        """Seconds since open in which operations waited for bundles (stall), took them and let go
-        of them (taking), and foresaw which come next (foreseeing)."""
+        """Seconds since open in which feed-forward networks waited for bundles (stall), operations
+        took bundles and let go of them (taking), and foresaw which come next (foreseeing)."""
         times = lib.em_core_clocks(self.handle)
         return {
             name: getattr(times, f"{name}_ns") / 1e9 for name in ("stall", "taking", "foreseeing")

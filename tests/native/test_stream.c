@@ -1,6 +1,7 @@
 /* Turns: rows gathered through few slots, in rounds, with bundles read ahead and reads that fail,
  * are those of the file; and whatever happens nothing stays pinned. */
 #include "check.h"
+#include "residency.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -32,8 +33,8 @@ static int32_t observe(void *user, int32_t turn, const uint32_t *indices, int32_
     return ++w->observed == w->ends_at ? EM_RAISED : EM_OK;
 }
 
-static int32_t pause(void *user, int32_t turn, const uint32_t *indices, int32_t n,
-                     const int32_t *uses, int32_t tokens) {
+static int32_t pause_between(void *user, int32_t turn, const uint32_t *indices, int32_t n,
+                             const int32_t *uses, int32_t tokens) {
     world *w = user;
     (void)turn, (void)indices, (void)n, (void)uses, (void)tokens;
     return ++w->paused == w->ends_at ? EM_RAISED : EM_OK;
@@ -96,7 +97,7 @@ static void open_world(world *w, int32_t slots, const em_faults *faults) {
                             .certain = certain,
                             .ranks = ranks,
                             .observe = observe,
-                            .pause = pause,
+                            .pause = pause_between,
                             .user = w,
                             .lookahead = &w->ahead,
                             .foreseen = exact(BUNDLES * 4),
@@ -135,20 +136,9 @@ static void end_world(world *w) {
     fclose(w->file);
 }
 
-/* Whether every slot can be pinned, as it can where nothing is. */
-static bool nothing_is_pinned(world *w, int32_t slots) {
-    uint32_t wanted[BUNDLES];
-    uint64_t at[BUNDLES];
-    int32_t n = 0;
-    for (int32_t c = 0; c < CLASSES; c++)
-        for (uint32_t i = 0, count = 0; i < BUNDLES && count < (uint32_t)slots; i++)
-            if (w->bundles[i].slot_class == c) {
-                wanted[n++] = i;
-                count++;
-            }
-    if (em_residency_acquire(w->residency, wanted, n, NULL, at) != EM_OK) return false;
-    em_residency_wait(w->residency, wanted, n);
-    em_residency_release(w->residency, wanted, n);
+static bool nothing_is_pinned(const world *w) {
+    for (int32_t i = 0; i < BUNDLES; i++)
+        if (w->residency->states[i].pins != 0) return false;
     return true;
 }
 
@@ -194,13 +184,14 @@ static void any_number_of_slots(void) {
         }
         CHECK(slots > 3 || w.paused > 0, "%d slots", slots);
         CHECK(w.log.n_turns == BUNDLES, "%d turns", (int)w.log.n_turns);
-        CHECK(nothing_is_pinned(&w, slots), "%d slots", slots);
+        CHECK(nothing_is_pinned(&w), "%d slots", slots);
         end_world(&w);
     }
 }
 
 static void every_read_fails_once(void) {
-    for (int64_t nth = 0; nth < 40; nth++) {
+    int failed = 0;
+    for (int64_t nth = 0; nth < 32; nth++) {
         world w;
         uint32_t seed = 3;
         bool right;
@@ -210,12 +201,14 @@ static void every_read_fails_once(void) {
                             .seed = (uint64_t)nth};
         open_world(&w, 2, &faults);
         int32_t status = gather(&w, &seed, BUNDLES, &right);
+        failed += status == EM_FLASH;
         CHECK((status == EM_OK && right) || status == EM_FLASH, "read %d: %d", (int)nth, status);
-        CHECK(nothing_is_pinned(&w, 2), "read %d", (int)nth);
+        CHECK(nothing_is_pinned(&w), "read %d", (int)nth);
         em_residency_clear(w.residency);
         CHECK(gather(&w, &seed, BUNDLES, &right) == EM_OK && right, "after read %d", (int)nth);
         end_world(&w);
     }
+    CHECK(failed > 20, "%d of 32 failed", failed); /* what was read ahead is read again */
 }
 
 static void what_is_raised_ends_it(void) {
@@ -226,7 +219,7 @@ static void what_is_raised_ends_it(void) {
         open_world(&w, 2, NULL);
         w.ends_at = ends_at; /* at first in observe, else between rounds */
         CHECK(gather(&w, &seed, BUNDLES, &right) == EM_RAISED, "at %d", ends_at);
-        CHECK(nothing_is_pinned(&w, 2) && w.stream.busy == 0, "at %d", ends_at);
+        CHECK(nothing_is_pinned(&w) && w.stream.busy == 0, "at %d", ends_at);
         w.ends_at = 0;
         CHECK(gather(&w, &seed, BUNDLES, &right) == EM_OK && right, "at %d", ends_at);
         end_world(&w);
