@@ -42,8 +42,9 @@ def test_filters(options, expected):
 
 @pytest.mark.parametrize("vocab", [2, 50, 5000])
 def test_agrees_with_transformers(vocab, rng):
-    torch = pytest.importorskip("torch")
-    process = pytest.importorskip("transformers.generation.logits_process")
+    torch = pytest.importorskip("torch", reason="the oracle needs torch")
+    name, why = "transformers.generation.logits_process", "the oracle needs transformers"
+    process = pytest.importorskip(name, reason=why)
     for _ in range(20):
         logits = (rng.normal(size=vocab) * rng.choice([0.1, 1, 5])).astype(np.float32)
         history = rng.integers(0, vocab, rng.integers(1, 20))

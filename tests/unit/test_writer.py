@@ -134,7 +134,7 @@ def dead_pid() -> int:
 
 
 def test_what_dead_writers_of_the_target_left_is_removed(tmp_path, temporary):
-    fcntl, dead = pytest.importorskip("fcntl"), dead_pid()
+    fcntl, dead = pytest.importorskip("fcntl", reason="no locks on files here"), dead_pid()
     kept = {f".b.{dead}.0.tmp", f".a.{os.getpid()}.0.tmp", ".a.tmp", f"a.{dead}.0.tmp",
             f".a.{dead}.0.tmp.b", f".a.{dead}.7.tmp"}  # fmt: skip
     for name in kept | {f".a.{dead}.tmp", f".a.{dead}.3.tmp"}:
@@ -150,7 +150,7 @@ def test_what_dead_writers_of_the_target_left_is_removed(tmp_path, temporary):
 
 def test_a_writer_locks_its_file(tmp_path, monkeypatch):
     """So that another process, which may not see its id, does not take it for a leftover."""
-    pytest.importorskip("fcntl")
+    pytest.importorskip("fcntl", reason="no locks on files here")
     monkeypatch.delattr(os, "O_TMPFILE", raising=False)
     monkeypatch.setattr(writer_module, "_alive", lambda pid: False)
     with StoreWriter(tmp_path / "a") as writer:
