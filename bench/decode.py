@@ -22,20 +22,25 @@ def parse() -> argparse.Namespace:
 
 def measure(path: str, args: argparse.Namespace) -> None:
     import edgemem
-    from bench.harness import PlainRead, rates
-    from edgemem.kernels import Core
+    from bench.harness import rates
+    from edgemem.benchmark import resident_weights
+    from edgemem.sequence import TokenSequence
 
     with edgemem.load(path, context=512, threads=args.threads) as engine:
-        weights = engine.store.file_bytes
-        random = np.random.default_rng(0)
+        start, size = resident_weights(engine)
         # Fixed random tokens: greedy text of random weights falls into a loop.
-        ids = random.integers(2, engine.spec.vocab_size, 512).astype(np.int32)
-        read = PlainRead(Core(engine.threads), min(weights, 1 << 30))
+        ids = np.random.default_rng(0).integers(2, engine.spec.vocab_size, 512).astype(np.int32)
+
+        def read() -> int:
+            engine._core.read_bytes(start, size)
+            return size
 
         def decode() -> int:
-            with engine.session() as session:
-                for i in range(args.tokens):
-                    session.feed(ids[i : i + 1])
+            sequence = TokenSequence(engine)
+            for id in ids[: args.tokens].tolist():
+                sequence.append(id)
+                sequence.logits()
+            sequence.close()
             return args.tokens
 
         def prefill() -> int:
@@ -44,9 +49,10 @@ def measure(path: str, args: argparse.Namespace) -> None:
             return args.prompt
 
         found = rates({"read": read, "decode": decode, "prefill": prefill}, args.runs)
+        weights = engine.trace.summary()["decode"]["demand_bytes_per_token"]
         rate, ceiling = found["decode"].median * weights, found["read"].median
         print(
-            f"{os.path.basename(path)}: {weights / 1e9:.3f} GB, {engine.threads} threads, "
+            f"{os.path.basename(path)}: {weights / 1e9:.3f} GB a token, {engine.threads} threads, "
             f"{engine.isa}: decode {found['decode']:.2f} tok/s = {rate / 1e9:.2f} GB/s of weights; "
             f"plain read {ceiling / 1e9:.2f} GB/s ({found['read'].low / 1e9:.2f}–"
             f"{found['read'].high / 1e9:.2f}); {100 * rate / ceiling:.0f} %; "

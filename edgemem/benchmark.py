@@ -333,11 +333,16 @@ def _belady(engine: Engine, demands: list[_Demand]) -> _Best:
     return best
 
 
-def dram_rate(engine: Engine) -> float:
-    """Bytes per second at which all threads read the resident weights and do nothing with them."""
+def resident_weights(engine: Engine) -> tuple[int, int]:
+    """Where the resident weights lie, one after another: address and bytes."""
     residency = engine._streamer._residency
     resident = residency.index_of < 0
-    start, size = int(residency.addresses[resident].min()), int(residency.sizes[resident].sum())
+    return int(residency.addresses[resident].min()), int(residency.sizes[resident].sum())
+
+
+def dram_rate(engine: Engine) -> float:
+    """Bytes per second at which all threads read the resident weights and do nothing with them."""
+    start, size = resident_weights(engine)
     size, rates = min(size, DRAM_BYTES), []
     engine._core.read_bytes(start, size)
     for _ in range(5):

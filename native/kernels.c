@@ -69,22 +69,25 @@ EM_INLINE int64_t act_row(const em_acts *a, int64_t token) {
         int32_t t = 0;                                                                             \
         for (; t + (TOKENS) <= n_tokens; t += (TOKENS)) TILE(GROUP, GROUPS, t, TOKENS);            \
         for (; (TOKENS) > 4 && t + 4 <= n_tokens; t += 4) TILE(GROUP, GROUPS, t, 4);               \
+        for (; (TOKENS) > 3 && t + 3 == n_tokens; t += 3) TILE(GROUP, GROUPS, t, 3);               \
         for (; (TOKENS) > 2 && t + 2 <= n_tokens; t += 2) TILE(GROUP, GROUPS, t, 2);               \
         for (; t < n_tokens; t++) TILE(GROUP, GROUPS, t, 1);                                       \
     } while (0)
 
 /* Chains of fused multiply-adds wait 4 cycles for each other: for one token, run several groups.
  * A block's chain is one of integers, so its groups go one by one, in the order of memory. */
-#define FLOAT_GROUPS 4
+#define FLOAT_GROUPS 2
 #define FLOAT_SUMS (FLOAT_GROUPS > FLOAT_TOKENS ? FLOAT_GROUPS : FLOAT_TOKENS)
 #define BLOCK_GROUPS 1
 
-/* For one token memory is the limit, and processors' own prefetchers stop at each page: ask for
- * what lies this far ahead, which may be the next group's (bench/LOG.md). */
-#define PREFETCH_BYTES 6144
+/* For few tokens memory is the limit, and processors' own prefetchers stop at each page: ask for
+ * what lies this far ahead, in the order of memory, which pays more than the order of use
+ * (bench/LOG.md). Where it lies beyond a group, it is that after all groups of the tile. */
+#define PREFETCH_BYTES 4096
 
-EM_INLINE void prefetch(const uint8_t *p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + PREFETCH_BYTES + i);
+EM_INLINE void prefetch(const void *p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch((const uint8_t *)p + PREFETCH_BYTES + i);
 }
 
 #define FLOAT_PRODUCT(name, dtype, type, load)                                                     \
@@ -96,12 +99,17 @@ EM_INLINE void prefetch(const uint8_t *p, int64_t bytes) {
         const type *w = (const type *)weights + group * next;                                      \
         for (int t = 0; t < tokens; t++) x[t] = a->x + act_row(a, token + t) * a->cols;            \
         for (int i = 0; i < groups * tokens; i++) sum[i] = vf_set1(0);                             \
-        for (int64_t k = 0; k < a->cols; k++)                                                      \
+        const int64_t turn = a->cols - PREFETCH_BYTES / (int64_t)(EM_LANES * sizeof(type));        \
+        for (int64_t k = 0; k < a->cols; k++) {                                                    \
+            const int64_t past = k < turn ? 0 : (groups - 1) * next;                               \
             for (int g = 0; g < groups; g++) {                                                     \
-                vf wk = load(w + g * next + k * EM_LANES);                                         \
+                const type *at = w + g * next + k * EM_LANES;                                      \
+                if (token == 0) prefetch(at + past, EM_LANES * sizeof(type));                      \
+                vf wk = load(at);                                                                  \
                 for (int t = 0; t < tokens; t++)                                                   \
                     sum[g * tokens + t] = vf_fma(wk, vf_set1(x[t][k]), sum[g * tokens + t]);       \
             }                                                                                      \
+        }                                                                                          \
         for (int g = 0; g < groups; g++)                                                           \
             for (int t = 0; t < tokens; t++)                                                       \
                 finish(sum[g * tokens + t], o, token + t, (group + g) * EM_LANES);                 \
@@ -135,14 +143,18 @@ EM_INLINE vi dot_chunk_q4(vi dot, const uint8_t *w, const int8_t *q, int c) {
         const int64_t next = em_group_bytes(dtype, a->cols, EM_LANES);                             \
         const uint8_t *base = weights + group * next;                                              \
         const int64_t plane = em_scale_bytes(dtype, a->cols, EM_LANES);                            \
+        const int64_t block_bytes = (chunks) * 64 + 2 * EM_LANES;                                  \
         vf sum[BLOCK_TILE_GROUPS * BLOCK_TOKENS];                                                  \
         vi dot[BLOCK_TILE_GROUPS * BLOCK_TOKENS];                                                  \
         int64_t row[BLOCK_TOKENS];                                                                 \
         for (int t = 0; t < tokens; t++) row[t] = act_row(a, token + t) * a->blocks;               \
         for (int i = 0; i < groups * tokens; i++) sum[i] = vf_set1(0);                             \
+        const int64_t turn = (next - plane - PREFETCH_BYTES) / block_bytes;                        \
         for (int64_t b = 0; b < a->blocks; b++) {                                                  \
             const uint8_t *w = base + plane + b * ((chunks) * 64);                                 \
-            if (tokens == 1) prefetch(w, (chunks) * 64);                                           \
+            const int64_t past = b < turn ? 0 : (groups - 1) * next;                               \
+            for (int g = 0; token == 0 && g < groups; g++)                                         \
+                prefetch(base + past + g * next + plane + b * block_bytes, block_bytes);           \
             for (int i = 0; i < groups * tokens; i++)                                              \
                 dot[i] = vi_set1(-(bias) * a->sum[row[i % tokens] + b]);                           \
             for (int c = 0; c < (chunks); c++)                                                     \
