@@ -126,13 +126,14 @@ EM_INLINE void score_tile(const float *q, kv_rows k, int64_t padded, int64_t n, 
  * came before shrinks. */
 EM_INLINE float weigh(float *p, int64_t n, float *top, float *total) {
     vf score = vf_load(p);
-    float block_top = vf_max_lane(score), new_top = block_top > *top ? block_top : *top;
-    vf_store(p, vf_exp(vf_sub(score, vf_set1(new_top))));
+    float block_top = vf_max_lane(score), lane[EM_LANES] = {1}; /* e^0 */
+    if (block_top > *top) {
+        vf_store(lane, vf_exp(vf_set1(*top - block_top)));
+        *top = block_top;
+    }
+    vf_store(p, vf_exp(vf_sub(score, vf_set1(*top))));
     for (int64_t j = n; j < EM_LANES; j++) p[j] = 0;
-    float lane[EM_LANES];
-    vf_store(lane, vf_exp(vf_set1(*top - new_top)));
     *total = *total * lane[0] + vf_sum(vf_load(p));
-    *top = new_top;
     return lane[0];
 }
 
