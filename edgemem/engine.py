@@ -461,9 +461,9 @@ class Engine:
     def _advise(self, items: Sequence[Item], spare: int) -> list[str]:
         """What would fit where `items` do not: a shorter context, a smaller format, more memory."""
         needed = sum(item.bytes for item in items)
-        weights, per_token = self._weights_bytes, cache_bytes(self.spec, 1, self.kv)
+        weights, per_step = self._weights_bytes, cache_bytes(self.spec, 64, self.kv)
         lines = []
-        context = (spare - needed + self._kv_item.bytes) // per_token // 64 * 64
+        context = (spare - needed + self._kv_item.bytes) // per_step * 64
         if context > 0:
             lines.append(f"a context of {context} tokens would fit (--context {context})")
         for name in ("f16", "q8_0"):

@@ -1,5 +1,6 @@
 """One session's keys and values: per layer, keys and then values, [n_kv_heads, context] rows.
 
+A value is a row; keys lie as rows of weights do, 16 side by side, so `context` is rounded up to 16.
 A row is one head's head_dim numbers, in one of three types:
 
 * `f16`, the default: rounded to nearest even, zeros up to a multiple of 16.
@@ -9,13 +10,14 @@ A row is one head's head_dim numbers, in one of three types:
   rounded likewise to 11 significant bits and then to f16 (`reference.kept`); both are zero where
   the peak is, and d is NaN where an x is not finite. A number is read as d · q, which is exact.
 
-Attention reads all of them as float32, with the same sums in the same order.
+Attention reads all of them as float32, with the same sums in the same order; but with keys of q8_0
+it multiplies queries that are rounded to such blocks too, as products of q8_0 weights do.
 """
 
 import mmap
 
 from ._native import Slab, ffi, lib
-from .dtypes import BY_NAME
+from .dtypes import BY_NAME, LANES
 from .spec import ModelSpec
 
 
@@ -26,7 +28,11 @@ def row_bytes(spec: ModelSpec, kv: str = "f16") -> int:
 
 def cache_bytes(spec: ModelSpec, context: int, kv: str = "f16") -> int:
     """Bytes of a cache of the type `kv` for `context` tokens."""
-    return spec.n_layers * 2 * spec.n_kv_heads * context * row_bytes(spec, kv)
+    return spec.n_layers * 2 * spec.n_kv_heads * _rows(context) * row_bytes(spec, kv)
+
+
+def _rows(tokens: int) -> int:
+    return -(-tokens // LANES) * LANES
 
 
 class KvCache:
@@ -54,7 +60,7 @@ class KvCache:
             ffi.new("em_attention *", {
                 "n_heads": spec.n_heads, "n_kv_heads": spec.n_kv_heads, "head_dim": spec.head_dim,
                 "window": min(spec.windows[i], context), "kv_dtype": BY_NAME[kv].code,
-                "context": context,
+                "context": _rows(context),
                 "k_cache": ffi.cast("void *", self._slab.address + 2 * i * half),
                 "v_cache": ffi.cast("void *", self._slab.address + (2 * i + 1) * half),
             })
@@ -74,7 +80,7 @@ class KvCache:
         """Bytes that no token has touched: whole pages of each head's strip."""
         if not self._touched:
             return self.bytes
-        pages = -(-self._touched * self._row_bytes // mmap.PAGESIZE) + 1
+        pages = -(-_rows(self._touched) * self._row_bytes // mmap.PAGESIZE) + 1
         return max(0, self.bytes - self._strips * pages * mmap.PAGESIZE)
 
     def truncate(self, position: int) -> None:

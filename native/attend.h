@@ -1,9 +1,10 @@
-/* Attention over the rows of a KV cache: a part of kernels.c, after its words.
+/* Attention over a KV cache: a part of kernels.c, after its words.
  *
- * Each query is on its own: which others share its keys changes what is unpacked when, but not one
- * operation on it. Keys and values become floats first, a block of 16 at a time. */
+ * Keys lie as weights do, 16 side by side, so that a query's scores are a product's rows; values
+ * lie in rows. Each query is on its own: which others share its keys changes what is unpacked when,
+ * but not one operation on it. */
 
-/* ---- rows of the cache ------------------------------------------------------------------- */
+/* ---- the cache --------------------------------------------------------------------------- */
 
 static void store_f16(const float *x, int32_t n, uint16_t *out) {
     for (int32_t i = 0; i < n; i += EM_LANES) {
@@ -13,29 +14,63 @@ static void store_f16(const float *x, int32_t n, uint16_t *out) {
     }
 }
 
-/* Blocks of an f16 scale and 32 quants, those of `quantize`; zeros beyond n. */
-static void store_q8(const float *x, int32_t n, uint8_t *row) {
-    for (int32_t i = 0; i < n; i += EM_BLOCK, row += EM_KV_BLOCK_BYTES) {
-        float scale;
-        int32_t sum;
-        uint16_t half;
-        quantize(x + i, (int32_t)em_min(EM_BLOCK, n - i), (int8_t *)row + 2, &scale, &sum);
-        store_f16(&scale, 1, &half);
-        memcpy(row, &half, 2);
+/* A block's quants and its scale, an f16. */
+static uint16_t quantize_kv(const float *x, int32_t n, int8_t *quants) {
+    float scale;
+    int32_t sum;
+    uint16_t half;
+    quantize(x, n, quants, &scale, &sum);
+    store_f16(&scale, 1, &half);
+    return half;
+}
+
+static void store_key(const float *x, int32_t n, int32_t dtype, void *group, int64_t key) {
+    const int64_t padded = em_round_up(n, EM_LANES);
+    for (int32_t i = 0; i < n; i += EM_BLOCK) {
+        int32_t part = (int32_t)em_min(EM_BLOCK, n - i);
+        int64_t stored = em_min(EM_BLOCK, padded - i);
+        uint16_t half[EM_BLOCK] = {0};
+        int8_t quants[EM_BLOCK];
+        uint8_t *block = (uint8_t *)group + i / EM_BLOCK * (2 * EM_LANES);
+        switch (dtype) {
+        case EM_Q8_0:
+            half[0] = quantize_kv(x + i, part, quants);
+            memcpy(block + 2 * key, half, 2);
+            block =
+                (uint8_t *)group + em_round_up(n, EM_BLOCK) + i * EM_LANES; /* 1 byte a number */
+            for (int64_t k = 0; k < EM_BLOCK; k++)
+                block[(k / 4 * EM_LANES + key) * 4 + k % 4] = (uint8_t)(quants[k] + 128);
+            break;
+        case EM_F16:
+            store_f16(x + i, part, half);
+            for (int64_t k = 0; k < stored; k++)
+                ((uint16_t *)group)[(i + k) * EM_LANES + key] = half[k];
+            break;
+        default:
+            for (int64_t k = 0; k < stored; k++)
+                ((float *)group)[(i + k) * EM_LANES + key] = k < part ? x[i + k] : 0;
+        }
     }
 }
 
-static void store_kv(const float *x, int32_t n, int32_t dtype, void *row) {
+static void store_value(const float *x, int32_t n, int32_t dtype, void *row) {
     int64_t stored = (int64_t)n * (dtype == EM_F32 ? 4 : 2);
+    uint8_t *block = row;
     switch (dtype) {
-    case EM_Q8_0: store_q8(x, n, row); return;
+    case EM_Q8_0:
+        for (int32_t i = 0; i < n; i += EM_BLOCK, block += EM_KV_BLOCK_BYTES) {
+            int32_t part = (int32_t)em_min(EM_BLOCK, n - i);
+            uint16_t half = quantize_kv(x + i, part, (int8_t *)block + 2);
+            memcpy(block, &half, 2);
+        }
+        return;
     case EM_F16: store_f16(x, n, row); break;
     default: memcpy(row, x, (size_t)stored);
     }
-    memset((uint8_t *)row + stored, 0, (size_t)(em_kv_row_bytes(dtype, n) - stored));
+    memset(block + stored, 0, (size_t)(em_kv_row_bytes(dtype, n) - stored));
 }
 
-/* 16 numbers of a row. */
+/* 16 numbers: of 16 keys, or of a value. */
 EM_INLINE vf load_kv(const uint8_t *row, int64_t d, const int32_t dtype) {
     switch (dtype) {
     case EM_F32: return vf_load((const float *)row + d);
@@ -46,7 +81,13 @@ EM_INLINE vf load_kv(const uint8_t *row, int64_t d, const int32_t dtype) {
     return vf_mul(vf_from_vi(quants), vf_set1_f16(row));
 }
 
-/* n rows of the cache as floats [n, padded], in s->block. */
+/* What is read is asked for one span before, in the order of memory (bench/LOG.md). */
+EM_INLINE void expect_next(const em_queries *s, const uint8_t *part, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += EM_ALIGN)
+        __builtin_prefetch(part + EM_SPAN_ROWS * s->row_bytes + i);
+}
+
+/* n rows of values, or whole groups of keys (but not of EM_Q8_0), as floats in s->block. */
 EM_INLINE void unpack_rows(const em_queries *s, const uint8_t *rows, int64_t n,
                            const int32_t dtype) {
     const int64_t block_bytes = dtype == EM_F16 ? 2 * EM_BLOCK : EM_KV_BLOCK_BYTES;
@@ -54,6 +95,7 @@ EM_INLINE void unpack_rows(const em_queries *s, const uint8_t *rows, int64_t n,
     int64_t i = 0;
     for (; i + EM_BLOCK <= count; i += EM_BLOCK, rows += block_bytes) {
         vf a = load_kv(rows, 0, dtype), b = load_kv(rows, EM_LANES, dtype);
+        expect_next(s, rows, block_bytes);
         vf_store(s->block + i, a);
         vf_store(s->block + i + EM_LANES, b);
     }
@@ -65,12 +107,6 @@ typedef struct {
     const uint8_t *first;
     int64_t bytes; /* from one to the next */
 } kv_rows;
-
-/* Rows that will be read soon; whether there are any does not matter. */
-EM_INLINE void expect_rows(const em_queries *s, const uint8_t *cache, int64_t key) {
-    const uint8_t *row = cache + key * s->row_bytes;
-    for (int64_t i = 0; i < EM_LANES * s->row_bytes; i += EM_ALIGN) __builtin_prefetch(row + i);
-}
 
 /* n rows of the cache, where they are if they are of `dtype`, else unpacked to floats. */
 EM_INLINE kv_rows rows_at(const em_queries *s, const uint8_t *cache, int64_t key, int64_t n,
@@ -84,165 +120,208 @@ EM_INLINE kv_rows rows_at(const em_queries *s, const uint8_t *cache, int64_t key
     return (kv_rows){(const uint8_t *)s->block, s->padded * (int64_t)sizeof(float)};
 }
 
-/* ---- attention --------------------------------------------------------------------------- */
+/* ---- scores ------------------------------------------------------------------------------ */
 
-/* Registers hold the sums of ATTENTION_TILE queries and as many keys, or chunks of values; or twice
- * as many of one query. */
+typedef float span_weights[EM_SPAN_ROWS];
+
+/* p[row + r] = the scores of 16 * groups keys, for `rows` queries. */
+EM_INLINE void score_floats(const em_queries *s, kv_rows k, const int32_t dtype, int64_t row,
+                            const int rows, const int groups, span_weights *p) {
+    const float *q = s->acts.x + row * s->padded;
+    const int64_t step = dtype == EM_F16 ? 2 * EM_LANES : 4 * EM_LANES;
+    vf sum[ATTENTION_TILE * ATTENTION_TILE];
+    for (int i = 0; i < rows * groups; i++) sum[i] = vf_set1(0);
+    for (int64_t d = 0; d < s->padded; d++)
+        for (int g = 0; g < groups; g++) {
+            const uint8_t *at = k.first + g * EM_LANES * k.bytes + d * step;
+            vf keys = load_kv(at, 0, dtype);
+            if (row == 0) expect_next(s, k.first + (d * groups + g) * step, step);
+            for (int r = 0; r < rows; r++)
+                sum[g * rows + r] = vf_fma(keys, vf_set1(q[r * s->padded + d]), sum[g * rows + r]);
+        }
+    for (int g = 0; g < groups; g++)
+        for (int r = 0; r < rows; r++) vf_store(p[row + r] + g * EM_LANES, sum[g * rows + r]);
+}
+
+/* The same of EM_Q8_0: a product of the quants of keys and of queries. */
+EM_INLINE void score_quants(const em_queries *s, kv_rows k, int64_t row, const int rows,
+                            const int groups, span_weights *p) {
+    const em_acts *a = &s->acts;
+    vf sum[ATTENTION_TILE * ATTENTION_TILE];
+    vi dot[ATTENTION_TILE];
+    for (int i = 0; i < rows * groups; i++) sum[i] = vf_set1(0);
+    for (int64_t b = 0; b < a->blocks; b++)
+        for (int g = 0; g < groups; g++) {
+            const uint8_t *scales = k.first + g * EM_LANES * k.bytes + b * 2 * EM_LANES;
+            const uint8_t *quants =
+                scales + (a->blocks - b) * 2 * EM_LANES + b * EM_LANES * EM_BLOCK;
+            const int64_t at = row * a->blocks + b;
+            for (int r = 0; r < rows; r++)
+                dot[r] = vi_set1(-EM_Q8_BIAS * a->sum[at + r * a->blocks]);
+            for (int c = 0; c < EM_BLOCK / 4; c++) {
+                if (row == 0)
+                    expect_next(s,
+                                k.first +
+                                    ((b * groups + g) * 8 + c) * (EM_LANES * EM_KV_BLOCK_BYTES / 8),
+                                EM_LANES * EM_KV_BLOCK_BYTES / 8);
+                for (int r = 0; r < rows; r++)
+                    dot[r] =
+                        dot_chunk_q8(dot[r], quants, a->q + (at + r * a->blocks) * EM_BLOCK, c);
+            }
+            vf d = vf_load_f16((const uint16_t *)scales);
+            for (int r = 0; r < rows; r++) {
+                vf scale = vf_mul(d, vf_set1(a->scale[at + r * a->blocks]));
+                sum[g * rows + r] = vf_fma(vf_from_vi(dot[r]), scale, sum[g * rows + r]);
+            }
+        }
+    for (int g = 0; g < groups; g++)
+        for (int r = 0; r < rows; r++) vf_store(p[row + r] + g * EM_LANES, sum[g * rows + r]);
+}
+
+#define SCORE(row, rows, groups)                                                                   \
+    do {                                                                                           \
+        if (dtype == EM_Q8_0)                                                                      \
+            score_quants(s, k, row, rows, groups, p);                                              \
+        else                                                                                       \
+            score_floats(s, k, dtype, row, rows, groups, p);                                       \
+    } while (0)
+
+EM_INLINE void score_groups(const em_queries *s, kv_rows k, const int32_t dtype, const int groups,
+                            span_weights *p) {
+    int64_t row = 0;
+    for (; row + ATTENTION_TILE <= s->n_rows; row += ATTENTION_TILE)
+        SCORE(row, ATTENTION_TILE, groups);
+    for (; row < s->n_rows; row++) SCORE(row, 1, groups);
+}
+
+/* Scores of all queries for n keys, and for those that fill up their last group. */
+EM_INLINE void score_span(const em_queries *s, int64_t key, int64_t n, const int32_t dtype,
+                          span_weights *p) {
+    kv_rows k = rows_at(s, s->keys, key, em_round_up(n, EM_LANES), dtype);
+    const int64_t many = ATTENTION_TILE * EM_LANES;
+    int64_t j = 0;
+    for (; j + many <= n; j += many, k.first += many * k.bytes)
+        score_groups(s, k, dtype, ATTENTION_TILE, (span_weights *)(p[0] + j));
+    for (; j < n; j += EM_LANES, k.first += EM_LANES * k.bytes)
+        score_groups(s, k, dtype, 1, (span_weights *)(p[0] + j));
+}
+
+/* ---- weights and values ------------------------------------------------------------------ */
+
+/* What queries have found so far. */
+typedef struct {
+    float top[EM_QUERIES];    /* the highest score */
+    float total[EM_QUERIES];  /* of the weights, relative to it */
+    float shrink[EM_QUERIES]; /* by how much the last span made all before it less */
+} attended;
+
+/* Scores of keys [begin, end) to weights, relative to the highest score so far. */
+EM_INLINE void weigh(float *p, int64_t begin, int64_t end, attended *a, int r) {
+    const int64_t stop = em_round_up(end, EM_LANES);
+    for (int64_t j = 0; j < begin; j++) p[j] = -INFINITY;
+    for (int64_t j = end; j < stop; j++) p[j] = -INFINITY;
+    vf high = vf_load(p), sum = vf_set1(0);
+    for (int64_t j = EM_LANES; j < stop; j += EM_LANES) high = vf_max(vf_load(p + j), high);
+    float top = vf_max_lane(high), lane[EM_LANES] = {1}; /* e^0 */
+    if (top > a->top[r]) {
+        vf_store(lane, vf_exp(vf_set1(a->top[r] - top)));
+        a->top[r] = top;
+    }
+    for (int64_t j = 0; j < stop; j += EM_LANES)
+        vf_store(p + j, vf_exp(vf_sub(vf_load(p + j), vf_set1(a->top[r]))));
+    for (int64_t j = 0; j < begin; j++) p[j] = 0;
+    for (int64_t j = end; j < stop; j++) p[j] = 0;
+    for (int64_t j = 0; j < stop; j += EM_LANES) sum = vf_add(sum, vf_load(p + j));
+    a->total[r] = a->total[r] * lane[0] + vf_sum(sum);
+    a->shrink[r] = lane[0];
+}
+
+/* Registers hold the sums of ATTENTION_TILE queries and as many chunks of values; or twice as many
+ * of one query. */
 #define ACROSS(rows) ((rows) == 1 ? 2 * ATTENTION_TILE : ATTENTION_TILE)
 
-/* sum[16 r + j] = the lanes of query r times key j, not yet added up. */
-EM_INLINE void dot_tile(const float *q, kv_rows k, int64_t padded, const int32_t dtype,
-                        const int rows, const int keys, vf *sum) {
-    vf lanes[2 * ATTENTION_TILE * ATTENTION_TILE];
-    for (int i = 0; i < rows * keys; i++) lanes[i] = vf_set1(0);
-    for (int64_t d = 0; d < padded; d += EM_LANES)
-        for (int j = 0; j < keys; j++) {
-            vf kj = load_kv(k.first + j * k.bytes, d, dtype);
-            for (int r = 0; r < rows; r++)
-                lanes[r * keys + j] = vf_fma(vf_load(q + r * padded + d), kj, lanes[r * keys + j]);
-        }
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < keys; j++) sum[r * EM_LANES + j] = lanes[r * keys + j];
-}
-
-EM_INLINE kv_rows rows_from(kv_rows rows, int64_t j) {
-    return (kv_rows){rows.first + j * rows.bytes, rows.bytes};
-}
-
-/* p[r] = the scores of query r for n keys; lanes beyond them are -inf. */
-EM_INLINE void score_tile(const float *q, kv_rows k, int64_t padded, int64_t n, const int32_t dtype,
-                          const int rows, float (*p)[EM_LANES]) {
-    vf sum[ATTENTION_TILE * EM_LANES];
-    int64_t j = 0;
-    for (; j + ACROSS(rows) <= n; j += ACROSS(rows))
-        dot_tile(q, rows_from(k, j), padded, dtype, rows, ACROSS(rows), sum + j);
-    for (; j < n; j++) dot_tile(q, rows_from(k, j), padded, dtype, rows, 1, sum + j);
-    for (; j < EM_LANES; j++)
-        for (int r = 0; r < rows; r++) sum[r * EM_LANES + j] = vf_set1(-INFINITY);
-    for (int r = 0; r < rows; r++) vf_store(p[r], vf_sums(sum + r * EM_LANES));
-}
-
-/* Scores of n keys to weights, relative to the highest score so far. Returns by how much all that
- * came before shrinks. */
-EM_INLINE float weigh(float *p, int64_t n, float *top, float *total) {
-    vf score = vf_load(p);
-    float block_top = vf_max_lane(score), lane[EM_LANES] = {1}; /* e^0 */
-    if (block_top > *top) {
-        vf_store(lane, vf_exp(vf_set1(*top - block_top)));
-        *top = block_top;
-    }
-    vf_store(p, vf_exp(vf_sub(score, vf_set1(*top))));
-    for (int64_t j = n; j < EM_LANES; j++) p[j] = 0;
-    *total = *total * lane[0] + vf_sum(vf_load(p));
-    return lane[0];
-}
-
-/* out[r] = out[r] * shrink[r] + the n values by their weights p[r], in `chunks` of 16 from d. */
-EM_INLINE void mix_tile(float (*p)[EM_LANES], const float *shrink, kv_rows v, int64_t padded,
-                        int64_t n, const int32_t dtype, const int rows, const int chunks, int64_t d,
-                        float *out) {
+/* out[row + r] = out[row + r] * shrink[row + r] + values [begin, end) by their weights p[row + r],
+ * in `chunks` of 16 from d. */
+EM_INLINE void mix_tile(const em_queries *s, kv_rows v, const int32_t dtype, span_weights *p,
+                        const float *shrink, int64_t begin, int64_t end, int64_t row,
+                        const int rows, const int chunks, int64_t d) {
     vf sum[2 * ATTENTION_TILE * ATTENTION_TILE];
+    float *out = s->out + row * s->padded + d;
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < chunks; c++)
             sum[r * chunks + c] =
-                vf_mul(vf_load(out + r * padded + d + c * EM_LANES), vf_set1(shrink[r]));
-    for (int64_t j = 0; j < n; j++)
+                vf_mul(vf_load(out + r * s->padded + c * EM_LANES), vf_set1(shrink[row + r]));
+    for (int64_t j = begin; j < end; j++) {
+        const uint8_t *value = v.first + j * v.bytes;
+        if (row == 0 && d == 0) expect_next(s, value, v.bytes);
         for (int c = 0; c < chunks; c++) {
-            vf vj = load_kv(v.first + j * v.bytes, d + c * EM_LANES, dtype);
+            vf vj = load_kv(value, d + c * EM_LANES, dtype);
             for (int r = 0; r < rows; r++)
-                sum[r * chunks + c] = vf_fma(vf_set1(p[r][j]), vj, sum[r * chunks + c]);
+                sum[r * chunks + c] = vf_fma(vf_set1(p[row + r][j]), vj, sum[r * chunks + c]);
         }
+    }
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < chunks; c++)
-            vf_store(out + r * padded + d + c * EM_LANES, sum[r * chunks + c]);
+            vf_store(out + r * s->padded + c * EM_LANES, sum[r * chunks + c]);
 }
 
-EM_INLINE void mix_rows(float (*p)[EM_LANES], const float *shrink, kv_rows v, int64_t padded,
-                        int64_t n, const int32_t dtype, const int rows, float *out) {
+#define MIX(chunks) mix_tile(s, v, dtype, p, shrink, begin, end, row, rows, chunks, d)
+
+EM_INLINE void mix_rows(const em_queries *s, kv_rows v, const int32_t dtype, span_weights *p,
+                        const float *shrink, int64_t begin, int64_t end, int64_t row,
+                        const int rows) {
     const int64_t many = ACROSS(rows) * EM_LANES, some = ATTENTION_TILE * EM_LANES;
     int64_t d = 0;
-    for (; d + many <= padded; d += many)
-        mix_tile(p, shrink, v, padded, n, dtype, rows, ACROSS(rows), d, out);
-    for (; d + some <= padded; d += some)
-        mix_tile(p, shrink, v, padded, n, dtype, rows, ATTENTION_TILE, d, out);
-    for (; d < padded; d += EM_LANES) mix_tile(p, shrink, v, padded, n, dtype, rows, 1, d, out);
+    for (; d + many <= s->padded; d += many) MIX(ACROSS(rows));
+    for (; d + some <= s->padded; d += some) MIX(ATTENTION_TILE);
+    for (; d < s->padded; d += EM_LANES) MIX(1);
 }
 
-/* How many of the 16 keys from `key` on query r sees. */
-EM_INLINE int64_t seen(const em_queries *s, int64_t key, int r) {
-    return em_max(0, em_min(EM_LANES, s->end + r / s->heads - key));
-}
-
-/* Calls TILE(r, rows, n) for queries r... that see the same n keys, as many at once as it may. */
-#define FOR_QUERIES(TILE)                                                                          \
-    for (int r = 0; r < s->n_rows;) {                                                              \
-        int64_t n = seen(s, key, r);                                                               \
-        if (r + ATTENTION_TILE <= s->n_rows && seen(s, key, r + ATTENTION_TILE - 1) == n) {        \
-            if (n > 0) TILE(r, ATTENTION_TILE, n);                                                 \
-            r += ATTENTION_TILE;                                                                   \
-        } else {                                                                                   \
-            if (n > 0) TILE(r, 1, n);                                                              \
-            r++;                                                                                   \
-        }                                                                                          \
+/* Queries that see the same keys, [begin, end[r]) of n from `key` on, are mixed together. */
+EM_INLINE void mix_span(const em_queries *s, int64_t key, int64_t n, const int32_t dtype,
+                        span_weights *p, const float *shrink, int64_t begin, const int64_t *end) {
+    kv_rows v = rows_at(s, s->values, key, n, dtype);
+    for (int64_t row = 0; row < s->n_rows;) {
+        bool many = row + ATTENTION_TILE <= s->n_rows && end[row + ATTENTION_TILE - 1] == end[row];
+        if (end[row] > 0 && many)
+            mix_rows(s, v, dtype, p, shrink, begin, end[row], row, ATTENTION_TILE);
+        else if (end[row] > 0)
+            mix_rows(s, v, dtype, p, shrink, begin, end[row], row, 1);
+        row += many ? ATTENTION_TILE : 1;
     }
-
-#define SCORE(r, rows, n) score_tile(s->q + (r) * s->padded, k, s->padded, n, dtype, rows, p + (r))
-#define MIX(r, rows, n)                                                                            \
-    mix_rows(p + (r), shrink + (r), v, s->padded, n, dtype, rows, s->out + (r) * s->padded)
-
-/* Blocks that are scored, and weighed, before their values are mixed: a single query's would wait
- * for each other. */
-#define SPAN 4
-
-EM_INLINE void score_block(const em_queries *s, int64_t key, int64_t last, const int32_t dtype,
-                           float (*p)[EM_LANES]) {
-    kv_rows k = rows_at(s, s->keys, key, em_min(EM_LANES, last - key), dtype);
-    expect_rows(s, s->values, key);
-    FOR_QUERIES(SCORE)
 }
 
-EM_INLINE void mix_block(const em_queries *s, int64_t key, int64_t last, const int32_t dtype,
-                         float (*p)[EM_LANES], const float *shrink) {
-    kv_rows v = rows_at(s, s->values, key, em_min(EM_LANES, last - key), dtype);
-    expect_rows(s, s->keys, key + SPAN * EM_LANES);
-    FOR_QUERIES(MIX)
-}
-
-/* Online softmax (Milakov and Gimelshein, arXiv 1805.02867) over blocks of 16 keys. */
-EM_INLINE void attend_as(const em_queries *s, const int32_t dtype) {
-    float p[SPAN][EM_QUERIES][EM_LANES], shrink[SPAN][EM_QUERIES];
-    float top[EM_QUERIES], total[EM_QUERIES];
+/* Online softmax (Milakov and Gimelshein, arXiv 1805.02867) over spans of EM_SPAN_ROWS keys, read
+ * as `key_dtype`, values as `dtype`. */
+EM_INLINE void attend_as(const em_queries *s, const int32_t key_dtype, const int32_t dtype) {
+    span_weights p[EM_QUERIES];
+    attended a = {.total = {0}};
     const int64_t last = s->end + (s->n_rows - 1) / s->heads;
-    for (int r = 0; r < s->n_rows; r++) {
-        top[r] = -INFINITY;
-        total[r] = 0;
-    }
+    for (int r = 0; r < s->n_rows; r++) a.top[r] = -INFINITY;
     memset(s->out, 0, (size_t)(s->n_rows * s->padded) * sizeof(float));
-    for (int64_t first = s->begin; first < last; first += SPAN * EM_LANES) {
-        const int64_t blocks = em_min(SPAN, (last - first + EM_LANES - 1) / EM_LANES);
-        for (int64_t b = 0; b < blocks; b++)
-            score_block(s, first + b * EM_LANES, last, dtype, p[b]);
-        for (int64_t b = 0; b < blocks; b++)
-            for (int r = 0; r < s->n_rows; r++) {
-                int64_t n = seen(s, first + b * EM_LANES, r);
-                if (n > 0) shrink[b][r] = weigh(p[b][r], n, top + r, total + r);
-            }
-        for (int64_t b = 0; b < blocks; b++)
-            mix_block(s, first + b * EM_LANES, last, dtype, p[b], shrink[b]);
+    for (int64_t key = s->begin / EM_LANES * EM_LANES; key < last; key += EM_SPAN_ROWS) {
+        const int64_t n = em_min(EM_SPAN_ROWS, last - key), begin = em_max(0, s->begin - key);
+        int64_t end[EM_QUERIES];
+        score_span(s, key, n, key_dtype, p);
+        for (int r = 0; r < s->n_rows; r++) {
+            end[r] = em_min(n, s->end + r / s->heads - key);
+            if (end[r] > 0) weigh(p[r], begin, end[r], &a, r);
+        }
+        mix_span(s, key, n, dtype, p, a.shrink, begin, end);
     }
     for (int r = 0; r < s->n_rows; r++)
         for (int64_t d = 0; d < s->padded; d += EM_LANES) {
             float *out = s->out + r * s->padded + d;
-            vf_store(out, vf_div(vf_load(out), vf_set1(total[r])));
+            vf_store(out, vf_div(vf_load(out), vf_set1(a.total[r])));
         }
 }
 
-/* Few queries read keys and values as they are kept; more have them unpacked once. */
+/* Few queries read floats and values as they are kept; more have them unpacked once. */
 static void attend(const em_queries *s) {
-    int32_t dtype = s->n_rows <= ATTENTION_TILE ? s->dtype : EM_F32;
-    switch (dtype) {
-    case EM_F16: attend_as(s, EM_F16); break;
-    case EM_Q8_0: attend_as(s, EM_Q8_0); break;
-    default: attend_as(s, EM_F32);
+    bool few = s->n_rows <= 2 * ATTENTION_TILE;
+    switch (s->dtype) {
+    case EM_F16: few ? attend_as(s, EM_F16, EM_F16) : attend_as(s, EM_F32, EM_F32); break;
+    case EM_Q8_0: few ? attend_as(s, EM_Q8_0, EM_Q8_0) : attend_as(s, EM_Q8_0, EM_F32); break;
+    default: attend_as(s, EM_F32, EM_F32);
     }
 }

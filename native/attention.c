@@ -32,8 +32,8 @@ int64_t em_kv_row_bytes(int32_t kv_dtype, int32_t head_dim) {
     }
 }
 
-/* A thread's rows: queries, what they find, and the keys or values of one block. */
-enum { THREAD_ROWS = 2 * EM_QUERIES + EM_LANES };
+/* A thread's rows: queries, as blocks too, what they find, and the keys or values of a span. */
+enum { THREAD_ROWS = 3 * EM_QUERIES + EM_SPAN_ROWS };
 
 uint64_t em_attention_scratch(int32_t n_threads, int32_t head_dim) {
     uint64_t padded = (uint64_t)padded_dim(EM_Q8_0, head_dim); /* the most that any type takes */
@@ -44,7 +44,7 @@ static bool valid(const em_attention *a, int64_t position, int32_t n) {
     bool known = a->kv_dtype == EM_F32 || a->kv_dtype == EM_F16 || a->kv_dtype == EM_Q8_0;
     return known && a->n_heads >= 1 && a->n_kv_heads >= 1 && a->n_heads % a->n_kv_heads == 0 &&
            a->head_dim >= 2 && a->head_dim % 2 == 0 && a->window >= 0 && position >= 0 && n >= 0 &&
-           position + n <= a->context;
+           position + n <= a->context && a->context % EM_LANES == 0;
 }
 
 typedef struct {
@@ -90,11 +90,13 @@ static void store_token(void *arg, int64_t token, int32_t thread) {
         t->kernels->rotate(q, c, s, dim, q);
     }
     for (int64_t head = 0; head < a->n_kv_heads; head++) {
-        int64_t from = (token * a->n_kv_heads + head) * dim;
-        int64_t to = (head * a->context + t->position + token) * t->row_bytes;
+        int64_t from = (token * a->n_kv_heads + head) * dim, key = (t->position + token) % EM_LANES;
+        int64_t value = head * a->context + t->position + token, group = value - key;
         t->kernels->rotate(t->k + from, c, s, dim, rotated);
-        t->kernels->store_kv(rotated, dim, a->kv_dtype, (uint8_t *)a->k_cache + to);
-        t->kernels->store_kv(t->v + from, dim, a->kv_dtype, (uint8_t *)a->v_cache + to);
+        t->kernels->store_key(rotated, dim, a->kv_dtype,
+                              (uint8_t *)a->k_cache + group * t->row_bytes, key);
+        t->kernels->store_value(t->v + from, dim, a->kv_dtype,
+                                (uint8_t *)a->v_cache + value * t->row_bytes);
     }
 }
 
@@ -146,8 +148,14 @@ static void attend_heads(const attention_task *t, int32_t thread, int64_t kv_hea
     const em_attention *a = t->a;
     int64_t cache = kv_head * a->context * t->row_bytes;
     float *q = rows_of(t, thread), *out = q + EM_QUERIES * t->padded;
+    float *scale = out + EM_QUERIES * t->padded;
+    em_acts acts = {.x = q, .cols = t->padded, .blocks = t->padded / EM_BLOCK, .scale = scale};
+    int32_t *sum = (int32_t *)(scale + EM_QUERIES * acts.blocks);
+    int8_t *quants = (int8_t *)(sum + EM_QUERIES * acts.blocks);
+    acts.sum = sum;
+    acts.q = quants;
     em_queries queries = {
-        .q = q,
+        .acts = acts,
         .keys = (const uint8_t *)a->k_cache + cache,
         .values = (const uint8_t *)a->v_cache + cache,
         .begin = first_key(t, token),
@@ -157,15 +165,19 @@ static void attend_heads(const attention_task *t, int32_t thread, int64_t kv_hea
         .heads = heads,
         .padded = t->padded,
         .dtype = a->kv_dtype,
-        .block = out + EM_QUERIES * t->padded,
+        .block = scale + EM_QUERIES * t->padded,
         .out = out,
     };
-    const float scale = 1.0f / sqrtf((float)a->head_dim);
+    const float shrink = 1.0f / sqrtf((float)a->head_dim);
     for (int64_t r = 0; r < queries.n_rows; r++) {
         int64_t row = (token + r / heads) * a->n_heads + head + r % heads;
         const float *from = t->q + row * a->head_dim;
         for (int32_t d = 0; d < t->padded; d++)
-            q[r * t->padded + d] = d < a->head_dim ? from[d] * scale : 0;
+            q[r * t->padded + d] = d < a->head_dim ? from[d] * shrink : 0;
+        int64_t at = r * acts.blocks;
+        if (a->kv_dtype == EM_Q8_0)
+            t->kernels->quantize(q + r * t->padded, t->padded, quants + at * EM_BLOCK, scale + at,
+                                 sum + at);
     }
     t->kernels->attend(&queries);
     for (int64_t r = 0; r < queries.n_rows; r++) {

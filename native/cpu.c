@@ -98,13 +98,17 @@ static void self_test(const em_kernels *k, test_result *r) {
     k->gate(r->vectors[3], x + COLS, COLS, EM_GELU);
     k->store_f16(x, COLS, r->halves);
     for (int32_t dtype = EM_F32; dtype <= EM_Q8_0; dtype++) {
-        uint8_t rows[ATTENDED * COLS * 4];
-        float block[16 * COLS], *out = r->attended[dtype];
+        uint8_t keys[(ATTENDED + EM_LANES) * COLS * 4], values[ATTENDED * COLS * 4];
+        float block[EM_SPAN_ROWS * COLS], *out = r->attended[dtype];
         if (dtype == EM_BF16) continue;
         int64_t row_bytes = em_kv_row_bytes(dtype, COLS);
-        for (int i = 0; i < ATTENDED; i++) k->store_kv(x + i, COLS, dtype, rows + i * row_bytes);
-        em_queries queries = {x, rows, rows, 1,     ATTENDED - 1, row_bytes,
-                              6, 3,    COLS, dtype, block,        out};
+        for (int i = 0; i < ATTENDED; i++) {
+            k->store_key(x + i, COLS, dtype, keys + i / EM_LANES * EM_LANES * row_bytes,
+                         i % EM_LANES);
+            k->store_value(x + i, COLS, dtype, values + i * row_bytes);
+        }
+        em_queries queries = {acts, keys, values, 1,     ATTENDED - 1, row_bytes,
+                              6,    3,    COLS,   dtype, block,        out};
         k->attend(&queries);
     }
     k->sigmoid(r->vectors[4], COLS);

@@ -130,14 +130,15 @@ int32_t em_embed(em_core *core, const uint64_t *addresses, int32_t rows_per_bund
 int32_t em_rope_table(const double *inv_freq, int32_t head_dim, int64_t position, int32_t n,
                       double scale, float *cos_out, float *sin_out);
 
-/* One layer's attention. The caches are [n_kv_heads, context] rows of em_kv_row_bytes: head_dim
- * numbers and zeros up to a multiple of 16; or, of EM_Q8_0, of 32, in blocks of an f16 scale and 32
- * int8 quants. */
+/* One layer's attention. The caches are [n_kv_heads, context] rows of em_kv_row_bytes. A value is a
+ * row: head_dim numbers and zeros up to a multiple of 16; or, of EM_Q8_0, of 32, in blocks of an
+ * f16 scale and 32 int8 quants. Keys lie as rows of weights do, in groups of 16 (FORMAT.md), but
+ * planes of scales are not rounded up. */
 typedef struct {
     int32_t n_heads, n_kv_heads, head_dim;
     int32_t window;   /* keys a query sees, itself included; 0 for all */
     int32_t kv_dtype; /* EM_F32, EM_F16 or EM_Q8_0 */
-    int64_t context;
+    int64_t context;  /* a multiple of 16 */
     void *k_cache;
     void *v_cache;
 } em_attention;

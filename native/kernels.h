@@ -31,15 +31,17 @@ typedef struct {
 #define EM_KV_BLOCK_BYTES 34
 
 #define EM_QUERIES 32
+#define EM_SPAN_ROWS 64
 
 /* Up to EM_QUERIES queries of one key/value head: row r, of `heads` each token, sees keys
  * [begin, end + r / heads). */
 typedef struct {
-    const float *q;               /* [n_rows, padded], zero beyond the head */
-    const uint8_t *keys, *values; /* rows of the cache, key 0's first */
+    em_acts acts;                 /* the queries [n_rows, padded], zero beyond the head; as blocks
+                                   * too where keys are of EM_Q8_0 */
+    const uint8_t *keys, *values; /* the cache of the head, key 0's first */
     int64_t begin, end, row_bytes;
     int32_t n_rows, heads, padded, dtype;
-    float *block; /* scratch [16, padded] */
+    float *block; /* scratch [EM_SPAN_ROWS, padded] */
     float *out;   /* [n_rows, padded] */
 } em_queries;
 
@@ -64,8 +66,10 @@ typedef struct {
     void (*rotate)(const float *x, const float *cos_t, const float *sin_t, int32_t n, float *out);
     /* f32 to f16, round to nearest even. */
     void (*store_f16)(const float *x, int32_t n, uint16_t *out);
-    /* One row of the KV cache, em_kv_row_bytes long: n floats, zeros beyond them. */
-    void (*store_kv)(const float *x, int32_t n, int32_t dtype, void *row);
+    /* n floats as one of a group's 16 keys, or as a value, of the KV cache (em_attention); zeros
+     * beyond them. */
+    void (*store_key)(const float *x, int32_t n, int32_t dtype, void *group, int64_t key);
+    void (*store_value)(const float *x, int32_t n, int32_t dtype, void *row);
     void (*attend)(const em_queries *queries);
     /* Row `row` of a store matrix as floats. */
     void (*unpack_row)(const uint8_t *data, int32_t dtype, int32_t lanes, int32_t cols, int64_t row,

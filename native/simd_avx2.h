@@ -103,21 +103,6 @@ EM_INLINE float vf_sum(vf x) {
     t = _mm_add_ps(t, _mm_movehl_ps(t, t));
     return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
 }
-/* Sums by transposing: two vectors' halves side by side, then four vectors' quarters, and so on. */
-EM_INLINE __m256 sum_quarters(const vf *a) {
-    __m256 b = _mm256_add_ps(a[0].a, a[0].b), c = _mm256_add_ps(a[4].a, a[4].b);
-    return _mm256_add_ps(_mm256_permute2f128_ps(b, c, 0x20), _mm256_permute2f128_ps(b, c, 0x31));
-}
-EM_INLINE __m256 sum_pairs(const vf *a) {
-    __m256d b = _mm256_castps_pd(sum_quarters(a)), c = _mm256_castps_pd(sum_quarters(a + 1));
-    return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(b, c)),
-                         _mm256_castpd_ps(_mm256_unpackhi_pd(b, c)));
-}
-EM_INLINE __m256 sums_half(const vf *a) {
-    __m256 b = sum_pairs(a), c = sum_pairs(a + 2);
-    return _mm256_add_ps(_mm256_shuffle_ps(b, c, 0x88), _mm256_shuffle_ps(b, c, 0xdd));
-}
-EM_INLINE vf vf_sums(const vf *a) { return (vf){sums_half(a), sums_half(a + 8)}; }
 EM_INLINE float vf_max_lane(vf x) {
     __m256 s = _mm256_max_ps(x.a, x.b);
     __m128 t = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));

@@ -66,23 +66,6 @@ EM_INLINE float vf_sum(vf a) {
     c = _mm_add_ps(c, _mm_movehl_ps(c, c));
     return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
 }
-/* Sums by transposing: two vectors' halves side by side, then four vectors' quarters, and so on. */
-EM_INLINE vf sum_halves(vf a, vf b) {
-    return vf_add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-}
-EM_INLINE vf sum_quarters(const vf *a) {
-    vf b = sum_halves(a[0], a[4]), c = sum_halves(a[8], a[12]);
-    return vf_add(_mm512_shuffle_f32x4(b, c, 0x88), _mm512_shuffle_f32x4(b, c, 0xdd));
-}
-EM_INLINE vf sum_pairs(const vf *a) {
-    __m512d b = _mm512_castps_pd(sum_quarters(a)), c = _mm512_castps_pd(sum_quarters(a + 1));
-    return vf_add(_mm512_castpd_ps(_mm512_unpacklo_pd(b, c)),
-                  _mm512_castpd_ps(_mm512_unpackhi_pd(b, c)));
-}
-EM_INLINE vf vf_sums(const vf *a) {
-    vf b = sum_pairs(a), c = sum_pairs(a + 2);
-    return vf_add(_mm512_shuffle_ps(b, c, 0x88), _mm512_shuffle_ps(b, c, 0xdd));
-}
 EM_INLINE float vf_max_lane(vf a) { return _mm512_reduce_max_ps(a); }
 
 EM_INLINE vi broadcast4(const int8_t *a) {

@@ -135,20 +135,6 @@ EM_INLINE float vf_sum(vf a) {
     float32x2_t t = vadd_f32(vget_low_f32(s), vget_high_f32(s));
     return vget_lane_f32(t, 0) + vget_lane_f32(t, 1);
 }
-/* Sums by transposing: two vectors' pairs side by side, then four vectors' sums. */
-EM_INLINE float32x4_t sum_quarters(vf a) {
-    return vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
-}
-EM_INLINE float32x4_t sum_pairs(const vf *a) {
-    float32x4_t b = sum_quarters(a[0]), c = sum_quarters(a[1]);
-    return vaddq_f32(vcombine_f32(vget_low_f32(b), vget_low_f32(c)),
-                     vcombine_f32(vget_high_f32(b), vget_high_f32(c)));
-}
-EM_INLINE vf vf_sums(const vf *a) {
-    vf r;
-    EACH r.v[i] = vpaddq_f32(sum_pairs(a + 4 * i), sum_pairs(a + 4 * i + 2));
-    return r;
-}
 EM_INLINE float vf_max_lane(vf a) {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[1]), vmaxq_f32(a.v[2], a.v[3])));
 }

@@ -168,12 +168,6 @@ EM_INLINE float vf_sum(vf a) {
         for (int i = 0; i < half; i++) a.v[i] += a.v[i + half];
     return a.v[0];
 }
-/* Lane i is vf_sum(a[i]), of 16. */
-EM_INLINE vf vf_sums(const vf *a) {
-    vf r;
-    EACH r.v[i] = vf_sum(a[i]);
-    return r;
-}
 EM_INLINE float vf_max_lane(vf a) {
     for (int i = 1; i < 16; i++) a.v[0] = a.v[0] > a.v[i] ? a.v[0] : a.v[i];
     return a.v[0];

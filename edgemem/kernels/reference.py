@@ -304,8 +304,8 @@ class StoreWeights:
 class Forward:
     """A forward pass that remembers: feed ids, get the logits of each, feed more.
 
-    `kv` is the type that keys and values are rounded to when they are kept (kvcache.py); None (the
-    default) is what a checkpoint means.
+    `kv` is the type that keys and values are rounded to when they are kept, and queries with q8_0
+    (kvcache.py); None (the default) is what a checkpoint means.
     """
 
     def __init__(
@@ -361,6 +361,7 @@ class Forward:
         k = rotate(k, positions, freqs, self.spec.rope.attention_factor)
         keys = self._keys[layer] = self._keep(self._keys[layer], k)
         values = self._values[layer] = self._keep(self._values[layer], v)
+        q = kept(q, self.kv) if self.kv == "q8_0" else q
         mixed = attend(q, keys, values, self.spec.windows[layer])
         self.watch(layer, "heads", mixed)
         return linear(mixed.reshape(len(h), -1), dense["o"], dense.get("o_bias"))

@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { CONTEXT = 150, N_SHAPES = 7, N_TYPES = 3 };
+enum { CONTEXT = 150, ROOM = 160, N_SHAPES = 7, N_TYPES = 3 };
 
 static const int32_t TYPES[N_TYPES] = {EM_F16, EM_Q8_0, EM_F32};
 
@@ -30,11 +30,13 @@ static problem make_problem(const shape *s, int32_t kv_dtype) {
                        .head_dim = s->dim,
                        .window = s->window,
                        .kv_dtype = kv_dtype,
-                       .context = CONTEXT}};
+                       .context = ROOM}};
     int64_t rows = (int64_t)CONTEXT * s->dim;
-    p.cache_bytes = (size_t)s->kv_heads * CONTEXT * (size_t)em_kv_row_bytes(kv_dtype, s->dim);
+    p.cache_bytes = (size_t)s->kv_heads * ROOM * (size_t)em_kv_row_bytes(kv_dtype, s->dim);
     p.a.k_cache = exact(p.cache_bytes);
     p.a.v_cache = exact(p.cache_bytes);
+    memset(p.a.k_cache, 0xfe, p.cache_bytes); /* NaN: nothing but what was stored may be read */
+    memset(p.a.v_cache, 0xfe, p.cache_bytes);
     p.q = exact((size_t)rows * s->heads * 4);
     p.k = exact((size_t)rows * s->kv_heads * 4);
     p.v = exact((size_t)rows * s->kv_heads * 4);
@@ -90,9 +92,9 @@ static uint32_t bytes_of(const char *isa, int32_t threads, const shape *s, int32
 }
 
 static const uint32_t GOLDEN[N_TYPES][N_SHAPES] = {
-    {0xf82dc324, 0x658769ae, 0xd4354064, 0x6bc6acbc, 0x64de60fd, 0x569a6de3, 0x5b29f1d4},
-    {0x4eae432c, 0x77bf03aa, 0xa452568b, 0x2f5b9840, 0x80a8b66f, 0xb0eb9494, 0x30923e99},
-    {0x84b50a4e, 0xc8d5686b, 0xf37ffbf7, 0x9838c634, 0x57dd05bc, 0xfdb2eadb, 0xbf79bfd1}};
+    {0x7999f920, 0x673d6984, 0x91cc5937, 0x8916f743, 0x20d12b4d, 0xc9169212, 0xe5ea8893},
+    {0x8c69420c, 0xb66fc47e, 0xe69183ca, 0x975c1060, 0x9226fc76, 0x368c7183, 0xf19a8852},
+    {0x9e324e79, 0xbe36c96c, 0x78742bb2, 0x933fcba2, 0x4925efca, 0x69f724d4, 0xd1cce1b9}};
 
 static void golden_bytes(const em_kernels *k) {
     for (int type = 0; type < N_TYPES; type++)

@@ -65,11 +65,19 @@ static void norms_and_softmax_are_right(void) {
 
 static const int32_t KV_TYPES[] = {EM_F32, EM_F16, EM_Q8_0};
 
-/* A cache's rows of x [n, dim]. */
-static uint8_t *kept(const em_kernels *k, const float *x, int32_t n, int32_t dim, int32_t dtype) {
+/* Values of a cache, or keys in their groups, of x [n, dim]. */
+static uint8_t *kept(const em_kernels *k, const float *x, int32_t n, int32_t dim, int32_t dtype,
+                     bool keys) {
     int64_t bytes = em_kv_row_bytes(dtype, dim);
-    uint8_t *rows = exact((size_t)(n * bytes));
-    for (int32_t i = 0; i < n; i++) k->store_kv(x + i * dim, dim, dtype, rows + i * bytes);
+    size_t size = (size_t)(em_round_up(n, keys ? EM_LANES : 1) * bytes);
+    uint8_t *rows = exact(size);
+    memset(rows, 0xfe, size); /* NaN: nothing but what was stored may be read */
+    for (int32_t i = 0; i < n; i++)
+        if (keys)
+            k->store_key(x + i * dim, dim, dtype, rows + i / EM_LANES * EM_LANES * bytes,
+                         i % EM_LANES);
+        else
+            k->store_value(x + i * dim, dim, dtype, rows + i * bytes);
     return rows;
 }
 
@@ -77,11 +85,28 @@ static uint8_t *kept(const em_kernels *k, const float *x, int32_t n, int32_t dim
 static void attend(const em_kernels *kernels, const float *q, const uint8_t *k, const uint8_t *v,
                    int32_t dtype, int64_t begin, int64_t end, int32_t dim, float *out) {
     int32_t padded = (int32_t)em_round_up(dim, dtype == EM_Q8_0 ? 32 : 16);
-    float *block = exact((size_t)padded * 16 * 4);
-    em_queries one = {q, k, v,      begin, end,   em_kv_row_bytes(dtype, dim),
-                      1, 1, padded, dtype, block, out};
+    int32_t blocks = (padded + 31) / 32;
+    float *block = exact((size_t)padded * EM_SPAN_ROWS * 4), *scale = exact((size_t)blocks * 4);
+    int32_t *sum = exact((size_t)blocks * 4);
+    int8_t *quants = exact((size_t)blocks * 32);
+    kernels->quantize(q, dim, quants, scale, sum);
+    em_queries one = {.acts = {q, quants, scale, sum, NULL, padded, blocks},
+                      .keys = k,
+                      .values = v,
+                      .begin = begin,
+                      .end = end,
+                      .row_bytes = em_kv_row_bytes(dtype, dim),
+                      .n_rows = 1,
+                      .heads = 1,
+                      .padded = padded,
+                      .dtype = dtype,
+                      .block = block,
+                      .out = out};
     kernels->attend(&one);
     free(block);
+    free(scale);
+    free(sum);
+    free(quants);
 }
 
 static void attention_is_right(void) {
@@ -94,15 +119,21 @@ static void attention_is_right(void) {
     fill_unit(row, KEYS * DIM, 2);
     fill_unit(value, KEYS * DIM, 3);
     for (int type = 0; type < 3; type++) {
-        uint8_t *k = kept(portable, row, KEYS, DIM, KV_TYPES[type]);
-        uint8_t *v = kept(portable, value, KEYS, DIM, KV_TYPES[type]);
+        int8_t quants[DIM];
+        float asked[DIM], scale[DIM / EM_BLOCK];
+        int32_t sum[DIM / EM_BLOCK];
+        portable->quantize(q, DIM, quants, scale, sum); /* what keys of q8_0 are multiplied by */
+        for (int d = 0; d < DIM; d++)
+            asked[d] = KV_TYPES[type] == EM_Q8_0 ? (float)quants[d] * scale[d / EM_BLOCK] : q[d];
+        uint8_t *k = kept(portable, row, KEYS, DIM, KV_TYPES[type], true);
+        uint8_t *v = kept(portable, value, KEYS, DIM, KV_TYPES[type], false);
         for (int begin = 0; begin < 40; begin += 13)
             for (int end = begin + 1; end <= KEYS; end += 11) {
                 double weight[KEYS], total = 0;
                 attend(portable, q, k, v, KV_TYPES[type], begin, end, DIM, out);
                 for (int j = begin; j < end; j++) {
                     double dot = 0;
-                    for (int d = 0; d < DIM; d++) dot += (double)q[d] * row[j * DIM + d];
+                    for (int d = 0; d < DIM; d++) dot += (double)asked[d] * row[j * DIM + d];
                     total += weight[j] = exp(dot);
                 }
                 for (int d = 0; d < DIM; d++) {
@@ -185,9 +216,11 @@ static void run_all(const em_kernels *k, int32_t n, outputs *o) {
     k->rotate(x, y, o->sig, n / 2 * 2, o->turned);
     k->store_f16(x, n, o->half);
     for (int type = 0; type < 3; type++) {
-        uint8_t *rows = kept(k, wide, 18, n, KV_TYPES[type]);
-        attend(k, wide, rows, rows, KV_TYPES[type], 1, 18, n, o->attended[type]);
-        free(rows);
+        uint8_t *keys = kept(k, wide, 18, n, KV_TYPES[type], true);
+        uint8_t *values = kept(k, wide, 18, n, KV_TYPES[type], false);
+        attend(k, wide, keys, values, KV_TYPES[type], 1, 18, n, o->attended[type]);
+        free(keys);
+        free(values);
     }
     o->read = k->read_bytes((const uint8_t *)wide, (uint64_t)n * 64);
 }
@@ -224,10 +257,15 @@ static void cache_hides_nothing(const em_kernels *k, const float *x, const float
     fill_unit(query, 16, 5);
     for (int type = 0; type < 3; type++) {
         int32_t dtype = KV_TYPES[type];
-        uint8_t *wrong = kept(k, x, 3, 16, dtype), *right = kept(k, good, 3, 16, dtype);
+        uint8_t *wrong = kept(k, x, 3, 16, dtype, true);
+        uint8_t *right = kept(k, good, 3, 16, dtype, false);
         attend(k, query, wrong, right, dtype, 0, 3, 16, out);
         if (isnan(bad) || query[at % 16] * bad > 0 || dtype == EM_Q8_0)
             CHECK(isnan(out[0]), "%s attends to a %s key of %g", k->name, DTYPES[dtype], bad);
+        free(wrong);
+        free(right);
+        right = kept(k, good, 3, 16, dtype, true);
+        wrong = kept(k, x, 3, 16, dtype, false);
         attend(k, query, right, wrong, dtype, 0, 3, 16, out);
         CHECK(!isfinite(out[at % 16]), "%s mixes a %s value of %g", k->name, DTYPES[dtype], bad);
         free(wrong);

@@ -367,12 +367,16 @@ def test_rope_tables(rng):
                 assert (np.abs(found - expected) <= U * np.abs(expected) + 1e-11).all()
 
 
+FLOATS = {"f16": np.float16, "f32": np.float32}
+
+
 class Cache:
     """One layer's attention on one core, fed step by step, as a session does it."""
 
     def __init__(self, core, kv, heads: int, kv_heads: int, head_dim: int, window: int, context):
         self.core, self.kv, code = core, kv, BY_NAME[kv].code
         # Painted, for nothing but what was stored may be read.
+        context = -(-context // 16) * 16
         shape = kv_heads, context, lib.em_kv_row_bytes(code, head_dim)
         self.keys, self.values = np.full(shape, 0x7F, np.uint8), np.full(shape, 0x7F, np.uint8)
         self.struct = ffi.new("em_attention *", [
@@ -380,17 +384,36 @@ class Cache:
             _pointer(self.keys, "void *"), _pointer(self.values, "void *"),
         ])  # fmt: skip
 
-    def kept(self, rows: np.ndarray, length: int, head_dim: int) -> np.ndarray:
-        """What `keys` or `values` are, float64 [length, kv_heads, head_dim]; checks padding."""
-        rows = np.ascontiguousarray(rows[:, :length])
-        if self.kv == "q8_0":
-            blocks = rows.reshape(*rows.shape[:2], -1, 34)
-            scales = blocks[..., :2].copy().view(np.float16).astype(np.float64)
-            values = (scales * blocks[..., 2:].view(np.int8)).reshape(*rows.shape[:2], -1)
-        else:
-            values = rows.view({"f16": np.float16, "f32": np.float32}[self.kv]).astype(np.float64)
-        assert not values[..., head_dim:].any()
-        return values[..., :head_dim].transpose(1, 0, 2)
+    def kept(self, length: int, head_dim: int) -> list[np.ndarray]:
+        """What keys and values are, float64 [length, kv_heads, head_dim]; checks padding."""
+        found = []
+        for rows in (self._key_rows(), self._value_rows()):
+            rows = rows[:, :length]
+            assert not rows[..., head_dim:].any()
+            found.append(rows[..., :head_dim].transpose(1, 0, 2))
+        return found
+
+    def _value_rows(self) -> np.ndarray:
+        if self.kv != "q8_0":
+            return self.values.view(FLOATS[self.kv]).astype(np.float64)
+        blocks = self.values.reshape(*self.values.shape[:2], -1, 34)
+        scales = blocks[..., :2].copy().view(np.float16).astype(np.float64)
+        return (scales * blocks[..., 2:].view(np.int8)).reshape(*self.values.shape[:2], -1)
+
+    def _key_rows(self) -> np.ndarray:
+        heads, context, size = self.keys.shape
+        groups = self.keys.reshape(heads, context // 16, 16 * size)
+        if self.kv != "q8_0":
+            numbers = groups.view(FLOATS[self.kv]).astype(np.float64)
+            return numbers.reshape(heads, context // 16, -1, 16).swapaxes(2, 3).reshape(
+                heads, context, -1
+            )  # fmt: skip
+        plane = size // 34 * 32
+        scales = groups[..., :plane].copy().view(np.float16).astype(np.float64)
+        scales = scales.reshape(heads, context // 16, -1, 16).swapaxes(2, 3)
+        quants = groups[..., plane:].reshape(heads, context // 16, -1, 16, 4).swapaxes(2, 3)
+        quants = quants.reshape(heads, context, -1, 32).astype(np.float64) - 128
+        return (scales.reshape(heads, context, -1, 1) * quants).reshape(heads, context, -1)
 
     def step(self, q, k, v, cos, sin, position: int) -> tuple[np.ndarray, np.ndarray]:
         """(the rotated queries, what attention gives)"""
@@ -427,8 +450,8 @@ def test_attention(heads, kv_heads, head_dim, window, kv, cores, rng):
         parts = [slice(a, b) for a, b in itertools.pairwise(cuts)]
         steps = [cache.step(q[s], k[s], v[s], cos[s], sin[s], s.start) for s in parts]
         rotated, mixed = (np.concatenate(a) for a in zip(*steps, strict=True))
-        kept = (cache.kept(t, length, head_dim) for t in (cache.keys, cache.values))
-        return np.concatenate([a.astype(np.float64).ravel() for a in (rotated, mixed, *kept)])
+        parts = rotated, mixed, *cache.kept(length, head_dim)
+        return np.concatenate([a.astype(np.float64).ravel() for a in parts])
 
     found = on_all(cores, run)
     assert run(cores[0], cuts=(0, length)).tobytes() == found.tobytes(), "steps must not matter"
@@ -443,9 +466,13 @@ def test_attention(heads, kv_heads, head_dim, window, kv, cores, rng):
     assert (np.abs(values - v) <= kv_bound(kv, v)).all()
     turned = reference.rotate(q.astype(np.float64), at, freqs, 1.0)
     assert np.abs(rotated - turned).max() <= 8 * U * np.abs(q).max()
-    expected = reference.attend(rotated, keys, values, window)
+    asked = rotated.astype(np.float64)
+    if kv == "q8_0":  # queries are rounded as keys are
+        shrink = np.float32(1) / np.sqrt(np.float32(head_dim))
+        asked = reference.kept(rotated * shrink, kv) / shrink.astype(np.float64)
+    expected = reference.attend(asked, keys, values, window)
     size = head_dim * np.abs(rotated).max() * np.abs(keys).max() / np.sqrt(head_dim)
-    bound = (2 * (head_dim / 16 + 6) * size + length + 16) * U * np.abs(values).max()
+    bound = (2 * (head_dim + 6) * size + length + 16) * U * np.abs(values).max()
     assert np.abs(mixed - expected).max() <= bound
 
 
