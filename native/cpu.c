@@ -12,7 +12,7 @@
 #include <string.h>
 
 extern const em_kernels em_kernels_avx512vnni, em_kernels_avx512, em_kernels_avxvnni,
-    em_kernels_avx2, em_kernels_dotprod, em_kernels_neon, em_kernels_scalar;
+    em_kernels_avx2, em_kernels_i8mm, em_kernels_dotprod, em_kernels_neon, em_kernels_scalar;
 
 static const em_kernels *const best_first[] = {
 #if EM_HAVE_avx512vnni
@@ -26,6 +26,9 @@ static const em_kernels *const best_first[] = {
 #endif
 #if EM_HAVE_avx2
     &em_kernels_avx2,
+#endif
+#if EM_HAVE_i8mm
+    &em_kernels_i8mm,
 #endif
 #if EM_HAVE_dotprod
     &em_kernels_dotprod,

@@ -9,7 +9,7 @@
 #include "simd_avx512.h"
 #elif defined(EM_ISA_avx2) || defined(EM_ISA_avxvnni)
 #include "simd_avx2.h"
-#elif defined(EM_ISA_neon) || defined(EM_ISA_dotprod)
+#elif defined(EM_ISA_neon) || defined(EM_ISA_dotprod) || defined(EM_ISA_i8mm)
 #include "simd_neon.h"
 #else
 #include "simd_scalar.h"
@@ -135,9 +135,16 @@ EM_INLINE vi dot_chunk_q4(vi dot, const uint8_t *w, const int8_t *q, int c) {
     return vi_dot_q4(dot, w + 64 * c, q + 4 * c, q + 16 + 4 * c);
 }
 
+/* Where instructions multiply matrices, a block is multiplied by two tokens' at once. */
+#ifndef EM_PAIRS
+#define EM_PAIRS 0
+#define vi_pair_q8(w, a, b, of_a, of_b) (void)(w)
+#define vi_pair_q4(w, a, b, of_a, of_b) (void)(w)
+#endif
+
 /* Chunks go outside and tokens inside: a chunk is unpacked once, and what it is multiplied by is
  * spread over a register once for all groups. */
-#define BLOCK_PRODUCT(name, dtype, chunks, bias, dot_chunk)                                        \
+#define BLOCK_PRODUCT(name, dtype, chunks, bias, dot_chunk, dot_pair)                              \
     EM_INLINE void name##_tile(const uint8_t *weights, const em_acts *a, const em_out *o,          \
                                int64_t group, const int groups, int64_t token, const int tokens) { \
         const int64_t next = em_group_bytes(dtype, a->cols, EM_LANES);                             \
@@ -157,11 +164,18 @@ EM_INLINE vi dot_chunk_q4(vi dot, const uint8_t *w, const int8_t *q, int c) {
                 prefetch(base + past + g * next + plane + b * block_bytes, block_bytes);           \
             for (int i = 0; i < groups * tokens; i++)                                              \
                 dot[i] = vi_set1(-(bias) * a->sum[row[i % tokens] + b]);                           \
+            const int8_t *q[BLOCK_TOKENS];                                                         \
+            for (int t = 0; t < tokens; t++) q[t] = a->q + (row[t] + b) * EM_BLOCK;                \
+            const int paired = EM_PAIRS ? tokens / 2 * 2 : 0;                                      \
+            for (int t = 0; t < paired; t += 2)                                                    \
+                for (int g = 0; g < groups; g++)                                                   \
+                    dot_pair(w + g * next, q[t], q[t + 1], &dot[g * tokens + t],                   \
+                             &dot[g * tokens + t + 1]);                                            \
             for (int c = 0; c < (chunks); c++)                                                     \
-                for (int t = 0; t < tokens; t++)                                                   \
+                for (int t = paired; t < tokens; t++)                                              \
                     for (int g = 0; g < groups; g++)                                               \
-                        dot[g * tokens + t] = dot_chunk(dot[g * tokens + t], w + g * next,         \
-                                                        a->q + (row[t] + b) * EM_BLOCK, c);        \
+                        dot[g * tokens + t] =                                                      \
+                            dot_chunk(dot[g * tokens + t], w + g * next, q[t], c);                 \
             for (int g = 0; g < groups; g++) {                                                     \
                 vf d = vf_load_f16((const uint16_t *)(base + g * next) + b * EM_LANES);            \
                 for (int t = 0; t < tokens; t++) {                                                 \
@@ -182,8 +196,8 @@ EM_INLINE vi dot_chunk_q4(vi dot, const uint8_t *w, const int8_t *q, int c) {
 
 #define product_q8_CALL(g, ng, t, nt) product_q8_tile(weights, a, o, g, ng, t, nt)
 #define product_q4_CALL(g, ng, t, nt) product_q4_tile(weights, a, o, g, ng, t, nt)
-BLOCK_PRODUCT(product_q8, EM_Q8_0, 8, EM_Q8_BIAS, dot_chunk_q8)
-BLOCK_PRODUCT(product_q4, EM_Q4_0, 4, 8, dot_chunk_q4)
+BLOCK_PRODUCT(product_q8, EM_Q8_0, 8, EM_Q8_BIAS, dot_chunk_q8, vi_pair_q8)
+BLOCK_PRODUCT(product_q4, EM_Q4_0, 4, 8, dot_chunk_q4, vi_pair_q4)
 
 /* x >= 0 to the 11 significant bits of an f16, to nearest even, but with the exponents of a float:
  * an f16 would overflow from 65520 and lose bits below 2^-14. */

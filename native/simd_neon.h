@@ -1,15 +1,20 @@
-/* The words of kernels.c for NEON on aarch64, with the dot product extension where the table says
- * so. A vector is four registers of four lanes. */
+/* The words of kernels.c for NEON on aarch64, with the extensions for dot products, and for
+ * products of 8-bit matrices, where the table says so. A vector is four registers of four lanes. */
 #include <arm_neon.h>
 #include <string.h>
 
 /* Tiles of several tokens, and of queries and keys: what registers hold. */
 #define FLOAT_TOKENS 4
 #define BLOCK_TILE_GROUPS 1
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define BLOCK_TOKENS 4 /* in pairs, which share what is unpacked */
+#define EM_Q8_BIAS 128
+#else
 #define BLOCK_TOKENS 2
+#define EM_Q8_BIAS 0
+#endif
 #define ATTENTION_TILE 2
 #define PEAK_TOKENS 2
-#define EM_Q8_BIAS 0
 
 typedef struct {
     float32x4_t v[4];
@@ -156,19 +161,87 @@ EM_INLINE int32x4_t dot4(int32x4_t acc, int8x16_t w, int8x16_t a) {
 #endif
 }
 
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+EM_INLINE int32x4_t dot_u8(int32x4_t acc, uint8x16_t w, int8x16_t a) {
+    return vusdotq_s32(acc, w, a);
+}
+EM_INLINE uint8x16_t quants_q8(const uint8_t *w) { return vld1q_u8(w); }
+#else
+EM_INLINE int32x4_t dot_u8(int32x4_t acc, uint8x16_t w, int8x16_t a) {
+    return dot4(acc, vreinterpretq_s8_u8(w), a);
+}
+EM_INLINE uint8x16_t quants_q8(const uint8_t *w) { return veorq_u8(vld1q_u8(w), vdupq_n_u8(0x80)); }
+#endif
+
 EM_INLINE vi vi_dot_q8(vi acc, const uint8_t *w, const int8_t *a) {
     int8x16_t x = broadcast4(a);
-    uint8x16_t flip = vdupq_n_u8(0x80);
-    EACH acc.v[i] = dot4(acc.v[i], vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w + 16 * i), flip)), x);
+    EACH acc.v[i] = dot_u8(acc.v[i], quants_q8(w + 16 * i), x);
     return acc;
 }
 EM_INLINE vi vi_dot_q4(vi acc, const uint8_t *p, const int8_t *low, const int8_t *high) {
     int8x16_t l = broadcast4(low), h = broadcast4(high);
     EACH {
         uint8x16_t w = vld1q_u8(p + 16 * i);
-        acc.v[i] = dot4(acc.v[i], vreinterpretq_s8_u8(vandq_u8(w, vdupq_n_u8(15))), l);
-        acc.v[i] = dot4(acc.v[i], vreinterpretq_s8_u8(vshrq_n_u8(w, 4)), h);
+        acc.v[i] = dot_u8(acc.v[i], vandq_u8(w, vdupq_n_u8(15)), l);
+        acc.v[i] = dot_u8(acc.v[i], vshrq_n_u8(w, 4), h);
     }
     return acc;
 }
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define EM_PAIRS 1
+
+/* Sums of two tokens: registers hold [row, token], two of each. */
+typedef struct {
+    int32x4_t v[8];
+} pair_sums;
+
+/* Adds 8 columns of 16 rows, of which two chunks hold 4 each, times 8 numbers of both tokens. */
+EM_INLINE pair_sums add_columns(pair_sums s, const uint8x16_t *first, const uint8x16_t *second,
+                                const int8_t *a, const int8_t *b) {
+    int8x16_t x = vcombine_s8(vld1_s8(a), vld1_s8(b));
+    EACH {
+        uint32x4_t left = vreinterpretq_u32_u8(first[i]), right = vreinterpretq_u32_u8(second[i]);
+        uint8x16_t low = vreinterpretq_u8_u32(vzip1q_u32(left, right));
+        uint8x16_t high = vreinterpretq_u8_u32(vzip2q_u32(left, right));
+        s.v[2 * i] = vusmmlaq_s32(s.v[2 * i], low, x);
+        s.v[2 * i + 1] = vusmmlaq_s32(s.v[2 * i + 1], high, x);
+    }
+    return s;
+}
+
+EM_INLINE void end_pair(pair_sums s, vi *of_a, vi *of_b) {
+    EACH {
+        of_a->v[i] = vaddq_s32(of_a->v[i], vuzp1q_s32(s.v[2 * i], s.v[2 * i + 1]));
+        of_b->v[i] = vaddq_s32(of_b->v[i], vuzp2q_s32(s.v[2 * i], s.v[2 * i + 1]));
+    }
+}
+
+/* A block of 16 rows times those of two tokens. */
+EM_INLINE void vi_pair_q8(const uint8_t *w, const int8_t *a, const int8_t *b, vi *of_a, vi *of_b) {
+    pair_sums s = {{{0}}};
+    for (int c = 0; c < 8; c += 2) {
+        uint8x16_t first[4], second[4];
+        EACH first[i] = vld1q_u8(w + 64 * c + 16 * i);
+        EACH second[i] = vld1q_u8(w + 64 * (c + 1) + 16 * i);
+        s = add_columns(s, first, second, a + 4 * c, b + 4 * c);
+    }
+    end_pair(s, of_a, of_b);
+}
+EM_INLINE void vi_pair_q4(const uint8_t *w, const int8_t *a, const int8_t *b, vi *of_a, vi *of_b) {
+    pair_sums s = {{{0}}};
+    for (int c = 0; c < 4; c += 2) {
+        uint8x16_t first[4], second[4], low[2][4];
+        EACH first[i] = vld1q_u8(w + 64 * c + 16 * i);
+        EACH second[i] = vld1q_u8(w + 64 * (c + 1) + 16 * i);
+        EACH low[0][i] = vandq_u8(first[i], vdupq_n_u8(15));
+        EACH low[1][i] = vandq_u8(second[i], vdupq_n_u8(15));
+        EACH first[i] = vshrq_n_u8(first[i], 4);
+        EACH second[i] = vshrq_n_u8(second[i], 4);
+        s = add_columns(s, low[0], low[1], a + 4 * c, b + 4 * c);
+        s = add_columns(s, first, second, a + 16 + 4 * c, b + 16 + 4 * c);
+    }
+    end_pair(s, of_a, of_b);
+}
+#endif
 #undef EACH
