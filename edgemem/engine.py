@@ -26,7 +26,7 @@ from .dtypes import BY_NAME
 from .generation import Generation
 from .governor import Governor
 from .kernels import Core
-from .kvcache import KvCache, cache_bytes
+from .kvcache import KvCache, cache_bytes, token_bytes
 from .models.workspace import ScratchLoan, scratch_bytes
 from .recorder import Recorder, header
 from .residency import Residency, Slots
@@ -461,9 +461,9 @@ class Engine:
     def _advise(self, items: Sequence[Item], spare: int) -> list[str]:
         """What would fit where `items` do not: a shorter context, a smaller format, more memory."""
         needed = sum(item.bytes for item in items)
-        weights, per_step = self._weights_bytes, cache_bytes(self.spec, 64, self.kv)
+        weights, per_token = self._weights_bytes, token_bytes(self.spec, self.kv)
         lines = []
-        context = (spare - needed + self._kv_item.bytes) // per_step * 64
+        context = (spare - needed + self._kv_item.bytes) // per_token // 64 * 64
         if context > 0:
             lines.append(f"a context of {context} tokens would fit (--context {context})")
         for name in ("f16", "q8_0"):

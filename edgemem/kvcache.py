@@ -1,17 +1,18 @@
 """One session's keys and values: per layer, keys and then values, [n_kv_heads, context] rows.
 
-A value is a row; keys lie as rows of weights do, 16 side by side, so `context` is rounded up to 16.
-A row is one head's head_dim numbers, in one of three types:
+A row is one head's head_dim numbers. Values are rows; keys lie in groups of 16 rows, as weights do
+(FORMAT.md), so `context` is rounded up to 16. Numbers have one of three types:
 
 * `f16`, the default: rounded to nearest even, zeros up to a multiple of 16.
 * `f32`: as they were computed, zeros up to a multiple of 16.
-* `q8_0`: zeros up to a multiple of 32, in blocks of 32 numbers x: an f16 scale d, then 32 int8
-  quants q. With peak = max |x|, q = x · 127 / peak rounded to nearest even, and d = peak / 127
-  rounded likewise to 11 significant bits and then to f16 (`reference.kept`); both are zero where
-  the peak is, and d is NaN where an x is not finite. A number is read as d · q, which is exact.
+* `q8_0`: zeros up to a multiple of 32, in blocks of 32 numbers x: an f16 scale d and 32 int8
+  quants q (of a group of keys first all scales, then all quants, + 128). With peak = max |x|, q =
+  x · 127 / peak rounded to nearest even, and d = peak / 127 rounded likewise to 11 significant bits
+  and then to f16 (`reference.kept`); both are zero where the peak is, and d is NaN where an x is not
+  finite. A number is read as d · q, which is exact.
 
-Attention reads all of them as float32, with the same sums in the same order; but with keys of q8_0
-it multiplies queries that are rounded to such blocks too, as products of q8_0 weights do.
+Attention reads all of them as float32, with the same sums in the same order, but for keys of q8_0:
+those are multiplied as q8_0 weights are, by queries that are rounded to such blocks too.
 """
 
 import mmap
@@ -26,9 +27,14 @@ def row_bytes(spec: ModelSpec, kv: str = "f16") -> int:
     return lib.em_kv_row_bytes(BY_NAME[kv].code, spec.head_dim)
 
 
+def token_bytes(spec: ModelSpec, kv: str = "f16") -> int:
+    """Bytes of all keys and values of one token in the type `kv`."""
+    return spec.n_layers * 2 * spec.n_kv_heads * row_bytes(spec, kv)
+
+
 def cache_bytes(spec: ModelSpec, context: int, kv: str = "f16") -> int:
-    """Bytes of a cache of the type `kv` for `context` tokens."""
-    return spec.n_layers * 2 * spec.n_kv_heads * _rows(context) * row_bytes(spec, kv)
+    """Bytes of a cache of the type `kv` for `context` tokens, rounded up to groups of keys."""
+    return _rows(context) * token_bytes(spec, kv)
 
 
 def _rows(tokens: int) -> int:

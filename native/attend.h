@@ -135,7 +135,8 @@ EM_INLINE void score_floats(const em_queries *s, kv_rows k, const int32_t dtype,
         for (int g = 0; g < groups; g++) {
             const uint8_t *at = k.first + g * EM_LANES * k.bytes + d * step;
             vf keys = load_kv(at, 0, dtype);
-            if (row == 0) expect_next(s, k.first + (d * groups + g) * step, step);
+            if (row == 0 && s->dtype == dtype)
+                expect_next(s, k.first + (d * groups + g) * step, step);
             for (int r = 0; r < rows; r++)
                 sum[g * rows + r] = vf_fma(keys, vf_set1(q[r * s->padded + d]), sum[g * rows + r]);
         }
@@ -253,7 +254,7 @@ EM_INLINE void mix_tile(const em_queries *s, kv_rows v, const int32_t dtype, spa
                 vf_mul(vf_load(out + r * s->padded + c * EM_LANES), vf_set1(shrink[row + r]));
     for (int64_t j = begin; j < end; j++) {
         const uint8_t *value = v.first + j * v.bytes;
-        if (row == 0 && d == 0) expect_next(s, value, v.bytes);
+        if (row == 0 && d == 0 && s->dtype == dtype) expect_next(s, value, v.bytes);
         for (int c = 0; c < chunks; c++) {
             vf vj = load_kv(value, d + c * EM_LANES, dtype);
             for (int r = 0; r < rows; r++)

@@ -32,7 +32,8 @@ int64_t em_kv_row_bytes(int32_t kv_dtype, int32_t head_dim) {
     }
 }
 
-/* A thread's rows: queries, as blocks too, what they find, and the keys or values of a span. */
+/* A thread's rows: queries, what they find, queries as blocks (40 of the 128 bytes that 32 floats
+ * have), and the keys or values of a span. */
 enum { THREAD_ROWS = 3 * EM_QUERIES + EM_SPAN_ROWS };
 
 uint64_t em_attention_scratch(int32_t n_threads, int32_t head_dim) {

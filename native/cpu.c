@@ -52,7 +52,7 @@ enum {
     ROWS = 16 * GROUPS,
     TOKENS = 7,
     MATRIX_BYTES = ROWS * COLS * 4,
-    ATTENDED = 22
+    ATTENDED = EM_SPAN_ROWS + 6
 };
 
 typedef struct {
@@ -101,7 +101,8 @@ static void self_test(const em_kernels *k, test_result *r) {
     k->gate(r->vectors[3], x + COLS, COLS, EM_GELU);
     k->store_f16(x, COLS, r->halves);
     for (int32_t dtype = EM_F32; dtype <= EM_Q8_0; dtype++) {
-        uint8_t keys[(ATTENDED + EM_LANES) * COLS * 4], values[ATTENDED * COLS * 4];
+        _Alignas(64) uint8_t keys[(ATTENDED + EM_LANES) * COLS * 4] = {0};
+        _Alignas(64) uint8_t values[ATTENDED * COLS * 4];
         float block[EM_SPAN_ROWS * COLS], *out = r->attended[dtype];
         if (dtype == EM_BF16) continue;
         int64_t row_bytes = em_kv_row_bytes(dtype, COLS);
@@ -110,8 +111,18 @@ static void self_test(const em_kernels *k, test_result *r) {
                          i % EM_LANES);
             k->store_value(x + i, COLS, dtype, values + i * row_bytes);
         }
-        em_queries queries = {acts, keys, values, 1,     ATTENDED - 1, row_bytes,
-                              6,    3,    COLS,   dtype, block,        out};
+        em_queries queries = {.acts = acts,
+                              .keys = keys,
+                              .values = values,
+                              .begin = 1,
+                              .end = ATTENDED - 1,
+                              .row_bytes = row_bytes,
+                              .n_rows = 6,
+                              .heads = 3,
+                              .padded = COLS,
+                              .dtype = dtype,
+                              .block = block,
+                              .out = out};
         k->attend(&queries);
     }
     k->sigmoid(r->vectors[4], COLS);

@@ -13,23 +13,29 @@ from unittest import mock
 
 import edgemem
 import edgemem.engine
+from edgemem.arguments import context_limit
+from edgemem.store import Store
 
 WAYS = ((1, 128), (1, 1), (2, 7), (3, 128))
 """(threads, tokens that a prefill step takes)"""
-PROMPT_TOKENS, NEW_TOKENS = 23, 10
+PROMPT_TOKENS, NEW_TOKENS = 61, 10
 CONTEXT = PROMPT_TOKENS + NEW_TOKENS
+"""More than attention takes at once."""
 
 
-def prompt(vocab_size: int, which: int = 0) -> list[int]:
-    """Ids all over the vocabulary, others for another `which`."""
-    return [(7919 * i + 104729 * which + 11) % vocab_size for i in range(PROMPT_TOKENS)]
+def prompt(engine, which: int = 0) -> list[int]:
+    """Ids all over the vocabulary, others for another `which`; fewer where the context is short."""
+    n, vocab_size = engine.context - NEW_TOKENS, engine.spec.vocab_size
+    return [(7919 * i + 104729 * which + 11) % vocab_size for i in range(min(n, PROMPT_TOKENS))]
 
 
 def opened(store, threads: int, chunk: int, kv: str = "f16"):
     """An engine of the store whose prefill takes `chunk` tokens a step."""
     patch = mock.patch.multiple(edgemem.engine, CHUNK_TOKENS=chunk, LARGE_CHUNK_TOKENS=chunk)
+    with Store.open(store) as opened_store:
+        context = min(CONTEXT, context_limit(opened_store.spec))
     with patch:
-        return edgemem.load(store, context=CONTEXT, threads=threads, kv=kv)
+        return edgemem.load(store, context=context, threads=threads, kv=kv)
 
 
 def greedy(session, ids, count: int = NEW_TOKENS) -> list[int]:
@@ -44,7 +50,7 @@ def greedy(session, ids, count: int = NEW_TOKENS) -> list[int]:
 
 def digest(engine) -> str:
     """Of the prompt's logits, all of them, and the tokens that follow."""
-    ids = prompt(engine.spec.vocab_size)
+    ids = prompt(engine)
     state = hashlib.sha256(engine.logits(ids).tobytes())
     with engine.session() as session:
         state.update(repr(greedy(session, ids)).encode())

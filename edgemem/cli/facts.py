@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .. import inventory
 from ..budget import show_size
-from ..kvcache import cache_bytes
+from ..kvcache import token_bytes
 from ..store import Store
 from ..tokenizer import Tokenizer
 
@@ -23,7 +23,7 @@ def describe(store: Store) -> dict:
         "parameters": inventory.parameter_count(store),
         "dense_bytes": sum(k["payload_bytes"] for k in kinds.values()) - streamable,
         "streamable_bytes": streamable,
-        "kv_bytes_per_token": cache_bytes(store.spec, 1),
+        "kv_bytes_per_token": token_bytes(store.spec),
         "bundles": kinds,
         "dtype_bytes": inventory.by_dtype(store),
         "layouts": [layout.to_json() for layout in store.layouts],

@@ -180,6 +180,15 @@ def kept(x: np.ndarray, kv: str | None) -> np.ndarray:
     return x.astype({None: np.float64, "f32": np.float32, "f16": np.float16}[kv]).astype(np.float64)
 
 
+def asked(q: np.ndarray) -> np.ndarray:
+    """What keys of q8_0 are multiplied by for queries q [n, H, D]: q / sqrt(D) rounded to blocks,
+    then times sqrt(D), in float64."""
+    shrink = np.float32(1) / np.sqrt(np.float32(q.shape[-1]))
+    quants, scales = quantize_blocks((q * shrink).reshape(-1, q.shape[-1]))
+    values = quants * scales[..., None].astype(np.float64)
+    return values.reshape(*q.shape[:-1], -1)[..., : q.shape[-1]] / np.float64(shrink)
+
+
 def activate(name: str, x: np.ndarray) -> np.ndarray:
     """The activation `name` of spec.ACTIVATIONS, element by element."""
     return _ACTIVATIONS[name](x)
@@ -361,7 +370,7 @@ class Forward:
         k = rotate(k, positions, freqs, self.spec.rope.attention_factor)
         keys = self._keys[layer] = self._keep(self._keys[layer], k)
         values = self._values[layer] = self._keep(self._values[layer], v)
-        q = kept(q, self.kv) if self.kv == "q8_0" else q
+        q = asked(q) if self.kv == "q8_0" else q
         mixed = attend(q, keys, values, self.spec.windows[layer])
         self.watch(layer, "heads", mixed)
         return linear(mixed.reshape(len(h), -1), dense["o"], dense.get("o_bias"))

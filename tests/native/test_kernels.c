@@ -196,11 +196,11 @@ typedef struct {
 } outputs;
 
 static void run_all(const em_kernels *k, int32_t n, outputs *o) {
-    static float x[1000], y[1000], wide[1024 * 20];
+    static float x[1000], y[1000], wide[1024 * 72];
     memset(o, 0, sizeof *o);
     fill_unit(x, 1000, 21);
     fill_unit(y, 1000, 22);
-    fill_unit(wide, 1024 * 20, 23);
+    fill_unit(wide, 1024 * 72, 23);
     for (int32_t i = 0; i < n; i++) x[i] *= 9;
     for (int32_t a = 0; a < 6; a++) {
         memcpy(o->gate[a], x, (size_t)n * 4);
@@ -216,9 +216,9 @@ static void run_all(const em_kernels *k, int32_t n, outputs *o) {
     k->rotate(x, y, o->sig, n / 2 * 2, o->turned);
     k->store_f16(x, n, o->half);
     for (int type = 0; type < 3; type++) {
-        uint8_t *keys = kept(k, wide, 18, n, KV_TYPES[type], true);
-        uint8_t *values = kept(k, wide, 18, n, KV_TYPES[type], false);
-        attend(k, wide, keys, values, KV_TYPES[type], 1, 18, n, o->attended[type]);
+        uint8_t *keys = kept(k, wide, 70, n, KV_TYPES[type], true);
+        uint8_t *values = kept(k, wide, 70, n, KV_TYPES[type], false);
+        attend(k, wide, keys, values, KV_TYPES[type], 1, 70, n, o->attended[type]);
         free(keys);
         free(values);
     }

@@ -112,6 +112,20 @@ def test_f16_keys_are_all_that_differs(shared, wikitext, judges, stories_store):
     assert 1e-3 < oracle.relative_error(rounded, expected) <= LOGITS_BOUNDS["stories260k"]
 
 
+def test_q8_0_keys_and_queries_are_all_that_differs(shared, wikitext, stories_store):
+    ids = text_ids(shared, wikitext, "stories260k")[:200]
+    with Store.open(stories_store) as store:
+        weights = StoreWeights(store)
+        exact = Forward(store.spec, weights).feed(ids)
+        rounded = Forward(store.spec, weights, kv="q8_0").feed(ids)
+    with edgemem.load(stories_store, threads=1, kv="q8_0") as engine:
+        found = engine.logits(ids)
+    # Now and then a key's number lies on the border of two quants, and all that follows differs.
+    errors = np.abs(found - rounded).max(axis=1) / np.abs(rounded).max()
+    assert np.median(errors[:50]) <= 1e-6
+    assert errors.max() < 0.6 * oracle.relative_error(rounded, exact) <= 1e-2
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_perplexity_agrees(name, shared, wikitext, judges, engines, measured):
     ids = text_ids(shared, wikitext, name)

@@ -98,7 +98,7 @@ def engine(request, shared, convert_store):
 
 
 def test_sessions_that_take_turns_answer_as_if_alone(engine):
-    prompts = [answers.prompt(engine.spec.vocab_size, which) for which in range(4)]
+    prompts = [answers.prompt(engine, which) for which in range(4)]
     alone = []
     for ids in prompts:
         with engine.session() as session:
@@ -115,7 +115,7 @@ def test_sessions_that_take_turns_answer_as_if_alone(engine):
 def test_sessions_in_threads_answer_as_if_alone(engine):
     def run(which: int) -> list[int]:
         with engine.session() as session:
-            return answers.greedy(session, answers.prompt(engine.spec.vocab_size, which))
+            return answers.greedy(session, answers.prompt(engine, which))
 
     alone = [run(which) for which in range(4)]
     with ThreadPoolExecutor(4) as pool:
@@ -123,7 +123,7 @@ def test_sessions_in_threads_answer_as_if_alone(engine):
 
 
 def test_pieces_of_a_prompt_give_the_logits_of_the_whole(engine):
-    ids = answers.prompt(engine.spec.vocab_size)
+    ids = answers.prompt(engine)
     whole = engine.logits(ids)
     for cuts in ((1,), (17,), (3, 4, 5), tuple(range(1, len(ids)))):
         with engine.session() as session:

@@ -11,7 +11,7 @@ from edgemem._native import ffi, lib
 from edgemem.budget import show_size
 from edgemem.dtypes import KV_TYPES
 from edgemem.kernels import Core
-from edgemem.kvcache import KvCache, cache_bytes
+from edgemem.kvcache import KvCache, cache_bytes, token_bytes
 from edgemem.spec import ModelSpec
 
 
@@ -35,6 +35,7 @@ def test_a_cache_has_the_bytes_that_are_said(spec, kv, context):
     rows = 2 * spec.n_layers * spec.n_kv_heads * ((context + 15) // 16 * 16)
     cache = KvCache(spec, context, kv)
     assert cache.bytes == cache_bytes(spec, context, kv) == rows * row(kv, spec.head_dim)
+    assert token_bytes(spec, kv) * ((context + 15) // 16 * 16) == cache.bytes
     starts = [address(p) for layer in cache.layers for p in (layer.k_cache, layer.v_cache)]
     assert set(np.diff(starts)) == {cache.bytes // len(starts)}, "layers lie one after the other"
 
