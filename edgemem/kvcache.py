@@ -6,10 +6,10 @@ A row is one head's head_dim numbers. Values are rows; keys lie in groups of 16 
 * `f16`, the default: rounded to nearest even, zeros up to a multiple of 16.
 * `f32`: as they were computed, zeros up to a multiple of 16.
 * `q8_0`: zeros up to a multiple of 32, in blocks of 32 numbers x: an f16 scale d and 32 int8
-  quants q (of a group of keys first all scales, then all quants, + 128). With peak = max |x|, q =
-  x · 127 / peak rounded to nearest even, and d = peak / 127 rounded likewise to 11 significant bits
-  and then to f16 (`reference.kept`); both are zero where the peak is, and d is NaN where an x is not
-  finite. A number is read as d · q, which is exact.
+  quants q; of a group of keys first all scales, then all quants, + 128. With peak = max |x|,
+  q = x · 127 / peak rounded to nearest even, and d = peak / 127 rounded likewise to 11 significant
+  bits and then to f16 (`reference.kept`); both are zero where the peak is, and d is NaN where an x
+  is not finite. A number is read as d · q, which is exact.
 
 Attention reads all of them as float32, with the same sums in the same order, but for keys of q8_0:
 those are multiplied as q8_0 weights are, by queries that are rounded to such blocks too.
