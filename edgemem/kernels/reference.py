@@ -180,7 +180,7 @@ def kept(x: np.ndarray, kv: str | None) -> np.ndarray:
     return x.astype({None: np.float64, "f32": np.float32, "f16": np.float16}[kv]).astype(np.float64)
 
 
-def asked(q: np.ndarray) -> np.ndarray:
+def rounded_queries(q: np.ndarray) -> np.ndarray:
     """What keys of q8_0 are multiplied by for queries q [n, H, D]: q / sqrt(D) rounded to blocks,
     then times sqrt(D), in float64."""
     shrink = np.float32(1) / np.sqrt(np.float32(q.shape[-1]))
@@ -370,7 +370,7 @@ class Forward:
         k = rotate(k, positions, freqs, self.spec.rope.attention_factor)
         keys = self._keys[layer] = self._keep(self._keys[layer], k)
         values = self._values[layer] = self._keep(self._values[layer], v)
-        q = asked(q) if self.kv == "q8_0" else q
+        q = rounded_queries(q) if self.kv == "q8_0" else q
         mixed = attend(q, keys, values, self.spec.windows[layer])
         self.watch(layer, "heads", mixed)
         return linear(mixed.reshape(len(h), -1), dense["o"], dense.get("o_bias"))

@@ -466,7 +466,7 @@ def test_attention(heads, kv_heads, head_dim, window, kv, cores, rng):
     assert (np.abs(values - v) <= kv_bound(kv, v)).all()
     turned = reference.rotate(q.astype(np.float64), at, freqs, 1.0)
     assert np.abs(rotated - turned).max() <= 8 * U * np.abs(q).max()
-    queries = reference.asked(rotated) if kv == "q8_0" else rotated.astype(np.float64)
+    queries = reference.rounded_queries(rotated) if kv == "q8_0" else rotated.astype(np.float64)
     expected = reference.attend(queries, keys, values, window)
     size = head_dim * np.abs(rotated).max() * np.abs(keys).max() / np.sqrt(head_dim)
     bound = (head_dim * size + length + 16) * U * np.abs(values).max()
