@@ -55,7 +55,7 @@ class Streamer:
             "addresses": residency.addresses, "sizes": residency.sizes,
             "index_of": residency.index_of, "foreseen": np.zeros(m, np.uint32),
             "indices": np.zeros(n, np.uint32), "held": np.zeros(n, np.uint64),
-            "uses": np.zeros(n, np.int32), "likely": np.zeros(2 * m, np.uint32),
+            "uses": np.zeros(n, np.int32), "likely": np.zeros(m, np.uint32),
             "likelihood": np.zeros(m, np.float32), "wanted": np.zeros(m, np.uint8),
         }  # fmt: skip
         self.stream = ffi.new("em_stream *", {"residency": residency.native, "user": self._me})

@@ -91,12 +91,15 @@ static uint32_t shift(uint32_t crc) {
            shift_table[2][crc >> 16 & 255] ^ shift_table[3][crc >> 24];
 }
 
-/* The crc32 instruction takes 3 cycles but starts one each cycle: three lanes run at once. */
+/* The crc32 instruction takes 3 cycles but starts one each cycle: three lanes run at once. The next
+ * three are asked for in the order of memory: that order alone is fast. */
 __attribute__((target("sse4.2"))) static uint32_t sse42(uint32_t crc, const uint8_t *p, size_t n) {
     for (; n >= 3 * LANE_BYTES; p += 3 * LANE_BYTES, n -= 3 * LANE_BYTES) {
         uint64_t a = crc, b = 0, c = 0;
         for (size_t i = 0; i < LANE_BYTES; i += 8) {
             uint64_t wa, wb, wc;
+            for (size_t line = 0; i % 64 == 0 && line < 3 * 64; line += 64)
+                _mm_prefetch((const char *)p + 3 * (LANE_BYTES + i) + line, _MM_HINT_T0);
             memcpy(&wa, p + i, 8);
             memcpy(&wb, p + LANE_BYTES + i, 8);
             memcpy(&wc, p + 2 * LANE_BYTES + i, 8);

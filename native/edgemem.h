@@ -349,12 +349,12 @@ typedef struct {
     int32_t busy;            /* a turn is running: another one is refused */
     em_lookahead *lookahead; /* NULL: nothing is foreseen */
     int64_t demand_bytes;    /* of all bundles that turns took */
-    int32_t n_foreseen;      /* of `foreseen`: what was read ahead for the next turn */
+    int32_t n_foreseen;      /* of `foreseen`: what was read ahead of its turn */
     uint32_t *foreseen;      /* [n_streamed] */
     uint32_t *indices;       /* [n_bundles]: scratch of one turn, as all that follow */
     uint64_t *held;          /* [n_bundles] */
     int32_t *uses;           /* [n_bundles] */
-    uint32_t *likely;        /* [2 n_streamed] */
+    uint32_t *likely;        /* [n_streamed] */
     float *likelihood;       /* [n_streamed] */
     uint8_t *wanted;         /* [n_streamed], zeros between turns */
     em_demand_log *log;      /* NULL: none is kept */
@@ -410,12 +410,13 @@ typedef struct {
     float limit; /* of EM_OP_CLAMP */
 } em_elements_op;
 
-/* What the next turn will want, as far as the present state tells: `ops` route tokens. */
-typedef struct {
+/* What a later turn will want, as far as the present state tells: `ops` route tokens. */
+typedef struct em_foresight {
     struct em_op *ops;
     int32_t n_ops;
-    const em_route_op *routing; /* of the EM_OP_ROUTE among them */
-    const uint32_t *bundles;    /* of its experts */
+    const em_route_op *routing;      /* of the EM_OP_ROUTE among them */
+    const uint32_t *bundles;         /* of its experts */
+    const struct em_foresight *next; /* of the turn after it */
 } em_foresight;
 
 /* em_ffn_run. Without `routing` all tokens take bundles[0]. */

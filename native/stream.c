@@ -10,6 +10,9 @@
 
 #include <string.h>
 
+/* Turns that are asked what they will want, until one lacks something. A third brought nothing. */
+#define MOST_AHEAD 2
+
 /* Bundles that are held for one computation. */
 typedef struct {
     const uint64_t *addresses;
@@ -38,22 +41,31 @@ static int32_t compute(em_core *core, em_turn *t, const held_round *round) {
 
 /* ---- reading ahead ----------------------------------------------------------------------- */
 
-/* Compares what was foreseen with what came, and forgets what has not started. */
-static void learn(em_stream *s, int32_t n) {
-    int32_t used = 0, stale = 0;
-    if (s->n_foreseen == 0) return;
+/* Compares what was foreseen of a turn with what came, and forgets what has not started. */
+static void learn(em_stream *s, int32_t turn, int32_t n) {
+    int32_t used = 0, stale = 0, later = 0, foreseen = s->n_foreseen;
+    if (foreseen == 0) return;
     for (int32_t i = 0; i < n; i++) s->wanted[s->indices[i]] = 1;
-    for (int32_t i = 0; i < s->n_foreseen; i++) {
+    for (int32_t i = 0; i < foreseen; i++) {
         uint32_t index = s->foreseen[i];
-        if (s->wanted[index])
+        if (s->turn_of[index] != turn)
+            s->foreseen[later++] = index;
+        else if (s->wanted[index])
             used++;
         else
-            s->foreseen[stale++] = index;
+            s->likely[stale++] = index;
     }
     for (int32_t i = 0; i < n; i++) s->wanted[s->indices[i]] = 0;
-    if (s->lookahead) em_lookahead_learn(s->lookahead, s->n_foreseen, used);
-    s->n_foreseen = 0;
-    em_residency_cancel(s->residency, s->foreseen, stale);
+    s->n_foreseen = later;
+    if (foreseen == later) return;
+    if (s->lookahead) em_lookahead_learn(s->lookahead, foreseen - later, used);
+    em_residency_cancel(s->residency, s->likely, stale);
+}
+
+static void write_foreseen(em_stream *s, uint32_t index) {
+    for (int32_t i = 0; i < s->n_foreseen; i++)
+        if (s->foreseen[i] == index) return;
+    s->foreseen[s->n_foreseen++] = index;
 }
 
 /* The bundles that the present state asks for, likeliest first, of equals the first first. */
@@ -80,30 +92,46 @@ static int32_t foresee(em_core *core, em_stream *s, const em_foresight *f, int32
     return EM_OK;
 }
 
-/* Starts on the next turns' bundles while this turn is computed. */
+/* Starts on what a later turn will likely want; *absent: how much of that is not there. */
+static int32_t read_ahead(em_core *core, em_stream *s, const em_foresight *f, int32_t tokens,
+                          uint64_t room, int32_t *absent) {
+    int32_t n = 0, status = foresee(core, s, f, tokens, &n);
+    const int32_t *ready = em_residency_ready(s->residency);
+    *absent = 0;
+    /* The absent first; the resident go along, so that none of them makes place. */
+    for (int32_t i = 0; i < n; i++) {
+        uint32_t index = s->likely[i];
+        if (__atomic_load_n(&ready[index], __ATOMIC_ACQUIRE) != EM_READY_NOT) continue;
+        uint32_t *to = s->likely + *absent;
+        memmove(to + 1, to, (size_t)(i - *absent) * sizeof *to);
+        *to = index;
+        ++*absent;
+        write_foreseen(s, index);
+    }
+    if (status == EM_OK && *absent > 0)
+        em_residency_prefetch(s->residency, s->likely, n, s->ranks, room);
+    return status;
+}
+
+/* Starts on later turns' bundles while this turn is computed: on those that are certain, and on
+ * what the first of them that lacks something will likely want. */
 static int32_t look_ahead(em_core *core, em_stream *s, int32_t turn, em_turn *t) {
     int32_t from = s->certain_first[turn], sure = s->certain_first[turn + 1] - from;
     if (sure > 0)
         em_residency_prefetch(s->residency, s->certain + from, sure, s->ranks, UINT64_MAX);
-    if (!t->foresight || t->foresight->n_ops == 0 || !s->lookahead) return EM_OK;
+    const em_foresight *f = t->foresight;
+    if (!f || f->n_ops == 0 || !s->lookahead) return EM_OK;
     em_residency_stats stats = em_residency_statistics(s->residency);
     int64_t room = em_lookahead_admit(s->lookahead, stats.idle_us, stats.read_bytes, stats.busy_us);
     if (room == 0) return EM_OK;
-    /* The absent first; the resident among them go along, so that none of them makes place. */
     int64_t started = em_now_ns();
-    int32_t n = 0, absent = 0;
-    int32_t status = foresee(core, s, t->foresight, t->tokens, &n);
+    int32_t absent = 0, status = EM_OK;
+    for (int32_t i = 0; i < MOST_AHEAD && f && f->n_ops > 0; i++, f = f->next) {
+        status = read_ahead(core, s, f, t->tokens, (uint64_t)room, &absent);
+        if (status != EM_OK || absent > 0) break;
+    }
     t->foreseeing_ns += em_now_ns() - started;
-    const int32_t *ready = em_residency_ready(s->residency);
-    for (int32_t i = 0; i < n; i++)
-        if (__atomic_load_n(&ready[s->likely[i]], __ATOMIC_ACQUIRE) == EM_READY_NOT)
-            s->foreseen[absent++] = s->likely[i];
-    if (status != EM_OK || absent == 0) return status;
-    memmove(s->likely + absent, s->likely, (size_t)n * sizeof *s->likely);
-    memcpy(s->likely, s->foreseen, (size_t)absent * sizeof *s->likely);
-    em_residency_prefetch(s->residency, s->likely, absent + n, s->ranks, (uint64_t)room);
-    s->n_foreseen = absent;
-    return EM_OK;
+    return status;
 }
 
 /* ---- turns ------------------------------------------------------------------------------- */
@@ -149,7 +177,7 @@ static int32_t run_rounds(em_core *core, em_stream *s, int32_t turn, em_turn *t)
             status = s->pause(s->user, turn, s->indices, t->n, t->uses, t->tokens);
     }
     if (status == EM_OK) {
-        learn(s, t->n);
+        learn(s, turn, t->n);
         status = look_ahead(core, s, turn, t);
     }
     if (status == EM_OK) {

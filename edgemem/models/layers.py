@@ -129,7 +129,7 @@ class Experts:
         op.tokens, op.weights = s.routing.tokens.pointer, s.routing.weights.pointer
 
     def foresee(self, following: Experts) -> None:
-        """Let this part foresee which bundles the next layer's will want.
+        """Let this part foresee which bundles the next layer's will want, and what that foresees.
 
         That layer's router is asked once more, before its turn, about the present state, which its
         attention and this part will yet change. Source: bench/LOG.md.
@@ -141,4 +141,5 @@ class Experts:
         foresight = self._op.foresight
         foresight.routing = s.foreseen.add_to(ops, spec, following._tensors, s.ahead)
         foresight.bundles = pointer(following._bundles, "uint32_t *")
+        foresight.next = ffi.addressof(following._op.foresight)
         ops.lend(foresight)

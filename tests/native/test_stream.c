@@ -8,6 +8,7 @@
 #include <string.h>
 
 enum { BUNDLES = 24, CLASSES = 2, PAGE = 4096, PIECE = 8192, COLS = 64, ROWS = 32, TOKENS = 40 };
+enum { TURNS = 3, EXPERTS = BUNDLES / TURNS, HIDDEN = 32, INTERMEDIATE = 16 };
 
 /* Rows of floats, in bundles of two sizes, each of a class of its own. */
 typedef struct {
@@ -73,18 +74,18 @@ static void open_world(world *w, int32_t slots, const em_faults *faults) {
           "a residency");
     uint64_t *addresses = exact(BUNDLES * 8);
     int64_t *sizes = exact(BUNDLES * 8), *index_of = exact(BUNDLES * 8);
-    int32_t *turn_of = exact(BUNDLES * 4), *certain_first = exact(2 * 4);
+    int32_t *turn_of = exact(BUNDLES * 4), *certain_first = exact((TURNS + 1) * 4);
     uint32_t *certain = exact(4);
     float *ranks = exact(BUNDLES * 4);
     for (int32_t i = 0; i < BUNDLES; i++) {
         addresses[i] = 0;
         sizes[i] = (int64_t)w->bundles[i].bytes;
         index_of[i] = i;
-        turn_of[i] = 0;
+        turn_of[i] = i / EXPERTS;
         ranks[i] = (float)i;
     }
-    certain_first[0] = 0; /* bundle 5 is wanted after every turn */
-    certain_first[1] = 1;
+    certain_first[0] = 0; /* bundle 5 is wanted after the first turn */
+    for (int32_t turn = 0; turn < TURNS; turn++) certain_first[turn + 1] = 1;
     certain[0] = 5;
     w->ahead = (em_lookahead){.precision = 0.9, .memory = 64, .most_precision = 0.98};
     w->log = (em_demand_log){exact(4 * BUNDLES), exact(8), 0, 0, BUNDLES, 2};
@@ -104,7 +105,7 @@ static void open_world(world *w, int32_t slots, const em_faults *faults) {
                             .indices = exact(BUNDLES * 4),
                             .held = exact(BUNDLES * 8),
                             .uses = exact(BUNDLES * 4),
-                            .likely = exact(2 * BUNDLES * 4),
+                            .likely = exact(BUNDLES * 4),
                             .likelihood = exact(BUNDLES * 4),
                             .wanted = exact(BUNDLES),
                             .log = &w->log};
@@ -239,7 +240,107 @@ static void closed_or_busy(void) {
     end_world(&w);
 }
 
+/* A layer of experts: what it takes and what it foresees are as the test says. */
+typedef struct {
+    em_route_op takes, foresees;
+    uint32_t taken[2], foreseen[2];
+    int32_t n_taken, n_foreseen;
+    em_op routing, op; /* routing does nothing */
+} layer;
+
+static const em_ffn FFN = {.gate = 0,
+                           .up = INTERMEDIATE * HIDDEN * 4,
+                           .down = 2 * INTERMEDIATE * HIDDEN * 4,
+                           .gate_bias = -1,
+                           .up_bias = -1,
+                           .down_bias = -1,
+                           .hidden = HIDDEN,
+                           .intermediate = INTERMEDIATE};
+static const int32_t FIRST[] = {0, 1, 2}, ZEROS[2];
+static float state[HIDDEN], out[HIDDEN], one[2] = {1, 1};
+
+static void make_layers(world *w, layer *layers) {
+    CHECK(em_core_reserve(w->core, em_ffn_scratch(1, 2, HIDDEN, INTERMEDIATE)) == EM_OK, "%s",
+          "scratch");
+    for (int32_t i = 0; i < TURNS; i++) {
+        layer *l = &layers[i];
+        *l = (layer){.n_taken = 2, .n_foreseen = 2};
+        l->takes = (em_route_op){.experts = l->taken,
+                                 .first = (int32_t *)FIRST,
+                                 .weights = one,
+                                 .n_chosen = &l->n_taken};
+        l->foresees =
+            (em_route_op){.experts = l->foreseen, .weights = one, .n_chosen = &l->n_foreseen};
+        l->routing.kind = EM_OP_CLAMP;
+        l->routing.elements = (em_elements_op){state, HIDDEN, 1e9f};
+        l->op.kind = EM_OP_FFN;
+        l->op.ffn = (em_ffn_op){.stream = &w->stream,
+                                .ffn = &FFN,
+                                .bundles = w->ids + i * EXPERTS,
+                                .routing = &l->takes,
+                                .tokens = ZEROS,
+                                .weights = one,
+                                .x = state,
+                                .out = out};
+        if (i + 1 < TURNS)
+            l->op.ffn.foresight =
+                (em_foresight){&l->routing, 1, &l->foresees, w->ids + (i + 1) * EXPERTS,
+                               &layers[i + 1].op.ffn.foresight};
+    }
+}
+
+static void take(world *w, layer *l, uint32_t first, uint32_t second) {
+    int32_t failed;
+    l->taken[0] = first, l->taken[1] = second;
+    int32_t status = em_ops_run(w->core, &l->op, 1, NULL, 0, 1, &failed);
+    CHECK(status == EM_OK, "experts %u and %u: %d", first, second, status);
+}
+
+static bool asked_for(const world *w, int32_t turn, int32_t expert) {
+    return w->residency->states[turn * EXPERTS + expert].state != ABSENT;
+}
+
+static void reads_ahead_for_the_first_turn_that_lacks_something(void) {
+    for (int lacking = 1; lacking <= 2; lacking++) {
+        world w;
+        layer layers[TURNS];
+        const uint32_t second[] = {EXPERTS + 1, EXPERTS + 2};
+        uint64_t addresses[2];
+        open_world(&w, BUNDLES, NULL);
+        w.ahead.longest_idle_us = 1e6;
+        w.ahead.idle_us = 1e6;
+        w.ahead.bytes_per_us = 1e6;
+        make_layers(&w, layers);
+        for (uint32_t i = 0; i < 2; i++) {
+            layers[0].foreseen[i] = 1 + i;
+            layers[1].foreseen[i] = 3 + i;
+        }
+        if (lacking == 2) {
+            CHECK(em_residency_acquire(w.residency, second, 2, w.stream.ranks, addresses) == EM_OK,
+                  "%s", "two of the second turn");
+            em_residency_wait(w.residency, second, 2);
+            em_residency_release(w.residency, second, 2);
+        }
+        take(&w, &layers[0], 0, 7);
+        CHECK(asked_for(&w, 1, 1) && asked_for(&w, 1, 2), "turn %d lacks", lacking);
+        CHECK(asked_for(&w, 2, 3) == (lacking == 2), "turn %d lacks", lacking);
+        CHECK(w.stream.n_foreseen == 2, "%d foreseen", w.stream.n_foreseen);
+        double before = w.ahead.precision;
+        take(&w, &layers[1], 1, 2); /* all that was foreseen of this turn, and nothing else */
+        CHECK(lacking == 1 ? w.ahead.precision > before : w.ahead.precision == before,
+              "turn %d lacked: %f, %f before", lacking, w.ahead.precision, before);
+        CHECK(w.stream.n_foreseen == 2, "%d foreseen", w.stream.n_foreseen);
+        before = w.ahead.precision;
+        take(&w, &layers[2], 3, 5); /* half of it */
+        CHECK(w.ahead.precision < before, "%f, %f before", w.ahead.precision, before);
+        CHECK(w.stream.n_foreseen == 0, "%d foreseen", w.stream.n_foreseen);
+        CHECK(nothing_is_pinned(&w), "turn %d lacked", lacking);
+        end_world(&w);
+    }
+}
+
 int main(void) {
+    reads_ahead_for_the_first_turn_that_lacks_something();
     any_number_of_slots();
     every_read_fails_once();
     what_is_raised_ends_it();
