@@ -297,7 +297,10 @@ static void take(world *w, layer *l, uint32_t first, uint32_t second) {
 }
 
 static bool asked_for(const world *w, int32_t turn, int32_t expert) {
-    return w->residency->states[turn * EXPERTS + expert].state != ABSENT;
+    pthread_mutex_lock(&w->residency->mutex); /* its reads go on */
+    bool asked = w->residency->states[turn * EXPERTS + expert].state != ABSENT;
+    pthread_mutex_unlock(&w->residency->mutex);
+    return asked;
 }
 
 static void reads_ahead_for_the_first_turn_that_lacks_something(void) {
