@@ -19,6 +19,13 @@ _DENSE = {
     "k_norm": "self_attn.k_norm.weight",
     "shared_gate": "mlp.shared_expert_gate.weight",
 }
+_OPT = {
+    "norm": "final_layer_norm", "attn_norm": "self_attn_layer_norm", "ffn_norm": "final_layer_norm",
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+    "o": "self_attn.out_proj", "up": "fc1", "down": "fc2",
+}  # fmt: skip
+_OPT_FIRST_POSITION = 2
+"""The row of position 0: what fairseq kept for padding comes before it."""
 _MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
 _MOE_BLOCKS = ("mlp", "block_sparse_moe")
 """What holds the experts: transformers 5 renames Mixtral's on loading; files have either."""
@@ -33,9 +40,14 @@ class Source:
     first_row: int = 0
 
 
+_PREFIXES = ("", "decoder.", "model.decoder.")
+
+
 def prefix_of(names: Iterable[str]) -> str:
-    """ "model." as causal language models save it, or "" as the bare model inside them does."""
-    return "" if EMBED in set(names) else "model."
+    """ "model." as causal language models save it, or "" as the bare model inside them does; where
+    OPT has its decoder, there."""
+    names = set(names)
+    return next((prefix for prefix in _PREFIXES if prefix + EMBED in names), "model.")
 
 
 def is_weight(name: str) -> bool:
@@ -48,6 +60,8 @@ def sources(
 ) -> list[Source]:
     """Where a segment may be, in order of preference; a checkpoint has one of them."""
     shape = (part.cols,) if part.lanes == 1 else (part.rows, part.cols)
+    if spec.model_type == "opt":
+        return [_opt_source(spec, prefix, layer, part, shape)]
     if layer == spec.n_layers:
         return [Source(f"{prefix}norm.weight", shape)]
     base = f"{prefix}layers.{layer}."
@@ -60,6 +74,16 @@ def sources(
     block = {Kind.DENSE: "self_attn", Kind.FFN: "mlp", Kind.SHARED: "mlp.shared_expert"}[kind]
     stem, _, bias = part.name.partition("_")
     return [Source(f"{base}{block}.{stem}_proj.{bias or 'weight'}", shape)]
+
+
+def _opt_source(spec: ModelSpec, prefix: str, layer: int, part: Part, shape: tuple) -> Source:
+    if part.name == "positions":
+        rows = part.rows + _OPT_FIRST_POSITION
+        name = f"{prefix}embed_positions.weight"
+        return Source(name, (rows, part.cols), _OPT_FIRST_POSITION)
+    stem, bias = part.name.removesuffix("_bias"), part.name.endswith("_bias")
+    base = prefix if layer == spec.n_layers else f"{prefix}layers.{layer}."
+    return Source(f"{base}{_OPT[stem]}.{'bias' if bias else 'weight'}", shape)
 
 
 def _expert_sources(spec: ModelSpec, base: str, expert: int, part: Part) -> list[Source]:

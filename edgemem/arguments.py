@@ -45,7 +45,7 @@ def check_kv(kv: str) -> None:
 
 def context_limit(spec: ModelSpec) -> int:
     """The longest context to ask for: the model's own, or what RoPE scaling stretches it to."""
-    if spec.rope.type == "default":
+    if spec.rope.type == "default" or spec.positions == "learned":
         return spec.max_positions
     stretched = (spec.rope.original_positions or spec.max_positions) * spec.rope.factor
     return max(spec.max_positions, int(stretched))

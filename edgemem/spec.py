@@ -11,6 +11,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from .errors import CorruptError, UnsupportedError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2")
+NORMS = ("rms", "layer")
+POSITIONS = ("rope", "learned")
 QK_NORMS = ("none", "head", "full")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 MAX_DIM = 1 << 24
@@ -54,7 +56,9 @@ class ModelSpec:
     `windows[i]` is layer i's sliding window in tokens, 0 for full attention. `routed[i]` says
     whether layer i's FFN is a mixture of experts. `qk_norm` is "head" (a norm over each head) or
     "full" (over all heads at once). `shared_intermediate` is the width of a shared expert, 0 for
-    none.
+    none. `norm` is "rms", or "layer" with a bias. `positions` come by "rope", or a "learned" row of
+    a table is added to each embedding; then there are no others than `max_positions`. Where FFNs
+    are not `gated`, up alone goes through the activation.
     """
 
     model_type: str
@@ -81,6 +85,9 @@ class ModelSpec:
     normalize_top_k: bool = False
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    norm: str = "rms"
+    positions: str = "rope"
+    gated: bool = True
 
     def __post_init__(self):
         for name in _POSITIVE:
@@ -91,6 +98,8 @@ class ModelSpec:
         _check(self.head_dim % 2 == 0, "head_dim", self.head_dim)
         _check(self.activation in ACTIVATIONS, "activation", self.activation)
         _check(self.qk_norm in QK_NORMS, "qk_norm", self.qk_norm)
+        _check(self.norm in NORMS, "norm", self.norm)
+        _check(self.positions in POSITIONS, "positions", self.positions)
         _check(0 <= self.norm_eps <= 1, "norm_eps", self.norm_eps)
         _check(0 <= self.clip_qkv <= 1e30, "clip_qkv", self.clip_qkv)
         _check(self.head_dim > 2 or self.rope.type != "dynamic", "head_dim", self.head_dim)
@@ -108,8 +117,10 @@ class ModelSpec:
             _check(self.intermediate >= 1, "intermediate", self.intermediate)
 
     def to_dict(self) -> dict:
-        """Plain JSON types; `from_dict` takes it back."""
-        return asdict(self)
+        """Plain JSON types; `from_dict` takes it back. What came later and says what the stores
+        before it meant is left out, so that readers of those can read this."""
+        later = {f.name: f.default for f in fields(self) if f.name in _LATER}
+        return {k: v for k, v in asdict(self).items() if k not in later or v != later[k]}
 
     @classmethod
     def from_dict(cls, data: dict) -> ModelSpec:
@@ -120,6 +131,7 @@ class ModelSpec:
         return cls(**values)
 
 
+_LATER = ("norm", "positions", "gated")
 _POSITIVE = (
     "n_layers", "hidden", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_positions",
 )  # fmt: skip

@@ -57,7 +57,7 @@ enum {
 
 typedef struct {
     float products[5][(TOKENS + 1) * ROWS];
-    float vectors[7][COLS], attended[4][6 * COLS];
+    float vectors[8][COLS], attended[4][6 * COLS];
     int8_t q[TOKENS * COLS];
     uint16_t halves[COLS];
     uint64_t sum;
@@ -96,6 +96,7 @@ static void self_test(const em_kernels *k, test_result *r) {
     memcpy(r->vectors[0], x, sizeof r->vectors[0]);
     k->softmax(r->vectors[0], COLS);
     k->rms_norm(x, x + COLS, 1e-6f, COLS, r->vectors[1]);
+    k->layer_norm(x, x + COLS, x + 2 * COLS, 1e-6f, COLS, r->vectors[7]);
     k->rotate(x, r->vectors[0], r->vectors[1], COLS, r->vectors[2]);
     memcpy(r->vectors[3], x, sizeof r->vectors[3]);
     k->gate(r->vectors[3], x + COLS, COLS, EM_GELU);

@@ -88,7 +88,8 @@ uint64_t em_linear_scratch(int32_t n_tokens, int32_t cols);
 int32_t em_linears(em_core *core, const em_linear *linears, int32_t n_linears, const float *x,
                    int32_t n_tokens);
 
-/* Where a gated FFN's parts lie in its bundle; offset -1 means absent. */
+/* Where an FFN's parts lie in its bundle; offset -1 means absent. Without a gate up alone goes
+ * through the activation. */
 typedef struct {
     int64_t gate, up, down, gate_bias, up_bias, down_bias;
     int32_t gate_dtype, up_dtype, down_dtype;
@@ -117,9 +118,10 @@ int32_t em_route(em_core *core, const float *logits, int32_t n_tokens, int32_t n
                  int32_t top_k, int32_t normalize, uint32_t *experts, int32_t *first,
                  int32_t *tokens, float *weights);
 
-/* out[i] = x[i] / sqrt(mean(x[i]^2) + eps) * weight, for each of n_rows rows; out may be x. */
-int32_t em_rms_norm(em_core *core, const float *x, const float *weight, float eps, int32_t n_rows,
-                    int32_t n_cols, float *out);
+/* Each of n_rows rows without bias (NULL): x / sqrt(mean(x^2) + eps) * weight; with it LayerNorm:
+ * (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias. out may be x. */
+int32_t em_norm(em_core *core, const float *x, const float *weight, const float *bias, float eps,
+                int32_t n_rows, int32_t n_cols, float *out);
 
 /* Rows `ids` of a table whose bundles hold rows_per_bundle rows each. out [n, cols]; rows of a
  * bundle whose address is 0 are left as they are. */
@@ -377,7 +379,7 @@ enum {
 };
 
 typedef struct {
-    const float *x, *weight;
+    const float *x, *weight, *bias; /* em_norm */
     float *out;
     float eps;
     int32_t rows, cols;

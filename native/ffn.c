@@ -114,15 +114,17 @@ static void gate_up_item(void *arg, int64_t item, int32_t thread) {
     em_acts x = t->x;
     x.rows = t->tokens + first;
     float *gate = t->gate + first * width, *up = t->up + first * width;
+    int64_t row = group * EM_LANES, rows = em_min(groups * EM_LANES, width - row);
+    bool gated = f->gate >= 0;
+    em_out to_up = {gated ? up : gate, vector_at(bundle, f->up_bias), width, f->intermediate, 0};
     em_out to_gate = {gate, vector_at(bundle, f->gate_bias), width, f->intermediate, 0};
-    em_out to_up = {up, vector_at(bundle, f->up_bias), width, f->intermediate, 0};
-    t->kernels->product[f->gate_dtype](bundle + f->gate, (int32_t)group, (int32_t)groups, &x, n,
-                                       &to_gate);
+    if (gated)
+        t->kernels->product[f->gate_dtype](bundle + f->gate, (int32_t)group, (int32_t)groups, &x, n,
+                                           &to_gate);
     t->kernels->product[f->up_dtype](bundle + f->up, (int32_t)group, (int32_t)groups, &x, n,
                                      &to_up);
-    int64_t row = group * EM_LANES, rows = em_min(groups * EM_LANES, width - row);
     for (int64_t i = 0; i < n; i++)
-        t->kernels->gate(gate + i * width + row, up + i * width + row, (int32_t)rows,
+        t->kernels->gate(gate + i * width + row, gated ? up + i * width + row : NULL, (int32_t)rows,
                          f->activation);
 }
 

@@ -296,7 +296,8 @@ EM_INLINE vf activate(vf x, int32_t activation) {
 static void gate(float *g, const float *up, int32_t n, int32_t activation) {
     for (int32_t i = 0; i < n; i += EM_LANES) {
         vf a = activate(load_part(g + i, n - i, 0), activation);
-        store_part(g + i, n - i, vf_mul(a, load_part(up + i, n - i, 0)));
+        if (up) a = vf_mul(a, load_part(up + i, n - i, 0));
+        store_part(g + i, n - i, a);
     }
 }
 
@@ -328,6 +329,24 @@ static void rms_norm(const float *x, const float *weight, float eps, int32_t n, 
     for (int32_t i = 0; i < n; i += EM_LANES) {
         vf a = vf_mul(load_part(x + i, n - i, 0), inverse);
         store_part(out + i, n - i, vf_mul(a, load_part(weight + i, n - i, 0)));
+    }
+}
+
+static void layer_norm(const float *x, const float *weight, const float *bias, float eps, int32_t n,
+                       float *out) {
+    vf sum = vf_set1(0), squares = vf_set1(0);
+    for (int32_t i = 0; i < n; i += EM_LANES) sum = vf_add(sum, load_part(x + i, n - i, 0));
+    float mean = vf_sum(sum) / (float)n;
+    vf middle = vf_set1(mean);
+    for (int32_t i = 0; i < n; i += EM_LANES) {
+        vf a = vf_sub(load_part(x + i, n - i, mean), middle);
+        squares = vf_fma(a, a, squares);
+    }
+    vf inverse = vf_set1(1.0f / sqrtf(vf_sum(squares) / (float)n + eps));
+    for (int32_t i = 0; i < n; i += EM_LANES) {
+        vf a = vf_mul(vf_sub(load_part(x + i, n - i, 0), middle), inverse);
+        vf w = load_part(weight + i, n - i, 0);
+        store_part(out + i, n - i, vf_fma(a, w, load_part(bias + i, n - i, 0)));
     }
 }
 
@@ -457,6 +476,7 @@ const em_kernels JOIN(em_kernels_, EM_ISA) = {
     .product = {product_f32, product_f16, product_bf16, product_q8, product_q4},
     .quantize = quantize,
     .rms_norm = rms_norm,
+    .layer_norm = layer_norm,
     .gate = gate,
     .softmax = softmax,
     .sigmoid = sigmoid,

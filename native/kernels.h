@@ -55,7 +55,9 @@ typedef struct {
      * amax / 127 rounded to 11 significant bits. */
     void (*quantize)(const float *x, int32_t cols, int8_t *q, float *scale, int32_t *sum);
     void (*rms_norm)(const float *x, const float *weight, float eps, int32_t n, float *out);
-    /* gate[i] = activation(gate[i]) * up[i] */
+    void (*layer_norm)(const float *x, const float *weight, const float *bias, float eps, int32_t n,
+                       float *out);
+    /* gate[i] = activation(gate[i]) * up[i], or without `up` (NULL) the activation alone */
     void (*gate)(float *gate, const float *up, int32_t n, int32_t activation);
     /* x[i] = exp(x[i] - max) / sum */
     void (*softmax)(float *x, int32_t n);

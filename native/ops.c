@@ -176,7 +176,7 @@ int32_t em_linears(em_core *core, const em_linear *linears, int32_t n_linears, c
 
 typedef struct {
     const em_kernels *kernels;
-    const float *x, *weight;
+    const float *x, *weight, *bias;
     float eps;
     int32_t n_cols;
     float *out;
@@ -186,13 +186,16 @@ static void norm_row(void *arg, int64_t row, int32_t thread) {
     (void)thread;
     const norm_task *t = arg;
     int64_t at = row * t->n_cols;
-    t->kernels->rms_norm(t->x + at, t->weight, t->eps, t->n_cols, t->out + at);
+    if (t->bias)
+        t->kernels->layer_norm(t->x + at, t->weight, t->bias, t->eps, t->n_cols, t->out + at);
+    else
+        t->kernels->rms_norm(t->x + at, t->weight, t->eps, t->n_cols, t->out + at);
 }
 
-int32_t em_rms_norm(em_core *core, const float *x, const float *weight, float eps, int32_t n_rows,
-                    int32_t n_cols, float *out) {
+int32_t em_norm(em_core *core, const float *x, const float *weight, const float *bias, float eps,
+                int32_t n_rows, int32_t n_cols, float *out) {
     if (n_rows < 0 || n_cols < 1) return EM_INVALID;
-    norm_task task = {core->kernels, x, weight, eps, n_cols, out};
+    norm_task task = {core->kernels, x, weight, bias, eps, n_cols, out};
     em_core_run(core, norm_row, &task, n_rows, (int64_t)n_rows * n_cols * 2);
     return EM_OK;
 }
@@ -319,8 +322,8 @@ static int32_t run_op(em_core *core, const em_op *op, const em_attention *attent
     const em_elements_op *e = &op->elements;
     switch (op->kind) {
     case EM_OP_NORM:
-        return em_rms_norm(core, norm->x, norm->weight, norm->eps, n * norm->rows, norm->cols,
-                           norm->out);
+        return em_norm(core, norm->x, norm->weight, norm->bias, norm->eps, n * norm->rows,
+                       norm->cols, norm->out);
     case EM_OP_LINEARS:
         return em_linears(core, op->linears.items, op->linears.n_items, op->linears.x, n);
     case EM_OP_CLAMP: return em_clamp(e->x, (int64_t)n * e->cols, e->limit);

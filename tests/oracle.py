@@ -40,9 +40,10 @@ class Oracle:
         put back to how it is in a model just loaded; by itself it remembers its longest sequence.
         """
         self._past = transformers.DynamicCache()
-        rope = self.model.model.rotary_emb
-        rope.max_seq_len_cached = rope.original_max_seq_len
-        rope.inv_freq = rope.original_inv_freq.clone()
+        rope = getattr(self.model.model, "rotary_emb", None)
+        if rope is not None:
+            rope.max_seq_len_cached = rope.original_max_seq_len
+            rope.inv_freq = rope.original_inv_freq.clone()
 
     @torch.inference_mode()
     def feed(self, ids) -> np.ndarray:

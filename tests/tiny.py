@@ -121,16 +121,22 @@ def _draw_weights(draw: Draw, spec: ModelSpec, biases: dict, dtype: str) -> Tiny
     def norm(size: int) -> np.ndarray:
         return _rounded(draw.rng.uniform(0.6, 1.4, size), dtype)
 
+    def norms(*names: str) -> dict[str, np.ndarray]:
+        bundle = {name: norm(spec.hidden) for name in names}
+        biased = names if spec.norm == "layer" else ()
+        return bundle | {f"{name}_bias": normal(spec.hidden, scale=0.2) for name in biased}
+
     def ffn(width: int, bias: bool = False) -> dict[str, np.ndarray]:
-        bundle = {"gate": matrix(width, spec.hidden), "up": matrix(width, spec.hidden)}
+        inner = ("gate", "up") if spec.gated else ("up",)
+        bundle = {name: matrix(width, spec.hidden) for name in inner}
         if bias:
-            bundle |= {"gate_bias": normal(width, scale=0.2), "up_bias": normal(width, scale=0.2)}
+            bundle |= {f"{name}_bias": normal(width, scale=0.2) for name in inner}
         bundle["down"] = matrix(spec.hidden, width, gain=0.5 if spec.activation == "relu2" else 0.8)
         return bundle | ({"down_bias": normal(spec.hidden, scale=0.2)} if bias else {})
 
     def dense(routed: bool) -> dict[str, np.ndarray]:
         heads, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-        bundle = {"attn_norm": norm(spec.hidden), "ffn_norm": norm(spec.hidden)}
+        bundle = norms("attn_norm", "ffn_norm")
         for name, rows in (("q", heads), ("k", kv), ("v", kv)):
             bundle[name] = matrix(rows, spec.hidden)
             bundle |= {f"{name}_bias": normal(rows, scale=0.2)} if biases["qkv"] else {}
@@ -156,7 +162,9 @@ def _draw_weights(draw: Draw, spec: ModelSpec, biases: dict, dtype: str) -> Tiny
             weights.bundles["expert", layer, expert] = ffn(spec.expert_intermediate)
         if routed and spec.shared_intermediate:
             weights.bundles["shared", layer, 0] = ffn(spec.shared_intermediate)
-    weights.bundles["dense", spec.n_layers, 0] = {"norm": norm(spec.hidden)}
+    last = weights.bundles["dense", spec.n_layers, 0] = norms("norm")
+    if spec.positions == "learned":
+        last["positions"] = normal(spec.max_positions, spec.hidden, scale=0.5)
     return weights
 
 
@@ -194,10 +202,32 @@ _SEGMENT_NAMES = {
 } | {f"{x}": f"self_attn.{x}_proj.weight" for x in "qkvo"} \
   | {f"{x}_bias": f"self_attn.{x}_proj.bias" for x in "qkvo"}  # fmt: skip
 _MIXTRAL_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
+_OPT_NAMES = {
+    "attn_norm": "self_attn_layer_norm", "ffn_norm": "final_layer_norm", "norm": "final_layer_norm",
+    "o": "self_attn.out_proj", "up": "fc1", "down": "fc2",
+} | {x: f"self_attn.{x}_proj" for x in "qkv"}  # fmt: skip
+
+
+def _named_as_opt(draw: Draw, spec: ModelSpec, weights: TinyWeights) -> dict[str, np.ndarray]:
+    prefix = draw.one(("model.decoder.", "decoder."))
+    tensors = {f"{prefix}embed_tokens.weight": weights.table()}
+    if not spec.tied or draw.maybe(0.2):
+        tensors["lm_head.weight"] = weights.head()
+    for (_, layer, _), bundle in weights.bundles.items():
+        inner = "" if layer == spec.n_layers else f"layers.{layer}."
+        for name, value in bundle.items():
+            stem = name.removesuffix("_bias")
+            if name == "positions":  # after two rows that belong to no position
+                value, stem = np.concatenate([value[:2], value]), "embed_positions"
+            kind = "weight" if stem in (name, "embed_positions") else "bias"
+            tensors[f"{prefix}{inner}{_OPT_NAMES.get(stem, stem)}.{kind}"] = value
+    return tensors
 
 
 def _named(draw: Draw, spec: ModelSpec, weights: TinyWeights) -> dict[str, np.ndarray]:
     """Tensors by the names that hub checkpoints of the type use."""
+    if spec.model_type == "opt":
+        return _named_as_opt(draw, spec, weights)
     old_mixtral = spec.model_type == "mixtral" and draw.maybe(0.7)
     fused = draw.maybe(0.25) if spec.model_type != "mixtral" else not old_mixtral
     tensors = {"model.embed_tokens.weight": weights.table()}

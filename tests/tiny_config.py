@@ -14,7 +14,9 @@ from edgemem.spec import ModelSpec, RopeSpec
 
 DENSE_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROUTED_TYPES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
-MODEL_TYPES = DENSE_TYPES + ROUTED_TYPES
+ROPE_TYPES = DENSE_TYPES + ROUTED_TYPES
+"""Gated, with RMSNorm and rotary positions; GGUF files may hold them."""
+MODEL_TYPES = (*ROPE_TYPES, "opt")
 
 _ARCHITECTURES = {
     "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3",
@@ -60,6 +62,8 @@ class Draw:
 
 def draw_spec(draw: Draw, model_type: str, vocab_size: int) -> ModelSpec:
     """A random spec that `model_type` can express."""
+    if model_type == "opt":
+        return _draw_opt(draw, vocab_size)
     n_layers = draw.whole(1, 4)
     kv_heads = draw.whole(1, 3)
     heads = kv_heads * draw.whole(1, 4)
@@ -98,6 +102,33 @@ def draw_spec(draw: Draw, model_type: str, vocab_size: int) -> ModelSpec:
         bos_id=draw.one((None, 0, 1)),
         eos_ids=draw.one(((), (1,), (0, 1))),
         **moe,
+    )
+
+
+def _draw_opt(draw: Draw, vocab_size: int) -> ModelSpec:
+    n_layers, heads, head_dim = draw.whole(1, 4), draw.whole(2, 6), draw.one((4, 6, 16, 18, 32))
+    heads = max(heads, -(-24 // head_dim))
+    return ModelSpec(
+        model_type="opt",
+        n_layers=n_layers,
+        hidden=heads * head_dim,
+        n_heads=heads,
+        n_kv_heads=heads,
+        head_dim=head_dim,
+        vocab_size=vocab_size,
+        intermediate=draw.whole(20, 140),
+        activation="relu" if draw.maybe(0.5) else draw.one(tuple(_ACTIVATION_NAMES)),
+        norm_eps=1e-5,
+        rope=RopeSpec(),
+        windows=(0,) * n_layers,
+        max_positions=draw.one((64, 100, 512)),
+        tied=draw.maybe(0.6),
+        routed=(False,) * n_layers,
+        bos_id=draw.one((None, 0, 1)),
+        eos_ids=draw.one(((), (1,), (0, 1))),
+        norm="layer",
+        positions="learned",
+        gated=False,
     )
 
 
@@ -160,8 +191,15 @@ def spell(draw: Draw, spec: ModelSpec, biases: dict[str, bool]) -> tuple[dict, M
 
     `biases` says which of "qkv", "o", "mlp" there are; it comes from `draw_biases`.
     """
-    rope_keys, rope = _spell_rope(draw, spec)
     eos = list(spec.eos_ids)
+    ends = {
+        "bos_token_id": spec.bos_id,
+        "eos_token_id": eos if len(eos) > 1 else (eos or [None])[0],
+        "pad_token_id": None,
+    }
+    if spec.model_type == "opt":
+        return _spell_opt(draw, spec, biases["o"]) | ends, spec.rope
+    rope_keys, rope = _spell_rope(draw, spec)
     config = {
         "architectures": [_ARCHITECTURES[spec.model_type] + "ForCausalLM"],
         "model_type": spec.model_type,
@@ -175,9 +213,7 @@ def spell(draw: Draw, spec: ModelSpec, biases: dict[str, bool]) -> tuple[dict, M
         "max_position_embeddings": spec.max_positions,
         "rms_norm_eps": spec.norm_eps,
         "tie_word_embeddings": spec.tied,
-        "bos_token_id": spec.bos_id,
-        "eos_token_id": eos if len(eos) > 1 else (eos or [None])[0],
-        "pad_token_id": None,
+        **ends,
         **rope_keys,
         **_spell_heads(draw, spec),
         **_spell_biases(spec.model_type, biases),
@@ -190,6 +226,29 @@ def spell(draw: Draw, spec: ModelSpec, biases: dict[str, bool]) -> tuple[dict, M
     return config, rope
 
 
+def _spell_opt(draw: Draw, spec: ModelSpec, biases: bool) -> dict:
+    config = {
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden,
+        "ffn_dim": spec.intermediate,
+        "num_hidden_layers": spec.n_layers,
+        "num_attention_heads": spec.n_heads,
+        "activation_function": draw.one(_ACTIVATION_NAMES[spec.activation]),
+        "max_position_embeddings": spec.max_positions,
+        "tie_word_embeddings": spec.tied,
+        "enable_bias": biases,
+        "word_embed_proj_dim": spec.hidden,
+    }
+    absent = {"tie_word_embeddings": True, "enable_bias": True, "activation_function": "relu",
+              "word_embed_proj_dim": spec.hidden}  # fmt: skip
+    for key, default in absent.items():
+        if config[key] == default and draw.maybe(0.4):
+            del config[key]
+    return config
+
+
 def draw_biases(draw: Draw, model_type: str) -> dict[str, bool]:
     """Which projections have a bias, among the combinations that the type allows."""
     some, mlp = draw.maybe(0.5), draw.maybe(0.5)
@@ -197,6 +256,8 @@ def draw_biases(draw: Draw, model_type: str) -> dict[str, bool]:
         return {"qkv": False, "o": False, "mlp": False}
     if model_type in ("qwen2", "qwen2_moe"):
         return {"qkv": model_type == "qwen2" or some, "o": False, "mlp": False}
+    if model_type == "opt":
+        return {"qkv": some, "o": some, "mlp": some}
     return {"qkv": some, "o": some, "mlp": mlp and model_type == "llama"}
 
 

@@ -40,19 +40,20 @@ def bundle_parts(spec: ModelSpec, kind: Kind, layer: int) -> tuple[Part, ...]:
             Kind.EXPERT: spec.expert_intermediate,
             Kind.SHARED: spec.shared_intermediate,
         }[kind]
+        inner = ("gate", "up") if spec.gated else ("up",)
         return (
-            Part("gate", width, hidden),
-            Part("up", width, hidden),
-            _bias("gate_bias", width),
-            _bias("up_bias", width),
+            *(Part(name, width, hidden) for name in inner),
+            *(_bias(f"{name}_bias", width) for name in inner),
             Part("down", hidden, width),
             _bias("down_bias", hidden),
         )
     if layer == spec.n_layers:
-        return (_norm("norm", hidden),)
+        learned = spec.positions == "learned"
+        table = (Part("positions", spec.max_positions, hidden, lanes=1),) if learned else ()
+        return (*_norm(spec, "norm"), *table)
     q_rows, kv_rows = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
     parts = [
-        _norm("attn_norm", hidden),
+        *_norm(spec, "attn_norm"),
         Part("q", q_rows, hidden),
         Part("k", kv_rows, hidden),
         Part("v", kv_rows, hidden),
@@ -62,9 +63,9 @@ def bundle_parts(spec: ModelSpec, kind: Kind, layer: int) -> tuple[Part, ...]:
     ]
     if spec.qk_norm != "none":
         full = spec.qk_norm == "full"
-        parts.append(_norm("q_norm", q_rows if full else spec.head_dim))
-        parts.append(_norm("k_norm", kv_rows if full else spec.head_dim))
-    parts += [Part("o", hidden, q_rows), _bias("o_bias", hidden), _norm("ffn_norm", hidden)]
+        parts.append(_vector("q_norm", q_rows if full else spec.head_dim))
+        parts.append(_vector("k_norm", kv_rows if full else spec.head_dim))
+    parts += [Part("o", hidden, q_rows), _bias("o_bias", hidden), *_norm(spec, "ffn_norm")]
     if spec.routed[layer]:
         parts.append(Part("router", spec.n_experts, hidden))
         if spec.shared_intermediate:
@@ -72,7 +73,12 @@ def bundle_parts(spec: ModelSpec, kind: Kind, layer: int) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _norm(name: str, cols: int) -> Part:
+def _norm(spec: ModelSpec, name: str) -> tuple[Part, ...]:
+    names = (name, f"{name}_bias") if spec.norm == "layer" else (name,)
+    return tuple(_vector(name, spec.hidden) for name in names)
+
+
+def _vector(name: str, cols: int) -> Part:
     return Part(name, 1, cols, lanes=1)
 
 
@@ -90,7 +96,7 @@ def table_rows(kind: Kind, dtype: DType, cols: int) -> int:
 def bundle_order(spec: ModelSpec, layers: Iterable[int]) -> Iterator[tuple[Kind, int, int]]:
     """(kind, layer, index) of the bundles of `layers` in file order, vocabulary left out.
 
-    Layer `spec.n_layers` stands for what follows the last layer: the final norm.
+    Layer `spec.n_layers` stands for what is of no layer: the final norm, and learned positions.
     """
     for layer in layers:
         yield Kind.DENSE, layer, 0

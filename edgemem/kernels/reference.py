@@ -71,6 +71,12 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 
+def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
+    """(x - mean) / deviation · weight + bias over the last axis (arXiv 1607.06450)."""
+    centred = x - np.mean(x, axis=-1, keepdims=True)
+    return rms_norm(centred, weight, eps) + bias
+
+
 def quantize_blocks(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What block formats multiply instead of x [n, cols]: (quants, scales) of blocks of 32.
 
@@ -226,11 +232,15 @@ def route(logits: np.ndarray, top_k: int, normalize: bool) -> tuple[np.ndarray, 
     return ids, weights / weights.sum(axis=-1, keepdims=True) if normalize else weights
 
 
-def gated_ffn(x: np.ndarray, bundle: Mapping[str, np.ndarray], activation: str) -> np.ndarray:
-    """down · (act(gate · x) * (up · x)), with such biases as the bundle has; [n, h] → [n, h]."""
-    gate = linear(x, bundle["gate"], bundle.get("gate_bias"))
-    up = linear(x, bundle["up"], bundle.get("up_bias"))
-    return linear(activate(activation, gate) * up, bundle["down"], bundle.get("down_bias"))
+def ffn(x: np.ndarray, bundle: Mapping[str, np.ndarray], activation: str) -> np.ndarray:
+    """down · (act(gate · x) * (up · x)), or without a gate down · act(up · x), with such biases as
+    the bundle has; [n, h] → [n, h]."""
+    h = linear(x, bundle["up"], bundle.get("up_bias"))
+    if "gate" in bundle:
+        h *= activate(activation, linear(x, bundle["gate"], bundle.get("gate_bias")))
+    else:
+        h = activate(activation, h)
+    return linear(h, bundle["down"], bundle.get("down_bias"))
 
 
 # ---- a model -----------------------------------------------------------------------------------
@@ -239,7 +249,7 @@ def gated_ffn(x: np.ndarray, bundle: Mapping[str, np.ndarray], activation: str) 
 class Weights(Protocol):
     """Where a forward pass finds its weights: float arrays by segment name (FORMAT.md).
 
-    `dense(n_layers)` holds the final norm alone. Vectors may be [n] or [1, n].
+    `dense(n_layers)` holds the final norm, and learned positions. Vectors may be [n] or [1, n].
     """
 
     def table(self) -> np.ndarray:
@@ -340,16 +350,24 @@ class Forward:
         start = self.position
         positions = np.arange(start, start + len(x))
         freqs = frequencies(spec.rope, spec.head_dim, spec.max_positions, start + len(x))
+        last = self.weights.dense(spec.n_layers)
+        if spec.positions == "learned":
+            freqs = np.zeros_like(freqs)
+            x += last["positions"][positions]
         for layer in range(spec.n_layers):
             dense = self.weights.dense(layer)
-            h = self._seen(layer, "attn_norm", rms_norm(x, dense["attn_norm"], spec.norm_eps))
+            h = self._seen(layer, "attn_norm", self._norm(x, dense, "attn_norm"))
             mixed = self._attention(layer, dense, h, positions, freqs)
             x = x + self._seen(layer, "attention", mixed)
-            h = self._seen(layer, "ffn_norm", rms_norm(x, dense["ffn_norm"], spec.norm_eps))
+            h = self._seen(layer, "ffn_norm", self._norm(x, dense, "ffn_norm"))
             x = x + self._seen(layer, "ffn", self._ffn(layer, dense, h))
-        x = rms_norm(x, self.weights.dense(spec.n_layers)["norm"], spec.norm_eps)
-        x = self._seen(spec.n_layers, "norm", x)
+        x = self._seen(spec.n_layers, "norm", self._norm(x, last, "norm"))
         return self._seen(spec.n_layers, "logits", linear(x, self.weights.head()))
+
+    def _norm(self, x, dense, name: str) -> np.ndarray:
+        if self.spec.norm == "rms":
+            return rms_norm(x, dense[name], self.spec.norm_eps)
+        return layer_norm(x, dense[name], dense[f"{name}_bias"], self.spec.norm_eps)
 
     def _seen(self, layer: int, name: str, value: np.ndarray) -> np.ndarray:
         self.watch(layer, name, value)
@@ -380,16 +398,16 @@ class Forward:
 
     def _ffn(self, layer, dense, h) -> np.ndarray:
         if not self.spec.routed[layer]:
-            return gated_ffn(h, self.weights.ffn(layer), self.spec.activation)
+            return ffn(h, self.weights.ffn(layer), self.spec.activation)
         logits = self._seen(layer, "router", linear(h, dense["router"]))
         ids, weights = route(logits, self.spec.top_k, self.spec.normalize_top_k)
         out = np.zeros_like(h)
         for expert in np.unique(ids):
             tokens, slots = np.nonzero(ids == expert)
             bundle = self.weights.expert(layer, int(expert))
-            y = gated_ffn(h[tokens], bundle, self.spec.activation)
+            y = ffn(h[tokens], bundle, self.spec.activation)
             out[tokens] += weights[tokens, slots, None] * y
         if self.spec.shared_intermediate:
             gate = _sigmoid(linear(h, dense["shared_gate"]))
-            out += gate * gated_ffn(h, self.weights.shared(layer), self.spec.activation)
+            out += gate * ffn(h, self.weights.shared(layer), self.spec.activation)
         return out

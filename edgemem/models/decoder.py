@@ -99,6 +99,7 @@ class Decoder(ABC):
     def __init__(self, store, streamer, core: Core, max_tokens: int):
         self.spec: ModelSpec = store.spec
         self._work = work = Workspace(store, streamer, core, max_tokens)
+        self._positions = self._learned_positions()
         self._layers = [Layer(work, i, self._parts(i)) for i in range(self.spec.n_layers)]
         for layer, following in pairwise(self._layers):
             if layer.experts is not None and following.experts is not None:
@@ -139,7 +140,10 @@ class Decoder(ABC):
         n = len(ids)
         self._work.streamer.use_resident(self._dense)
         self._embedding.embed(ids)
-        self._rotate(kv, n)
+        if self._positions is None:
+            self._rotate(kv, n)
+        else:
+            self._work.scratch.x.array[:n] += self._positions[kv.position : kv.position + n]
         for layer in self._layers:
             layer.run(kv, n)
         kv.position += n
@@ -155,6 +159,16 @@ class Decoder(ABC):
         for ops in (*self._ops, *(layer.ops for layer in self._layers)):
             total.update(ops.spent())
         return total
+
+    def _learned_positions(self) -> np.ndarray | None:
+        """float32 [max_positions, hidden], where the store has them; then nothing is rotated."""
+        spec, s = self.spec, self._work.scratch
+        if spec.positions != "learned":
+            return None
+        s.cos.array[:], s.sin.array[:] = 1.0, 0.0
+        start = self._work.tensors(spec.n_layers).pointer("positions", "float *")
+        table = ffi.buffer(start, 4 * spec.max_positions * spec.hidden)
+        return np.frombuffer(table, np.float32).reshape(spec.max_positions, spec.hidden)
 
     def _rotate(self, kv: KvCache, n: int) -> None:
         spec, s = self.spec, self._work.scratch

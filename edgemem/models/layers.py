@@ -17,13 +17,16 @@ from .workspace import Workspace
 
 
 class Norm:
-    """RMSNorm of `rows` rows of `cols` floats for each token (arXiv 1910.07467)."""
+    """A norm of `rows` rows of `cols` floats for each token: LayerNorm (arXiv 1607.06450) where
+    `name` has a bias, else RMSNorm (arXiv 1910.07467)."""
 
     def __init__(
         self, ops: Ops, tensors: Tensors, name: str, eps: float, cols: int, x, out, rows: int = 1
     ):
         self._op = op = ops.add(lib.EM_OP_NORM, "normalising").norm
         op.weight = tensors.pointer(name, "float *")
+        if f"{name}_bias" in tensors:
+            op.bias = tensors.pointer(f"{name}_bias", "float *")
         op.x, op.out, op.eps, op.rows, op.cols = x, out, eps, rows, cols
 
     def read(self, x) -> None:
@@ -55,8 +58,9 @@ def add_attention(work: Workspace, ops: Ops, tensors: Tensors) -> None:
     out.add_to(ops, s.attended.pointer, "adding what was attended to")
 
 
-class GatedFfn:
-    """x += down(act(gate(h)) * up(h)) over bundles of one layout (arXiv 2002.05202).
+class Ffn:
+    """x += down(act(gate(h)) * up(h)) over bundles of one layout (arXiv 2002.05202), or without a
+    gate x += down(act(up(h))).
 
     `bundles` uint32: the experts', or the one that all tokens take. `op` is the em_ffn_op.
     """
@@ -70,7 +74,7 @@ class GatedFfn:
         names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
         self._ffn = ffi.new("em_ffn *", {
             **{name: at(name) for name in names},
-            **{f"{name}_dtype": layout[name].dtype.code for name in names[:3]},
+            **{f"{n}_dtype": layout[n].dtype.code for n in names[:3] if n in layout},
             "hidden": work.spec.hidden, "intermediate": intermediate,
             "activation": ACTIVATION_CODES[work.spec.activation],
         })  # fmt: skip
@@ -96,7 +100,7 @@ class Dense:
         self._tokens.array[:] = np.arange(n_tokens)
         self._weights.array[:] = 1.0
         self._add_gate(ops, work, tensors)
-        op = GatedFfn(work, ops, layouts[0], bundles, width).op
+        op = Ffn(work, ops, layouts[0], bundles, width).op
         op.tokens, op.weights = self._tokens.pointer, self._weights.pointer
 
     def _add_gate(self, ops: Ops, work: Workspace, tensors: Tensors) -> None:
@@ -123,7 +127,7 @@ class Experts:
         self._work, self._tensors = work, tensors
         self._bundles, layouts = work.bundles(Kind.EXPERT, index)
         routing = s.routing.add_to(ops, spec, tensors, s.h)
-        ffn = GatedFfn(work, ops, layouts[0], self._bundles, spec.expert_intermediate)
+        ffn = Ffn(work, ops, layouts[0], self._bundles, spec.expert_intermediate)
         self._op = op = ffn.op
         op.routing = routing
         op.tokens, op.weights = s.routing.tokens.pointer, s.routing.weights.pointer

@@ -47,10 +47,16 @@ static void norms_and_softmax_are_right(void) {
         fill_unit(x, n, 3);
         fill_unit(w, n, 4);
         portable->rms_norm(x, w, 1e-6f, n, out);
-        double squares = 0, total = 0;
+        double squares = 0, total = 0, mean = 0, spread = 0;
         for (int32_t i = 0; i < n; i++) squares += (double)x[i] * x[i];
         for (int32_t i = 0; i < n; i++)
             near(out[i], x[i] / sqrt(squares / n + 1e-6) * w[i], 1e-6 * (1 + fabs(out[i])), "norm",
+                 i);
+        portable->layer_norm(x, w, x, 1e-6f, n, out);
+        for (int32_t i = 0; i < n; i++) mean += (double)x[i] / n;
+        for (int32_t i = 0; i < n; i++) spread += (x[i] - mean) * (x[i] - mean);
+        for (int32_t i = 0; i < n; i++)
+            near(out[i], (x[i] - mean) / sqrt(spread / n + 1e-6) * w[i] + x[i], 1e-5, "layer norm",
                  i);
         for (int32_t i = 0; i < n; i++) total += exp((double)x[i] * 20);
         for (int32_t i = 0; i < n; i++) out[i] = x[i] * 20;
@@ -189,8 +195,8 @@ static void halves_round_trip(const em_kernels *k) {
 }
 
 typedef struct {
-    float gate[6][1000], norm[1000], soft[1000], sig[1000], sum[1000], turned[1000],
-        attended[3][1024];
+    float gate[6][1000], norm[1000], layer_norm[1000], soft[1000], sig[1000], sum[1000],
+        turned[1000], attended[3][1024];
     uint16_t half[1000];
     uint64_t read;
 } outputs;
@@ -207,6 +213,7 @@ static void run_all(const em_kernels *k, int32_t n, outputs *o) {
         k->gate(o->gate[a], y, n, a);
     }
     k->rms_norm(x, y, 1e-5f, n, o->norm);
+    k->layer_norm(x, y, x, 1e-5f, n, o->layer_norm);
     memcpy(o->soft, x, (size_t)n * 4);
     k->softmax(o->soft, n);
     memcpy(o->sig, x, (size_t)n * 4);

@@ -12,7 +12,7 @@ import tiny_gguf
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from tiny_config import MODEL_TYPES
+from tiny_config import ROPE_TYPES
 
 import edgemem
 from edgemem import converters
@@ -31,7 +31,7 @@ def mixed(name: str) -> Type:
     return Type.F16 if name.startswith("blk.0.attn_k") else Type.Q4_0
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ROPE_TYPES)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_gguf_is_its_checkpoint(model_type, seed, tmp_path, seed_base):
     """Same bundles to the byte, so same logits; and the same spec, but for what GGUF cannot say."""
@@ -67,7 +67,7 @@ def spec_of(store: Store) -> dict:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, mixed], ids=lambda k: getattr(k, "name", "mixed"))
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ROPE_TYPES)
 def test_values_are_those_of_the_package(model_type, kind, tmp_path, seed_base):
     facts = tiny_gguf.facts(model_type, 0, blocks=True)
     model = tiny.write(tmp_path / "hf", model_type, seed_base, **facts)

@@ -18,7 +18,7 @@ import pytest
 import tiny
 import tiny_gguf
 from gguf import GGMLQuantizationType as Type
-from tiny_config import MODEL_TYPES
+from tiny_config import ROPE_TYPES
 
 import edgemem
 from edgemem import converters
@@ -88,7 +88,7 @@ def computable(folder, model_type: str, first_seed: int) -> tiny.Tiny:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ROPE_TYPES)
 def test_logits_agree(model_type, kind, llama, tmp_path, seed_base):
     model = computable(tmp_path, model_type, seed_base)
     path = tiny_gguf.write(tmp_path / "m.gguf", model, kind)

@@ -172,20 +172,28 @@ def test_gathering_rows_is_exact(name, lanes, cores, rng):
         assert np.array_equal(found, values.astype(np.float32)), cols
 
 
-def test_rms_norm(cores, rng):
-    for cols in DIMENSIONS:
-        x, weight = floats(rng, 5, cols) * 7, floats(rng, cols)
-        for eps in (1e-5, 0.1):
+@pytest.mark.parametrize("biased", (False, True))
+def test_norms(biased, cores, rng):
+    for cols, eps in itertools.product(DIMENSIONS, (1e-5, 0.1)):
+        x, weight = floats(rng, 5, cols) * 7 + 3 * biased, floats(rng, cols)
+        bias = floats(rng, cols) if biased else None
 
-            def norm(core, x=x, weight=weight, eps=eps):
-                out = Array(x.shape)
-                args = _pointer(x), _pointer(weight), eps, *x.shape, out.pointer
-                assert lib.em_rms_norm(core.handle, *args) == lib.EM_OK
-                return out.array
+        def norm(core, x=x, weight=weight, bias=bias, eps=eps):
+            out = Array(x.shape)
+            vectors = _pointer(weight), _pointer(bias) if biased else ffi.NULL
+            status = lib.em_norm(core.handle, _pointer(x), *vectors, eps, *x.shape, out.pointer)
+            assert status == lib.EM_OK
+            return out.array
 
-            expected = reference.rms_norm(x.astype(np.float64), weight, np.float32(eps))
-            error = np.abs(on_all(cores, norm) - expected)
-            assert (error <= (cols / 2 + 6) * U * np.abs(expected)).all(), cols
+        wide, eps = x.astype(np.float64), np.float32(eps)
+        plain = reference.rms_norm(wide, weight, eps)
+        expected = reference.layer_norm(wide, weight, bias, eps) if biased else plain
+        size = np.abs(expected)
+        if biased:
+            spread = np.sqrt(wide.var(axis=-1, keepdims=True) + eps)
+            size += np.abs(weight) * (np.abs(wide).max(-1, keepdims=True) / spread + 1) + abs(bias)
+        error = np.abs(on_all(cores, norm) - expected)
+        assert (error <= (cols / 2 + 8) * U * size).all(), cols
 
 
 def test_sigmoid(cores, rng):
@@ -280,8 +288,8 @@ def run_ffn(core, bundles, x, pairs, activation: str) -> np.ndarray:
         return layout[name].offset if name in layout else -1
 
     names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
-    codes = [layout[name].dtype.code for name in names[:3]]
-    shape = x.shape[1], layout["gate"].rows, ACTIVATION_CODES[activation]
+    codes = [layout[name].dtype.code if name in layout else 0 for name in names[:3]]
+    shape = x.shape[1], layout["up"].rows, ACTIVATION_CODES[activation]
     ffn = ffi.new("em_ffn *", [*map(offset, names), *codes, *shape])
     addresses = np.array([b.address for b in bundles], np.uint64)
     first = np.cumsum([0] + [len(p) for p in pairs], dtype=np.int32)
@@ -297,10 +305,11 @@ def run_ffn(core, bundles, x, pairs, activation: str) -> np.ndarray:
     return out
 
 
-def ffn_bundles(rng, dtype: DType, count: int, hidden: int, width: int, bias: bool):
-    biases = [("gate_bias", width), ("up_bias", width), ("down_bias", hidden)] if bias else []
+def ffn_bundles(rng, dtype: DType, count: int, hidden: int, width: int, bias: bool, gated=True):
+    inner = ("gate", "up") if gated else ("up",)
+    biases = [*((f"{name}_bias", width) for name in inner), ("down_bias", hidden)] if bias else []
     shapes = [
-        ("gate", dtype, 16, width, hidden), ("up", dtype, 16, width, hidden),
+        *((name, dtype, 16, width, hidden) for name in inner),
         *((name, dtypes.F32, 1, 1, size) for name, size in biases),
         ("down", dtype, 16, hidden, width),
     ]  # fmt: skip
@@ -313,12 +322,13 @@ def some_pairs(rng, bundles: int, tokens: int):
     return [[(int(t), float(rng.random())) for t in (c if len(c) else [0])] for c in chosen]
 
 
+@pytest.mark.parametrize("gated", (True, False))
 @pytest.mark.parametrize("activation", ACTIVATION_CODES)
-def test_gated_ffn_in_floats(activation, cores, rng):
+def test_ffn_in_floats(activation, gated, cores, rng):
     """Errors of gate, up and down add up; no activation has a slope over 1.2, relu2's is 2|g|."""
     for i, (hidden, width) in enumerate(itertools.product((1, 17, 32, 101), (1, 16, 33, 251))):
         dtype, tokens = (dtypes.F32, dtypes.F16, dtypes.BF16)[i % 3], TOKENS[i % len(TOKENS)]
-        bundles = ffn_bundles(rng, dtype, 3, hidden, width, bias=i % 2 == 0)
+        bundles = ffn_bundles(rng, dtype, 3, hidden, width, i % 2 == 0, gated)
         x, pairs = floats(rng, tokens, hidden), some_pairs(rng, 3, tokens)
         args = bundles, x / np.float32(np.sqrt(hidden)), pairs, activation
         found = on_all(cores, lambda c: run_ffn(c, *args))  # noqa: B023
@@ -327,11 +337,14 @@ def test_gated_ffn_in_floats(activation, cores, rng):
             absolute = {name: np.abs(v) for name, v in bundle.values.items()}
             for token, weight in chosen:
                 row = args[1][token : token + 1].astype(np.float64)
-                y = reference.gated_ffn(row, bundle.values, activation)
+                y = reference.ffn(row, bundle.values, activation)
                 expected[token] += np.float32(weight) * y[0]
-                gate = reference.linear(abs(row), absolute["gate"], absolute.get("gate_bias"))
-                up = reference.linear(abs(row), absolute["up"], absolute.get("up_bias"))
-                inner = 2 * gate**2 * up if activation == "relu2" else (gate + 1) * up
+                inner, up = (
+                    reference.linear(abs(row), absolute[name], absolute.get(f"{name}_bias"))
+                    for name in (("gate", "up") if gated else ("up", "up"))
+                )
+                inner = 2 * inner**2 if activation == "relu2" else inner + 1
+                inner *= up if gated else 1
                 y = reference.linear(inner, absolute["down"], absolute.get("down_bias"))
                 magnitude[token] += weight * y[0]
         bound = (2 * hidden + width + 40) * U * magnitude
@@ -339,7 +352,7 @@ def test_gated_ffn_in_floats(activation, cores, rng):
 
 
 @pytest.mark.parametrize("name", ("q8_0", "q4_0"))
-def test_gated_ffn_in_blocks(name, cores, rng):
+def test_ffn_in_blocks(name, cores, rng):
     """The same bytes everywhere; and near what the weights mean, but for activations of 8 bits."""
     for hidden, width in ((32, 32), (33, 101), (251, 64)):
         bundles = ffn_bundles(rng, BY_NAME[name], 3, hidden, width, bias=False)
@@ -349,22 +362,8 @@ def test_gated_ffn_in_blocks(name, cores, rng):
         for bundle, chosen in zip(bundles, pairs, strict=True):
             for token, weight in chosen:
                 row = x[token : token + 1].astype(np.float64)
-                expected[token] += weight * reference.gated_ffn(row, bundle.values, "silu")[0]
+                expected[token] += weight * reference.ffn(row, bundle.values, "silu")[0]
         assert np.abs(found - expected).max() <= 0.03 * np.abs(expected).max()
-
-
-def test_rope_tables(rng):
-    for head_dim in (2, 16, 18, 128):
-        freqs = reference.frequencies(RopeSpec(theta=500000.0), head_dim, 64, 64)
-        for position, scale in ((0, 1.0), (8191, 1.25)):
-            cos, sin = (np.zeros((5, head_dim // 2), np.float32) for _ in range(2))
-            doubles = ffi.cast("double *", freqs.ctypes.data)
-            args = doubles, head_dim, position, 5, scale, _pointer(cos), _pointer(sin)
-            assert lib.em_rope_table(*args) == lib.EM_OK
-            angles = np.arange(position, position + 5)[:, None] * freqs
-            for found, function in ((cos, np.cos), (sin, np.sin)):
-                expected = scale * function(angles)
-                assert (np.abs(found - expected) <= U * np.abs(expected) + 1e-11).all()
 
 
 FLOATS = {"f16": np.float16, "f32": np.float32}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from edgemem.converters import naming
 from edgemem.converters.configuration import DEFAULTS, describe
-from tiny_config import MODEL_TYPES
+from tiny_config import MODEL_TYPES, ROPE_TYPES
 
 from edgemem.errors import CheckpointError, EdgeMemError, UnsupportedError
 from edgemem.format import Kind, bundle_parts
@@ -40,7 +40,7 @@ def test_all_supported_types_are_there():
 # ---- held to transformers' configuration classes -----------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", DEFAULTS)
+@pytest.mark.parametrize("model_type", ROPE_TYPES)
 @pytest.mark.parametrize(
     "more",
     [
@@ -102,7 +102,7 @@ def rope_config(draw: random.Random, kind: str) -> dict:
 
     rope: dict = {draw.choice(["type", "rope_type"]): kind}
     positions = draw.choice([2048, 4096, 131072])
-    config = small(draw.choice(list(DEFAULTS)), max_position_embeddings=positions)
+    config = small(draw.choice(ROPE_TYPES), max_position_embeddings=positions)
     if kind != "default":
         rope["factor"] = draw.choice([1.0, 2, 4.0, 32.0])
     if kind == "llama3":
@@ -136,7 +136,7 @@ WINDOWS = [
 TYPES = ["full_attention", "sliding_attention"] * 3
 
 
-@pytest.mark.parametrize("model_type", DEFAULTS)
+@pytest.mark.parametrize("model_type", ROPE_TYPES)
 @pytest.mark.parametrize("more", [*WINDOWS, WINDOWS[3] | {"layer_types": TYPES}])
 def test_windows_are_those_of_transformers(model_type, more):
     """Which layers slide is read off transformers' own config, by the rule of its modeling file."""
@@ -182,7 +182,7 @@ def test_which_layers_are_routed(model_type):
     assert spec_of(small(model_type, num_experts=0)).n_experts == 0
 
 
-@pytest.mark.parametrize("model_type", DEFAULTS)
+@pytest.mark.parametrize("model_type", ROPE_TYPES)
 def test_null_key_value_heads(model_type):
     """As many as attention heads, where the configuration class says so in its __post_init__."""
     config = small(model_type, num_key_value_heads=None, num_attention_heads=16)
@@ -193,6 +193,49 @@ def test_null_key_value_heads(model_type):
     assert spec_of(config).n_kv_heads == 16
     if model_type not in ("mistral", "mixtral"):  # whose field is declared as never None
         assert transformers_config(config).num_key_value_heads == 16
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"ffn_dim": 77, "activation_function": "gelu", "tie_word_embeddings": False},
+        {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 3, "bos_token_id": 7},
+        {"vocab_size": 500, "eos_token_id": None, "max_position_embeddings": 64},
+        {"head_dim": 10, "num_key_value_heads": 3, "rope_theta": 5.0},  # keys that no OPT has
+    ],
+)
+def test_opt_configs_mean_what_they_mean_to_transformers(more):
+    config = {"model_type": "opt", **more}
+    theirs, ours = transformers_config(config), spec_of(config)
+    assert ours.n_layers == theirs.num_hidden_layers and ours.hidden == theirs.hidden_size
+    assert ours.n_heads == ours.n_kv_heads == theirs.num_attention_heads
+    assert ours.head_dim == theirs.hidden_size // theirs.num_attention_heads
+    assert ours.vocab_size == theirs.vocab_size and ours.intermediate == theirs.ffn_dim
+    assert ours.tied == theirs.tie_word_embeddings and ours.bos_id == theirs.bos_token_id
+    assert ours.max_positions == theirs.max_position_embeddings
+    assert ours.activation == theirs.activation_function
+    assert set(ours.eos_ids) == {theirs.eos_token_id} - {None}
+    assert (ours.norm, ours.positions, ours.gated) == ("layer", "learned", False)
+    assert ours.norm_eps == 1e-5  # torch's default for LayerNorm, which OPT does not change
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"do_layer_norm_before": False}, {"word_embed_proj_dim": 512},
+        {"layer_norm_elementwise_affine": False}, {"_remove_final_layer_norm": True},
+    ],
+)  # fmt: skip
+def test_an_opt_that_cannot_run_is_refused(more):
+    (key,) = more
+    with pytest.raises(UnsupportedError, match=f"{key} = .* is not supported; supported is"):
+        spec_of({"model_type": "opt", **more})
+
+
+def test_heads_that_do_not_divide_an_opt():
+    with pytest.raises(CheckpointError, match="5 heads do not divide hidden_size = 768"):
+        spec_of({"model_type": "opt", "num_attention_heads": 5})
 
 
 def test_a_saved_config_of_transformers_5_is_read():
