@@ -47,6 +47,13 @@ SHAPES = {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128,
         "rope_scaling": _LLAMA3_ROPE | {"factor": 8.0}, "tie_word_embeddings": False,
     },
+    "opt-6.7b": {
+        "model_type": "opt", "architectures": ["OPTForCausalLM"], "hidden_size": 4096,
+        "ffn_dim": 16384, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "vocab_size": 50272, "activation_function": "relu", "max_position_embeddings": 2048,
+        "do_layer_norm_before": True, "enable_bias": True, "tie_word_embeddings": True,
+        "word_embed_proj_dim": 4096,
+    },
     "llama-0.6b": _LLAMA | {
         "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128,
         "num_attention_heads": 16, "vocab_size": 151936, "rms_norm_eps": 1e-6,

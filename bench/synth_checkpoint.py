@@ -15,6 +15,7 @@ from bench.synth_tokenizer import tokenizer_json
 from bench.weights import Tile, Weights, ahead
 from edgemem.converters import naming
 from edgemem.converters.configuration import describe
+from edgemem.converters.families import OWN
 from edgemem.dtypes import BF16, BLOCK, F32, Q4_0, Q8_0, DType, scale_plane_bytes
 from edgemem.format import Kind, Part, Segment
 
@@ -41,6 +42,12 @@ def slices(weights: Weights) -> Iterator[Slice]:
     for kind, layer, index, layout in weights.bundles():
         for segment in layout.segments:
             yield Slice(kind, layer, index, segment)
+
+
+def _check_names(weights: Weights, form: str) -> None:
+    model_type = weights.spec.model_type
+    if model_type in OWN:
+        raise ValueError(f"{form} of type {model_type} cannot be made here; write a store instead")
 
 
 def to_rows(packed: np.ndarray, segment: Segment, rows: int) -> np.ndarray:
@@ -76,6 +83,7 @@ def write_folder(config: dict, folder: Path, dtype: str, seed: int = 0) -> int:
     if dtype not in _HF_TYPES:
         raise ValueError(f"a folder holds bf16 or f16, not {dtype}; write a store or a GGUF file")
     weights = Weights(describe(config, {}), seed, dtype)
+    _check_names(weights, "a folder")
     folder.mkdir(parents=True, exist_ok=True)
     config = config | {"torch_dtype": {"bf16": "bfloat16", "f16": "float16"}[dtype]}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
@@ -167,6 +175,7 @@ def write_gguf(config: dict, target: Path, dtype: str, seed: int = 0, force: boo
     if target.exists() and not force:
         raise FileExistsError(f"writing {target}: it exists; remove it first, or --force")
     weights = Weights(describe(config, {}), seed, dtype)
+    _check_names(weights, "a GGUF file")
     spec, tensors = weights.spec, {}
     for part in slices(weights):
         name = tensor_name(spec, part.kind, part.layer, part.segment.name)

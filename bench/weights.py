@@ -5,7 +5,8 @@ no real model does. Three things prevent it: weights have a mean of exactly zero
 projections (o, down) are scaled so that each of them adds a few per cent to the stream; and all
 token embeddings share one common vector, so that each router has a static preference (popular
 experts), around which tokens vary. `bench/routing.py` holds the outcome to the routing of a real
-model.
+model. Where an FFN without a gate has ReLU, biases leave as few neurons active as real ones have:
+by that same common vector a few of them often, most of them hardly ever.
 
 Values are drawn in the number format and the order in which a store holds them, a tile of some rows
 at a time, each from its own seed, so any tile can be made on its own, and every form of a
@@ -47,6 +48,10 @@ ROUTER_SPREAD = 1.0
 TIED_LOGITS = 3.0
 """Standard deviation of logits where the head is the embedding, by the weight of the last norm."""
 
+THRESHOLD = 1.88
+"""What ReLU asks of a neuron's input, which has a deviation of 1: 97 % of them are less, as in
+OPT-6.7B (arXiv 2312.11514)."""
+
 WEIGHTS = {"q4_0": Q4_0, "q8_0": Q8_0, "bf16": BF16, "f16": F16}
 TABLES = {"q4_0": Q8_0, "q8_0": Q8_0, "bf16": BF16, "f16": F16}
 """Formats of matrices and of vocabulary tables, as `edgemem convert` chooses them."""
@@ -60,7 +65,8 @@ _CACHED_WORDS = 1 << 13
 
 _NAMES = (
     "rows", "q", "k", "v", "o", "gate", "up", "down", "router", "shared_gate", "q_bias", "k_bias",
-    "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias",
+    "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias", "attn_norm_bias", "ffn_norm_bias",
+    "norm_bias", "positions",
 )  # fmt: skip
 """A segment's place here is part of its seed."""
 
@@ -94,6 +100,11 @@ class Weights:
             _check_columns(description.spec)
         random = np.random.default_rng([seed, *b"common"])
         self._signs = random.integers(0, 2, self.spec.hidden, np.int16) * 2 - 1
+
+    @property
+    def _sparse(self) -> bool:
+        spec = self.spec
+        return not spec.gated and spec.activation == "relu" and "up_bias" in self._biases
 
     def bundles(self) -> Iterator[tuple[Kind, int, int, Layout]]:
         """Kind, layer, index and layout of every bundle, in the order of a store."""
@@ -166,17 +177,21 @@ class Weights:
         if name == "down":
             experts = sqrt(spec.top_k) if kind == Kind.EXPERT else 1.0
             shares = 1.0 if spec.normalize_top_k or kind != Kind.EXPERT else 0.4
-            return ADDED * stream * experts / (0.6 * shares * sqrt(segment.cols))  # silu(g)·u: 0.6
+            length = 0.09 if self._sparse else 0.6 * shares  # of max(0, u − THRESHOLD); silu(g)·u
+            return ADDED * stream * experts / (length * sqrt(segment.cols))
         if name in KEPT:
             return ROUTER_SPREAD / sqrt(segment.cols)
+        if name == "positions":
+            return 0.1
         return 0.1 if name.endswith("bias") else 1 / sqrt(segment.cols)
 
     def _vector(self, tile: Tile) -> np.ndarray:
         """A norm's weight or a bias: f32 that bf16 holds exactly."""
         segment = tile.segment
-        if segment.name.endswith("bias"):
-            index = np.random.default_rng(tile.key).integers(0, 256, segment.cols)
-            return (_normal_bf16(tile.std)[index].astype(np.uint32) << 16)[None]
+        if segment.name.endswith("bias") or segment.name == "positions":
+            mean = -THRESHOLD if segment.name == "up_bias" and self._sparse else 0.0
+            index = np.random.default_rng(tile.key).integers(0, 256, (tile.rows, segment.cols))
+            return _normal_bf16(tile.std, mean)[index].astype(np.uint32) << 16
         value = TIED_LOGITS / sqrt(segment.cols) if segment.name == "norm" and self.spec.tied else 1
         bits = np.full((1, segment.cols), value, np.float32).view(np.uint32)
         return bits & np.uint32(0xFFFF0000)

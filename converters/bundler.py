@@ -36,6 +36,7 @@ from edgemem.writer import StoreWriter
 from . import blocks, naming, quantize
 from .checkpoint import Tensor
 from .configuration import Description
+from .families import OWN
 
 DTYPES = ("keep", "f16", "q8_0", "q4_0")
 _WEIGHTS = {"f16": F16, "q8_0": Q8_0, "q4_0": Q4_0}
@@ -58,7 +59,7 @@ class Piece:
 
     segment: Segment
     tensor: Tensor
-    first_row: int
+    source: naming.Source
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ class _Planner:
         self.biases = description.biases
         self.tensors = tensors
         self.dtype = dtype
-        self.prefix = naming.prefix_of(tensors)
+        self.names = OWN.get(self.spec.model_type, naming)
+        self.prefix = naming.prefix_of(tensors, self.names.EMBED, self.names.PREFIXES)
         self.used: set[str] = set()
         self.missing: list[str] = []
         self.layouts: dict[Layout, Layout] = {}
@@ -127,7 +129,7 @@ class _Planner:
         that has only the output table takes its embedding from it.
         """
         shape = (self.spec.vocab_size, self.spec.hidden)
-        embed = naming.Source(self.prefix + naming.EMBED, shape)
+        embed = naming.Source(self.prefix + self.names.EMBED, shape)
         head = naming.Source(naming.HEAD, shape)
         both = embed.tensor in self.tensors and head.tensor in self.tensors
         if self.spec.tied and not both:
@@ -143,7 +145,7 @@ class _Planner:
         for part in bundle_parts(self.spec, kind, layer):
             if part.optional and part.name not in self.biases:
                 continue
-            where = naming.sources(self.spec, self.prefix, kind, layer, index, part)
+            where = self.names.sources(self.spec, self.prefix, kind, layer, index, part)
             taken = self._take(where)
             if taken:
                 dtype = self._format(part, taken[0])
@@ -163,7 +165,7 @@ class _Planner:
                 NO_LAYER,
                 index,
                 [("rows", dtype, lanes, min(step, vocab - first), cols)],
-                [(tensor, first)],
+                [(tensor, naming.Source(tensor.name, tensor.shape, first))],
             )
             for index, first in enumerate(range(0, vocab, step))
         ]
@@ -196,7 +198,7 @@ class _Planner:
             return tensor.dtype
         return _WEIGHTS[self.dtype]
 
-    def _take(self, candidates: list[naming.Source]) -> tuple[Tensor, int] | None:
+    def _take(self, candidates: list[naming.Source]) -> tuple[Tensor, naming.Source] | None:
         """The first candidate that is there; its shape and type must be right."""
         for source in candidates:
             tensor = self.tensors.get(source.tensor)
@@ -209,7 +211,7 @@ class _Planner:
                 )
             self.used.add(source.tensor)
             assert tensor.dtype  # asked now, since it raises for what a store cannot hold
-            return tensor, source.first_row
+            return tensor, source
         self.missing.append(candidates[0].tensor)
         if len(self.missing) > _MANY_MISSING:
             self._check_names()
@@ -303,7 +305,9 @@ class _Chunk:
 
     def pack(self) -> np.ndarray:
         tensor, segment = self.piece.tensor, self.piece.segment
-        bits = tensor.read_rows(self.piece.first_row + self.first, self.count)
+        spans = self.piece.source.spans(self.first, self.count)
+        parts = [tensor.read_rows(row, n) for row, n in spans]
+        bits = parts[0] if len(parts) == 1 else np.concatenate(parts)
         pack = blocks.pack if tensor.dtype.is_block else quantize.pack
         try:
             return pack(bits, tensor.dtype, segment.dtype, segment.lanes)

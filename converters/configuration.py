@@ -5,12 +5,13 @@ Configs of transformers 4 (`rope_theta`, `rope_scaling` with "type" or "rope_typ
 configuration class; so has one that is null, unless null has a meaning of its own.
 """
 
-import json
 import math
 from dataclasses import dataclass
 
 from edgemem.errors import CheckpointError, CorruptError, UnsupportedError
 from edgemem.spec import ROPE_TYPES, ModelSpec, RopeSpec
+
+from .families import OWN
 
 _COMMON = {
     "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000.0,
@@ -43,12 +44,6 @@ DEFAULTS = {
         "rms_norm_eps": 1e-5, "eos_token_id": 50279, "num_experts": 64, "num_experts_per_tok": 8,
         "norm_topk_prob": False,
     },
-    "opt": _COMMON | {
-        "vocab_size": 50272, "hidden_size": 768, "num_hidden_layers": 12, "ffn_dim": 3072,
-        "max_position_embeddings": 2048, "num_attention_heads": 12, "activation_function": "relu",
-        "rms_norm_eps": 1e-5, "bos_token_id": 2, "eos_token_id": 2, "tie_word_embeddings": True,
-        "enable_bias": True, "do_layer_norm_before": True, "layer_norm_elementwise_affine": True,
-    },
     "qwen2": _QWEN,
     "qwen3": _QWEN | {"head_dim": 128},
     "qwen2_moe": _QWEN_MOE | {
@@ -60,6 +55,7 @@ DEFAULTS = {
         "intermediate_size": 6144, "num_key_value_heads": 4, "num_experts": 128,
         "num_experts_per_tok": 8, "moe_intermediate_size": 768,
     },
+    **{name: family.DEFAULTS for name, family in OWN.items()},
 }  # fmt: skip
 """The defaults of each supported model type's configuration class, where they are not None."""
 
@@ -71,7 +67,6 @@ _ACTIVATIONS = {
 """Names in transformers' ACT2FN → ours; the tanh forms of GELU differ only in rounding."""
 
 _ALIASES = {"num_experts": "num_local_experts"}
-_OPT_KEYS = {"hidden_act": "activation_function", "intermediate_size": "ffn_dim"}
 _QKV = frozenset({"q_bias", "k_bias", "v_bias"})
 _FFN = frozenset({"gate_bias", "up_bias", "down_bias"})
 
@@ -133,8 +128,8 @@ class _Keys:
         self.notes: list[str] = []
 
     def get(self, key: str, types, what: str, default=None):
-        if self.model_type == "opt":
-            key = _OPT_KEYS.get(key, key)
+        if self.model_type in OWN:
+            key = OWN[self.model_type].KEYS.get(key, key)
         value = self.config.get(key)
         if value is None and key in _ALIASES:
             value = self.config.get(_ALIASES[key])
@@ -158,6 +153,9 @@ class _Keys:
     def flag(self, key: str) -> bool:
         return self.get(key, (bool,), "true or false", False)
 
+    def rope(self) -> RopeSpec:
+        return _rope(self)
+
 
 def _finite(key: str, value) -> float:
     """A finite float of a JSON value that is a number (and no bool)."""
@@ -173,11 +171,12 @@ def _spec(keys: _Keys, generation: dict) -> ModelSpec:
     if not 1 <= n_layers <= 1 << 16 or heads < 1:
         raise CheckpointError(f"config.json: {n_layers} layers of {heads} heads are out of range")
     model_type, vocab = keys.model_type, keys.count("vocab_size")
-    if model_type == "opt":
-        own = _opt(keys, hidden, heads)
+    if model_type in OWN:
+        own = {"routed": (False,) * n_layers} | OWN[model_type].facts(keys, hidden, heads)
     else:
         head_dim = keys.count("head_dim", hidden // heads)
-        own = {"n_kv_heads": _kv_heads(keys, heads), "head_dim": head_dim, "rope": _rope(keys)}
+        own = {"n_kv_heads": _kv_heads(keys, heads), "head_dim": head_dim, "rope": keys.rope()}
+        own |= _experts(keys, n_layers)
     return ModelSpec(
         **own,
         model_type=model_type,
@@ -194,31 +193,7 @@ def _spec(keys: _Keys, generation: dict) -> ModelSpec:
         clip_qkv=keys.number("clip_qkv", 0.0) if model_type == "olmoe" else 0.0,
         bos_id=_token_ids(keys, "bos_token_id", vocab)[0],
         eos_ids=_eos_ids(keys, generation, vocab),
-        **_experts(keys, n_layers),
     )
-
-
-def _opt(keys: _Keys, hidden: int, heads: int) -> dict:
-    """What every OPT is. Refuses what a config may say and models/opt.py does not compute: norms
-    after each block and embeddings of another width (opt-350m), norms without weights."""
-    told = {
-        "do_layer_norm_before": (keys.flag("do_layer_norm_before"), True),
-        "layer_norm_elementwise_affine": (keys.flag("layer_norm_elementwise_affine"), True),
-        "_remove_final_layer_norm": (keys.flag("_remove_final_layer_norm"), False),
-        "word_embed_proj_dim": (keys.count("word_embed_proj_dim", hidden), hidden),
-    }
-    for name, (value, supported) in told.items():
-        if value != supported:
-            raise UnsupportedError(
-                f"config.json: {name} = {json.dumps(value)} is not supported; "
-                f"supported is {json.dumps(supported)}"
-            )
-    if hidden % heads:
-        raise CheckpointError(f"config.json: {heads} heads do not divide hidden_size = {hidden}")
-    return {
-        "norm": "layer", "positions": "learned", "gated": False, "rope": RopeSpec(),
-        "n_kv_heads": heads, "head_dim": hidden // heads,
-    }  # fmt: skip
 
 
 def _kv_heads(keys: _Keys, heads: int) -> int:
@@ -288,7 +263,7 @@ def _windows(keys: _Keys, n_layers: int) -> tuple[int, ...]:
     `use_sliding_window` says so; the other Qwens slide in some layers.
     """
     model_type = keys.model_type
-    if model_type in ("llama", "olmoe", "opt"):
+    if model_type in ("llama", "olmoe") or model_type in OWN:
         return (0,) * n_layers
     if model_type in ("mistral", "mixtral"):
         absent = "sliding_window" not in keys.config
@@ -413,9 +388,8 @@ def _biases(keys: _Keys) -> frozenset[str]:
     model_type = keys.model_type
     if model_type == "qwen2":
         return _QKV
-    if model_type == "opt":
-        every = _QKV | {"o_bias", "up_bias", "down_bias"}
-        return every if keys.flag("enable_bias") else frozenset()
+    if model_type in OWN:
+        return OWN[model_type].biases(keys)
     if model_type == "qwen2_moe":
         return _QKV if keys.flag("qkv_bias") else frozenset()
     if model_type in ("mistral", "mixtral"):

@@ -1,13 +1,15 @@
 """Where a model's segments are found in a checkpoint: names of tensors, and rows within them."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from edgemem.format import Kind, Part
 from edgemem.spec import ModelSpec
 
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
+PREFIXES = ("model.", "")
+"""Names as causal language models save them, or as the bare model inside them does."""
 
 _NOT_WEIGHTS = re.compile(r".*\.rotary_emb\.inv_freq")
 """Tensors that old checkpoints carry, and that are computed from the config."""
@@ -19,13 +21,6 @@ _DENSE = {
     "k_norm": "self_attn.k_norm.weight",
     "shared_gate": "mlp.shared_expert_gate.weight",
 }
-_OPT = {
-    "norm": "final_layer_norm", "attn_norm": "self_attn_layer_norm", "ffn_norm": "final_layer_norm",
-    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
-    "o": "self_attn.out_proj", "up": "fc1", "down": "fc2",
-}  # fmt: skip
-_OPT_FIRST_POSITION = 2
-"""The row of position 0: what fairseq kept for padding comes before it."""
 _MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
 _MOE_BLOCKS = ("mlp", "block_sparse_moe")
 """What holds the experts: transformers 5 renames Mixtral's on loading; files have either."""
@@ -33,21 +28,30 @@ _MOE_BLOCKS = ("mlp", "block_sparse_moe")
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of a tensor that become a segment: `first_row` counts with leading axes taken as one."""
+    """Rows of a tensor that become a segment: `first_row` counts with leading axes taken as one.
+
+    They follow each other, or come in runs of `run` rows, each starting `stride` after the last.
+    """
 
     tensor: str
     shape: tuple[int, ...]
     first_row: int = 0
+    run: int = 0
+    stride: int = 0
+
+    def spans(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """(first row, rows) in the tensor of the segment's rows [first, first + count)."""
+        while count > 0:
+            turn, at = divmod(first, self.run) if self.run else (0, first)
+            rows = min(count, self.run - at) if self.run else count
+            yield self.first_row + turn * self.stride + at, rows
+            first, count = first + rows, count - rows
 
 
-_PREFIXES = ("", "decoder.", "model.decoder.")
-
-
-def prefix_of(names: Iterable[str]) -> str:
-    """ "model." as causal language models save it, or "" as the bare model inside them does; where
-    OPT has its decoder, there."""
+def prefix_of(names: Iterable[str], embed: str = EMBED, prefixes: tuple = PREFIXES) -> str:
+    """What stands before all names: the first prefix under which there is an embedding."""
     names = set(names)
-    return next((prefix for prefix in _PREFIXES if prefix + EMBED in names), "model.")
+    return next((prefix for prefix in prefixes if prefix + embed in names), prefixes[0])
 
 
 def is_weight(name: str) -> bool:
@@ -60,8 +64,6 @@ def sources(
 ) -> list[Source]:
     """Where a segment may be, in order of preference; a checkpoint has one of them."""
     shape = (part.cols,) if part.lanes == 1 else (part.rows, part.cols)
-    if spec.model_type == "opt":
-        return [_opt_source(spec, prefix, layer, part, shape)]
     if layer == spec.n_layers:
         return [Source(f"{prefix}norm.weight", shape)]
     base = f"{prefix}layers.{layer}."
@@ -74,16 +76,6 @@ def sources(
     block = {Kind.DENSE: "self_attn", Kind.FFN: "mlp", Kind.SHARED: "mlp.shared_expert"}[kind]
     stem, _, bias = part.name.partition("_")
     return [Source(f"{base}{block}.{stem}_proj.{bias or 'weight'}", shape)]
-
-
-def _opt_source(spec: ModelSpec, prefix: str, layer: int, part: Part, shape: tuple) -> Source:
-    if part.name == "positions":
-        rows = part.rows + _OPT_FIRST_POSITION
-        name = f"{prefix}embed_positions.weight"
-        return Source(name, (rows, part.cols), _OPT_FIRST_POSITION)
-    stem, bias = part.name.removesuffix("_bias"), part.name.endswith("_bias")
-    base = prefix if layer == spec.n_layers else f"{prefix}layers.{layer}."
-    return Source(f"{base}{_OPT[stem]}.{'bias' if bias else 'weight'}", shape)
 
 
 def _expert_sources(spec: ModelSpec, base: str, expert: int, part: Part) -> list[Source]:

@@ -21,7 +21,7 @@ from .arguments import (
     check_streaming,
     context_limit,
 )
-from .budget import MIB, Budget, Item, current_bytes, machine_bytes, show_size, usable_cpus
+from .budget import MIB, Budget, Item, current_bytes, fast_cpus, machine_bytes, show_size
 from .dtypes import BY_NAME
 from .generation import Generation
 from .governor import Governor
@@ -83,7 +83,7 @@ def load(
     `memory` is the budget of the whole process: bytes, "4GiB", "50%" or "auto" (what is free here,
     less a reserve). `context` is the most tokens a session can hold, by default 4096 or what the
     model was made for, if that is less; more than `context_limit(spec)` is refused. `threads`
-    (at most 1024) defaults to the cores that this process may use. `progress(done_bytes,
+    (at most 1024) defaults to the fast cores it may use. `progress(done_bytes,
     total_bytes)` is called while weights are read; before that, `ready(engine)`, when all else is
     known: `engine.check` works from then on, and what `ready` raises ends the loading.
 
@@ -114,7 +114,7 @@ class Engine:
         check_streaming(streaming)
         self.kv, self._streaming = kv, streaming
         self.budget = Budget(memory)
-        self.threads = min(usable_cpus(), MAX_THREADS) if threads is None else int(threads)
+        self.threads = min(fast_cpus(), MAX_THREADS) if threads is None else int(threads)
         self.store = Store.open(path)
         try:
             self._prepare(context)

@@ -58,7 +58,8 @@ class ModelSpec:
     "full" (over all heads at once). `shared_intermediate` is the width of a shared expert, 0 for
     none. `norm` is "rms", or "layer" with a bias. `positions` come by "rope", or a "learned" row of
     a table is added to each embedding; then there are no others than `max_positions`. Where FFNs
-    are not `gated`, up alone goes through the activation.
+    are not `gated`, up alone goes through the activation. Layers are `parallel` where attention and
+    FFN read the same residual stream; with a `shared_norm` also the same norm of it.
     """
 
     model_type: str
@@ -88,6 +89,8 @@ class ModelSpec:
     norm: str = "rms"
     positions: str = "rope"
     gated: bool = True
+    parallel: bool = False
+    shared_norm: bool = False
 
     def __post_init__(self):
         for name in _POSITIVE:
@@ -100,6 +103,7 @@ class ModelSpec:
         _check(self.qk_norm in QK_NORMS, "qk_norm", self.qk_norm)
         _check(self.norm in NORMS, "norm", self.norm)
         _check(self.positions in POSITIONS, "positions", self.positions)
+        _check(self.parallel or not self.shared_norm, "shared_norm", self.shared_norm)
         _check(0 <= self.norm_eps <= 1, "norm_eps", self.norm_eps)
         _check(0 <= self.clip_qkv <= 1e30, "clip_qkv", self.clip_qkv)
         _check(self.head_dim > 2 or self.rope.type != "dynamic", "head_dim", self.head_dim)
@@ -131,7 +135,7 @@ class ModelSpec:
         return cls(**values)
 
 
-_LATER = ("norm", "positions", "gated")
+_LATER = ("norm", "positions", "gated", "parallel", "shared_norm")
 _POSITIVE = (
     "n_layers", "hidden", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_positions",
 )  # fmt: skip

@@ -11,10 +11,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-extern const em_kernels em_kernels_avx512vnni, em_kernels_avx512, em_kernels_avxvnni,
-    em_kernels_avx2, em_kernels_i8mm, em_kernels_dotprod, em_kernels_neon, em_kernels_scalar;
+extern const em_kernels em_kernels_amx, em_kernels_amx_emulated, em_kernels_avx512vnni,
+    em_kernels_avx512, em_kernels_avxvnni, em_kernels_avx2, em_kernels_i8mm, em_kernels_dotprod,
+    em_kernels_neon, em_kernels_scalar;
 
 static const em_kernels *const best_first[] = {
+#if EM_HAVE_amx
+    &em_kernels_amx,
+#endif
 #if EM_HAVE_avx512vnni
     &em_kernels_avx512vnni,
 #endif
@@ -37,6 +41,9 @@ static const em_kernels *const best_first[] = {
     &em_kernels_neon,
 #endif
     &em_kernels_scalar,
+#if EM_HAVE_amx_emulated
+    &em_kernels_amx_emulated, /* never the best: it is for tests */
+#endif
 };
 #define N_TABLES ((int32_t)(sizeof best_first / sizeof best_first[0]))
 
@@ -50,7 +57,7 @@ enum {
     COLS = 64,
     GROUPS = 5,
     ROWS = 16 * GROUPS,
-    TOKENS = 7,
+    TOKENS = 27, /* tiles of 16, of 8, and less */
     MATRIX_BYTES = ROWS * COLS * 4,
     ATTENDED = EM_SPAN_ROWS + 6
 };
@@ -147,6 +154,7 @@ static bool matches_portable(const em_kernels *kernels) {
     memset(&expected, 0, sizeof expected);
     memset(&found, 0, sizeof found);
     self_test(&em_kernels_scalar, &expected);
+    if (kernels->prepare && !kernels->prepare()) return false;
     if (sigsetjmp(escape, 1)) return false;
     self_test(kernels, &found);
     return memcmp(&expected, &found, sizeof found) == 0;

@@ -3,9 +3,14 @@
  * Sums run in one order: a product's row is one chain over its columns (over its blocks, for block
  * formats: exact in integers within a block, then one fused multiply-add per block); other sums run
  * in 16 lanes that a fixed tree adds up. So tiles, threads and batches never change a result. */
+#if defined(EM_ISA_amx)
+#define _GNU_SOURCE /* syscall */
+#endif
 #include "kernels.h"
 
-#if defined(EM_ISA_avx512) || defined(EM_ISA_avx512vnni)
+#if defined(EM_ISA_amx) || defined(EM_ISA_amx_emulated)
+#include "simd_amx.h"
+#elif defined(EM_ISA_avx512) || defined(EM_ISA_avx512vnni)
 #include "simd_avx512.h"
 #elif defined(EM_ISA_avx2) || defined(EM_ISA_avxvnni)
 #include "simd_avx2.h"
@@ -39,165 +44,9 @@ EM_INLINE void store_part(float *p, int64_t n, vf a) {
     for (int i = 0; i < n; i++) p[i] = lane[i];
 }
 
-/* ---- products ---------------------------------------------------------------------------- */
+#include "products.h"
 
-EM_INLINE void finish(vf sum, const em_out *o, int64_t token, int64_t row) {
-    float *p = o->out + token * o->stride + row;
-    int64_t n = o->rows - row;
-    if (o->bias) sum = vf_add(sum, load_part(o->bias + row, n, 0));
-    if (o->accumulate) sum = vf_add(load_part(p, n, 0), sum);
-    store_part(p, n, sum);
-}
-
-EM_INLINE int64_t act_row(const em_acts *a, int64_t token) {
-    return a->rows ? a->rows[token] : token;
-}
-
-/* Calls TILE(group, n_groups, token, n_tokens) so that both counts are compile-time constants: for
- * one token ONE groups at a time, for more MANY groups and up to TOKENS tokens. */
-#define FOR_TILES(TILE, ONE, MANY, TOKENS)                                                         \
-    do {                                                                                           \
-        int32_t g = first_group, end = first_group + n_groups;                                     \
-        if (n_tokens == 1)                                                                         \
-            for (; g + (ONE) <= end; g += (ONE)) TILE(g, ONE, 0, 1);                               \
-        for (; g + (MANY) <= end; g += (MANY)) FOR_TOKENS(TILE, g, MANY, TOKENS);                  \
-        for (; g < end; g++) FOR_TOKENS(TILE, g, 1, TOKENS);                                       \
-    } while (0)
-
-#define FOR_TOKENS(TILE, GROUP, GROUPS, TOKENS)                                                    \
-    do {                                                                                           \
-        int32_t t = 0;                                                                             \
-        for (; t + (TOKENS) <= n_tokens; t += (TOKENS)) TILE(GROUP, GROUPS, t, TOKENS);            \
-        for (; (TOKENS) > 4 && t + 4 <= n_tokens; t += 4) TILE(GROUP, GROUPS, t, 4);               \
-        for (; (TOKENS) > 3 && t + 3 == n_tokens; t += 3) TILE(GROUP, GROUPS, t, 3);               \
-        for (; (TOKENS) > 2 && t + 2 <= n_tokens; t += 2) TILE(GROUP, GROUPS, t, 2);               \
-        for (; t < n_tokens; t++) TILE(GROUP, GROUPS, t, 1);                                       \
-    } while (0)
-
-/* Chains of fused multiply-adds wait 4 cycles for each other: for one token, run several groups.
- * A block's chain is one of integers, so its groups go one by one, in the order of memory. */
-#define FLOAT_GROUPS 2
-#define FLOAT_SUMS (FLOAT_GROUPS > FLOAT_TOKENS ? FLOAT_GROUPS : FLOAT_TOKENS)
-#define BLOCK_GROUPS 1
-
-/* For few tokens memory is the limit, and processors' own prefetchers stop at each page: ask for
- * what lies this far ahead, in the order of memory, which pays more than the order of use
- * (bench/LOG.md). Where it lies beyond a group, it is that after all groups of the tile. */
-#define PREFETCH_BYTES 4096
-
-EM_INLINE void prefetch(const void *p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64)
-        __builtin_prefetch((const uint8_t *)p + PREFETCH_BYTES + i);
-}
-
-#define FLOAT_PRODUCT(name, dtype, type, load)                                                     \
-    EM_INLINE void name##_tile(const uint8_t *weights, const em_acts *a, const em_out *o,          \
-                               int64_t group, const int groups, int64_t token, const int tokens) { \
-        vf sum[FLOAT_SUMS];                                                                        \
-        const float *x[FLOAT_TOKENS];                                                              \
-        const int64_t next = em_group_bytes(dtype, a->cols, EM_LANES) / (int64_t)sizeof(type);     \
-        const type *w = (const type *)weights + group * next;                                      \
-        for (int t = 0; t < tokens; t++) x[t] = a->x + act_row(a, token + t) * a->cols;            \
-        for (int i = 0; i < groups * tokens; i++) sum[i] = vf_set1(0);                             \
-        const int64_t turn = a->cols - PREFETCH_BYTES / (int64_t)(EM_LANES * sizeof(type));        \
-        for (int64_t k = 0; k < a->cols; k++) {                                                    \
-            const int64_t past = k < turn ? 0 : (groups - 1) * next;                               \
-            for (int g = 0; g < groups; g++) {                                                     \
-                const type *at = w + g * next + k * EM_LANES;                                      \
-                if (token == 0) prefetch(at + past, EM_LANES * sizeof(type));                      \
-                vf wk = load(at);                                                                  \
-                for (int t = 0; t < tokens; t++)                                                   \
-                    sum[g * tokens + t] = vf_fma(wk, vf_set1(x[t][k]), sum[g * tokens + t]);       \
-            }                                                                                      \
-        }                                                                                          \
-        for (int g = 0; g < groups; g++)                                                           \
-            for (int t = 0; t < tokens; t++)                                                       \
-                finish(sum[g * tokens + t], o, token + t, (group + g) * EM_LANES);                 \
-    }                                                                                              \
-    static void name(const uint8_t *weights, int32_t first_group, int32_t n_groups,                \
-                     const em_acts *a, int32_t n_tokens, const em_out *o) {                        \
-        FOR_TILES(name##_CALL, FLOAT_GROUPS, 1, FLOAT_TOKENS);                                     \
-    }
-
-#define product_f32_CALL(g, ng, t, nt) product_f32_tile(weights, a, o, g, ng, t, nt)
-#define product_f16_CALL(g, ng, t, nt) product_f16_tile(weights, a, o, g, ng, t, nt)
-#define product_bf16_CALL(g, ng, t, nt) product_bf16_tile(weights, a, o, g, ng, t, nt)
-FLOAT_PRODUCT(product_f32, EM_F32, float, vf_load)
-FLOAT_PRODUCT(product_f16, EM_F16, uint16_t, vf_load_f16)
-FLOAT_PRODUCT(product_bf16, EM_BF16, uint16_t, vf_load_bf16)
-
-/* A block's quants lie in chunks of 64 bytes, 4 a row: chunk c of 16 rows times one token's q. */
-EM_INLINE vi dot_chunk_q8(vi dot, const uint8_t *w, const int8_t *q, int c) {
-    return vi_dot_q8(dot, w + 64 * c, q + 4 * c);
-}
-
-EM_INLINE vi dot_chunk_q4(vi dot, const uint8_t *w, const int8_t *q, int c) {
-    return vi_dot_q4(dot, w + 64 * c, q + 4 * c, q + 16 + 4 * c);
-}
-
-/* Where instructions multiply matrices, a block is multiplied by two tokens' at once. */
-#ifndef EM_PAIRS
-#define EM_PAIRS 0
-#define vi_pair_q8(w, a, b, of_a, of_b) (void)(w)
-#define vi_pair_q4(w, a, b, of_a, of_b) (void)(w)
-#endif
-
-/* Chunks go outside and tokens inside: a chunk is unpacked once, and what it is multiplied by is
- * spread over a register once for all groups. */
-#define BLOCK_PRODUCT(name, dtype, chunks, bias, dot_chunk, dot_pair)                              \
-    EM_INLINE void name##_tile(const uint8_t *weights, const em_acts *a, const em_out *o,          \
-                               int64_t group, const int groups, int64_t token, const int tokens) { \
-        const int64_t next = em_group_bytes(dtype, a->cols, EM_LANES);                             \
-        const uint8_t *base = weights + group * next;                                              \
-        const int64_t plane = em_scale_bytes(dtype, a->cols, EM_LANES);                            \
-        const int64_t block_bytes = (chunks) * 64 + 2 * EM_LANES;                                  \
-        vf sum[BLOCK_TILE_GROUPS * BLOCK_TOKENS];                                                  \
-        vi dot[BLOCK_TILE_GROUPS * BLOCK_TOKENS];                                                  \
-        int64_t row[BLOCK_TOKENS];                                                                 \
-        for (int t = 0; t < tokens; t++) row[t] = act_row(a, token + t) * a->blocks;               \
-        for (int i = 0; i < groups * tokens; i++) sum[i] = vf_set1(0);                             \
-        const int64_t turn = (next - plane - PREFETCH_BYTES) / block_bytes;                        \
-        for (int64_t b = 0; b < a->blocks; b++) {                                                  \
-            const uint8_t *w = base + plane + b * ((chunks) * 64);                                 \
-            const int64_t past = b < turn ? 0 : (groups - 1) * next;                               \
-            for (int g = 0; token == 0 && g < groups; g++)                                         \
-                prefetch(base + past + g * next + plane + b * block_bytes, block_bytes);           \
-            for (int i = 0; i < groups * tokens; i++)                                              \
-                dot[i] = vi_set1(-(bias) * a->sum[row[i % tokens] + b]);                           \
-            const int8_t *q[BLOCK_TOKENS];                                                         \
-            for (int t = 0; t < tokens; t++) q[t] = a->q + (row[t] + b) * EM_BLOCK;                \
-            const int paired = EM_PAIRS ? tokens / 2 * 2 : 0;                                      \
-            for (int t = 0; t < paired; t += 2)                                                    \
-                for (int g = 0; g < groups; g++)                                                   \
-                    dot_pair(w + g * next, q[t], q[t + 1], &dot[g * tokens + t],                   \
-                             &dot[g * tokens + t + 1]);                                            \
-            for (int c = 0; c < (chunks); c++)                                                     \
-                for (int t = paired; t < tokens; t++)                                              \
-                    for (int g = 0; g < groups; g++)                                               \
-                        dot[g * tokens + t] =                                                      \
-                            dot_chunk(dot[g * tokens + t], w + g * next, q[t], c);                 \
-            for (int g = 0; g < groups; g++) {                                                     \
-                vf d = vf_load_f16((const uint16_t *)(base + g * next) + b * EM_LANES);            \
-                for (int t = 0; t < tokens; t++) {                                                 \
-                    int i = g * tokens + t;                                                        \
-                    vf scale = vf_mul(d, vf_set1(a->scale[row[t] + b]));                           \
-                    sum[i] = vf_fma(vf_from_vi(dot[i]), scale, sum[i]);                            \
-                }                                                                                  \
-            }                                                                                      \
-        }                                                                                          \
-        for (int g = 0; g < groups; g++)                                                           \
-            for (int t = 0; t < tokens; t++)                                                       \
-                finish(sum[g * tokens + t], o, token + t, (group + g) * EM_LANES);                 \
-    }                                                                                              \
-    static void name(const uint8_t *weights, int32_t first_group, int32_t n_groups,                \
-                     const em_acts *a, int32_t n_tokens, const em_out *o) {                        \
-        FOR_TILES(name##_CALL, BLOCK_GROUPS, BLOCK_TILE_GROUPS, BLOCK_TOKENS);                     \
-    }
-
-#define product_q8_CALL(g, ng, t, nt) product_q8_tile(weights, a, o, g, ng, t, nt)
-#define product_q4_CALL(g, ng, t, nt) product_q4_tile(weights, a, o, g, ng, t, nt)
-BLOCK_PRODUCT(product_q8, EM_Q8_0, 8, EM_Q8_BIAS, dot_chunk_q8, vi_pair_q8)
-BLOCK_PRODUCT(product_q4, EM_Q4_0, 4, 8, dot_chunk_q4, vi_pair_q4)
+/* ---- activations as blocks ------------------------------------------------------------------ */
 
 /* x >= 0 to the 11 significant bits of an f16, to nearest even, but with the exponents of a float:
  * an f16 would overflow from 65520 and lose bits below 2^-14. */
@@ -461,6 +310,9 @@ PEAK(peak_q4, 2, vi, vi_set1(0), vf_from_vi,
 
 static int64_t peak(int32_t dtype, float *sum) {
     float w[PEAK_VECTORS * EM_LANES], x[2 * 4 * PEAK_TOKENS];
+#ifdef EM_TILE_TOKENS
+    if (dtype == EM_Q8_0 || dtype == EM_Q4_0) return tiles_peak(dtype, sum);
+#endif
     if (dtype == EM_Q8_0 || dtype == EM_Q4_0) {
         memset(w, 129, sizeof w); /* small: nothing overflows in all rounds */
         memset(x, 1, sizeof x);
@@ -489,4 +341,7 @@ const em_kernels JOIN(em_kernels_, EM_ISA) = {
     .unpack_row = unpack_row,
     .read_bytes = read_bytes,
     .peak = peak,
+#ifdef EM_PREPARE
+    .prepare = EM_PREPARE,
+#endif
 };

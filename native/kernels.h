@@ -80,6 +80,8 @@ typedef struct {
     /* Some microseconds of the multiply-adds that a product of this dtype is made of, on memory of
      * a few lines: how many. `sum` is what they add up to, so that none can be left out. */
     int64_t (*peak)(int32_t dtype, float *sum);
+    /* Asks the system for what the instructions need, before the first of them; NULL: nothing. */
+    bool (*prepare)(void);
 } em_kernels;
 
 /* Bytes of one group of `lanes` rows, and of its plane of scales (dtypes.py, FORMAT.md). */

@@ -40,7 +40,7 @@ class Oracle:
         put back to how it is in a model just loaded; by itself it remembers its longest sequence.
         """
         self._past = transformers.DynamicCache()
-        rope = getattr(self.model.model, "rotary_emb", None)
+        rope = getattr(self.model.base_model, "rotary_emb", None)
         if rope is not None:
             rope.max_seq_len_cached = rope.original_max_seq_len
             rope.inv_freq = rope.original_inv_freq.clone()

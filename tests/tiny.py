@@ -136,7 +136,7 @@ def _draw_weights(draw: Draw, spec: ModelSpec, biases: dict, dtype: str) -> Tiny
 
     def dense(routed: bool) -> dict[str, np.ndarray]:
         heads, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-        bundle = norms("attn_norm", "ffn_norm")
+        bundle = norms(*(("attn_norm",) if spec.shared_norm else ("attn_norm", "ffn_norm")))
         for name, rows in (("q", heads), ("k", kv), ("v", kv)):
             bundle[name] = matrix(rows, spec.hidden)
             bundle |= {f"{name}_bias": normal(rows, scale=0.2)} if biases["qkv"] else {}
@@ -224,10 +224,39 @@ def _named_as_opt(draw: Draw, spec: ModelSpec, weights: TinyWeights) -> dict[str
     return tensors
 
 
+_FALCON_NAMES = {
+    "o": "self_attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h",
+    "norm": "ln_f",
+}  # fmt: skip
+
+
+def _named_as_falcon(draw: Draw, spec: ModelSpec, weights: TinyWeights) -> dict[str, np.ndarray]:
+    prefix, two = draw.one(("transformer.", "")), spec.parallel and not spec.shared_norm
+    norms = ("ln_attn", "ln_mlp") if two else ("input_layernorm", "post_attention_layernorm")
+    names = _FALCON_NAMES | dict(zip(("attn_norm", "ffn_norm"), norms, strict=True))
+    tensors = {f"{prefix}word_embeddings.weight": weights.table()}
+    if not spec.tied or draw.maybe(0.2):
+        tensors["lm_head.weight"] = weights.head()
+    for (_, layer, _), bundle in weights.bundles.items():
+        base = prefix if layer == spec.n_layers else f"{prefix}h.{layer}."
+        for name, value in bundle.items():
+            stem = name.removesuffix("_bias")
+            if stem in names:
+                kind = "weight" if stem == name else "bias"
+                tensors[f"{base}{names[stem]}.{kind}"] = value
+        if "q" in bundle:  # keys and values stand after the queries that share them
+            groups = [bundle[x].reshape(spec.n_kv_heads, -1, spec.hidden) for x in "qkv"]
+            fused = np.concatenate(groups, axis=1).reshape(-1, spec.hidden)
+            tensors[f"{base}self_attention.query_key_value.weight"] = fused
+    return tensors
+
+
 def _named(draw: Draw, spec: ModelSpec, weights: TinyWeights) -> dict[str, np.ndarray]:
     """Tensors by the names that hub checkpoints of the type use."""
     if spec.model_type == "opt":
         return _named_as_opt(draw, spec, weights)
+    if spec.model_type == "falcon":
+        return _named_as_falcon(draw, spec, weights)
     old_mixtral = spec.model_type == "mixtral" and draw.maybe(0.7)
     fused = draw.maybe(0.25) if spec.model_type != "mixtral" else not old_mixtral
     tensors = {"model.embed_tokens.weight": weights.table()}

@@ -16,7 +16,8 @@ DENSE_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROUTED_TYPES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 ROPE_TYPES = DENSE_TYPES + ROUTED_TYPES
 """Gated, with RMSNorm and rotary positions; GGUF files may hold them."""
-MODEL_TYPES = (*ROPE_TYPES, "opt")
+UNGATED_TYPES = ("opt", "falcon")
+MODEL_TYPES = ROPE_TYPES + UNGATED_TYPES
 
 _ARCHITECTURES = {
     "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3",
@@ -62,8 +63,8 @@ class Draw:
 
 def draw_spec(draw: Draw, model_type: str, vocab_size: int) -> ModelSpec:
     """A random spec that `model_type` can express."""
-    if model_type == "opt":
-        return _draw_opt(draw, vocab_size)
+    if model_type in UNGATED_TYPES:
+        return _draw_ungated(draw, model_type, vocab_size)
     n_layers = draw.whole(1, 4)
     kv_heads = draw.whole(1, 3)
     heads = kv_heads * draw.whole(1, 4)
@@ -105,11 +106,11 @@ def draw_spec(draw: Draw, model_type: str, vocab_size: int) -> ModelSpec:
     )
 
 
-def _draw_opt(draw: Draw, vocab_size: int) -> ModelSpec:
-    n_layers, heads, head_dim = draw.whole(1, 4), draw.whole(2, 6), draw.one((4, 6, 16, 18, 32))
-    heads = max(heads, -(-24 // head_dim))
-    return ModelSpec(
-        model_type="opt",
+def _draw_ungated(draw: Draw, model_type: str, vocab_size: int) -> ModelSpec:
+    n_layers, head_dim = draw.whole(3, 5), draw.one((4, 6, 16, 18, 32))
+    heads = max(draw.whole(2, 6), -(-24 // head_dim))
+    plain = ModelSpec(
+        model_type=model_type,
         n_layers=n_layers,
         hidden=heads * head_dim,
         n_heads=heads,
@@ -127,9 +128,19 @@ def _draw_opt(draw: Draw, vocab_size: int) -> ModelSpec:
         bos_id=draw.one((None, 0, 1)),
         eos_ids=draw.one(((), (1,), (0, 1))),
         norm="layer",
-        positions="learned",
         gated=False,
     )
+    if model_type == "opt":
+        return replace(plain, positions="learned")
+    kv_heads, parallel = draw.one((1, heads)), draw.maybe(0.8)
+    shared = parallel and draw.maybe(0.6)
+    if parallel:
+        kv_heads = draw.one([n for n in range(1, heads + 1) if heads % n == 0])
+    return replace(
+        plain, n_kv_heads=kv_heads, parallel=parallel, shared_norm=shared,
+        rope=RopeSpec(theta=draw.one((100.0, 10000.0, 500000.0))),
+        norm_eps=draw.one((1e-5, 1e-6, 1e-3)),
+    )  # fmt: skip
 
 
 def _draw_rope(draw: Draw, model_type: str, max_positions: int) -> RopeSpec:
@@ -199,6 +210,8 @@ def spell(draw: Draw, spec: ModelSpec, biases: dict[str, bool]) -> tuple[dict, M
     }
     if spec.model_type == "opt":
         return _spell_opt(draw, spec, biases["o"]) | ends, spec.rope
+    if spec.model_type == "falcon":
+        return _spell_falcon(draw, spec) | ends, spec.rope
     rope_keys, rope = _spell_rope(draw, spec)
     config = {
         "architectures": [_ARCHITECTURES[spec.model_type] + "ForCausalLM"],
@@ -249,6 +262,42 @@ def _spell_opt(draw: Draw, spec: ModelSpec, biases: bool) -> dict:
     return config
 
 
+def _spell_falcon(draw: Draw, spec: ModelSpec) -> dict:
+    """The same layers may be of the old decoder architecture or of the new one."""
+    heads, kv_heads = spec.n_heads, spec.n_kv_heads
+    old = not spec.parallel or (spec.shared_norm and kv_heads in (1, heads) and draw.maybe(0.7))
+    theta = {"rope_theta": spec.rope.theta}
+    config = {
+        "architectures": ["FalconForCausalLM"],
+        "model_type": "falcon",
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden,
+        "ffn_hidden_size": spec.intermediate,
+        "num_hidden_layers": spec.n_layers,
+        "num_attention_heads": heads,
+        "activation": draw.one(_ACTIVATION_NAMES[spec.activation]),
+        "max_position_embeddings": spec.max_positions,
+        "layer_norm_epsilon": spec.norm_eps,
+        "tie_word_embeddings": spec.tied,
+        "alibi": False,
+        "bias": False,
+        "new_decoder_architecture": not old,
+        "parallel_attn": spec.parallel,
+        **draw.one((theta, {"rope_parameters": {"rope_type": "default", **theta}})),
+    }
+    if old:
+        config["multi_query"] = kv_heads == 1
+    else:
+        config["num_kv_heads"] = kv_heads
+        if spec.shared_norm or draw.maybe(0.5):
+            config["num_ln_in_parallel_attn"] = 1 if spec.shared_norm else 2
+    absent = {"alibi": False, "bias": False, "parallel_attn": True, "multi_query": True}
+    for key, default in absent.items():
+        if config.get(key) == default and draw.maybe(0.4):
+            del config[key]
+    return config
+
+
 def draw_biases(draw: Draw, model_type: str) -> dict[str, bool]:
     """Which projections have a bias, among the combinations that the type allows."""
     some, mlp = draw.maybe(0.5), draw.maybe(0.5)
@@ -256,7 +305,8 @@ def draw_biases(draw: Draw, model_type: str) -> dict[str, bool]:
         return {"qkv": False, "o": False, "mlp": False}
     if model_type in ("qwen2", "qwen2_moe"):
         return {"qkv": model_type == "qwen2" or some, "o": False, "mlp": False}
-    if model_type == "opt":
+    if model_type in UNGATED_TYPES:
+        some = some and model_type == "opt"
         return {"qkv": some, "o": some, "mlp": some}
     return {"qkv": some, "o": some, "mlp": mlp and model_type == "llama"}
 

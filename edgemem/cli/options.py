@@ -32,7 +32,7 @@ _MORE_BYTES = 16
 _MEMORY = "Memory budget of the whole process: 4GiB, 512M, 50%, or auto (what is free here)"
 _THREADS = click.option(
     "--threads", type=click.IntRange(min=1), metavar="N",
-    help="Threads to compute with.  [default: the cores this process may use]",
+    help="Threads to compute with.  [default: the fast cores it may use]",
 )  # fmt: skip
 
 _KV_COSTS = {

@@ -65,7 +65,8 @@ def bundle_parts(spec: ModelSpec, kind: Kind, layer: int) -> tuple[Part, ...]:
         full = spec.qk_norm == "full"
         parts.append(_vector("q_norm", q_rows if full else spec.head_dim))
         parts.append(_vector("k_norm", kv_rows if full else spec.head_dim))
-    parts += [Part("o", hidden, q_rows), _bias("o_bias", hidden), *_norm(spec, "ffn_norm")]
+    parts += [Part("o", hidden, q_rows), _bias("o_bias", hidden)]
+    parts += () if spec.shared_norm else _norm(spec, "ffn_norm")
     if spec.routed[layer]:
         parts.append(Part("router", spec.n_experts, hidden))
         if spec.shared_intermediate:

@@ -358,8 +358,10 @@ class Forward:
             dense = self.weights.dense(layer)
             h = self._seen(layer, "attn_norm", self._norm(x, dense, "attn_norm"))
             mixed = self._attention(layer, dense, h, positions, freqs)
-            x = x + self._seen(layer, "attention", mixed)
-            h = self._seen(layer, "ffn_norm", self._norm(x, dense, "ffn_norm"))
+            before, x = x, x + self._seen(layer, "attention", mixed)
+            if not spec.shared_norm:
+                h = self._norm(before if spec.parallel else x, dense, "ffn_norm")
+            h = self._seen(layer, "ffn_norm", h)
             x = x + self._seen(layer, "ffn", self._ffn(layer, dense, h))
         x = self._seen(spec.n_layers, "norm", self._norm(x, last, "norm"))
         return self._seen(spec.n_layers, "logits", linear(x, self.weights.head()))

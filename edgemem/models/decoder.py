@@ -14,7 +14,7 @@ from ..errors import CorruptError
 from ..format import Kind
 from ..kernels import Array, Core, Ops
 from ..spec import ModelSpec
-from .layers import Experts, Norm, SharedExpert, add_attention
+from .layers import Experts, Norm, SharedExpert, add_attended, add_attention
 from .rope import inverse_frequencies
 from .workspace import Workspace
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 class Layer:
-    """One layer: attention, then one or more feed-forward parts that read the same norm."""
+    """One layer: attention, and after or beside it one or more feed-forward parts that read the
+    same norm."""
 
     def __init__(self, work: Workspace, index: int, feed_forward: list[type]):
         spec, s = work.spec, work.scratch
@@ -31,8 +32,13 @@ class Layer:
         self.ops = ops = work.ops()
         tensors = work.tensors(index)
         add_attention(work, ops, tensors)
-        x, h = s.x.pointer, s.h.pointer
-        Norm(ops, tensors, "ffn_norm", spec.norm_eps, spec.hidden, x, h)
+        if not spec.parallel:
+            add_attended(work, ops, tensors)
+        if not spec.shared_norm:  # then h is still the norm that attention read
+            x, h = s.x.pointer, s.h.pointer
+            Norm(ops, tensors, "ffn_norm", spec.norm_eps, spec.hidden, x, h)
+        if spec.parallel:
+            add_attended(work, ops, tensors)
         parts = [part(work, index, ops, tensors) for part in feed_forward]
         ops.keep(parts)
         self.experts = next((p for p in parts if isinstance(p, Experts)), None)

@@ -35,7 +35,7 @@ class Norm:
 
 
 def add_attention(work: Workspace, ops: Ops, tensors: Tensors) -> None:
-    """x += o(attend(rope(norm(q(h))), …)) with h = norm(x): grouped queries."""
+    """attended = attend(rope(norm(q(h))), …) with h = norm(x): grouped queries."""
     spec, s = work.spec, work.scratch
     x, h = s.x.pointer, s.h.pointer
     Norm(ops, tensors, "attn_norm", spec.norm_eps, spec.hidden, x, h)
@@ -54,6 +54,11 @@ def add_attention(work: Workspace, ops: Ops, tensors: Tensors) -> None:
     attend.q, attend.k, attend.v = s.q.pointer, s.k.pointer, s.v.pointer
     attend.cos_table, attend.sin_table = s.cos.pointer, s.sin.pointer
     attend.out = s.attended.pointer
+
+
+def add_attended(work: Workspace, ops: Ops, tensors: Tensors) -> None:
+    """x += o(attended)."""
+    s = work.scratch
     out = Linears(tensors, [("o", "o_bias", s.x)], accumulate=True)
     out.add_to(ops, s.attended.pointer, "adding what was attended to")
 

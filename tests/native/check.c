@@ -100,6 +100,8 @@ void for_each_isa(void (*f)(const em_kernels *k)) {
     for (int32_t i = 0; em_isa_name(i); i++) {
         int32_t status;
         const em_kernels *k = em_isa_runs(i) ? em_kernels_pick(em_isa_name(i), &status) : NULL;
+        if (strcmp(em_isa_name(i), "amx_emulated") == 0) /* it needs AVX-512 and no more */
+            CHECK(k || !em_kernels_pick("avx512vnni", &status), "%s", "emulated tiles run");
         printf("# %s: %s\n", em_isa_name(i), k ? "tested" : "DOES NOT RUN HERE, NOT TESTED");
         if (k) f(k);
     }

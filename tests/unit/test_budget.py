@@ -1,5 +1,6 @@
 """Budget: sizes, control groups, and a refusal that shows its sum."""
 
+import os
 import subprocess
 import sys
 
@@ -140,6 +141,20 @@ def test_a_quota_of_v1(tmp_path):
     for quota, expected in (("-1", cores), ("1000", 1), ("10", 1), ("1000000", cores)):
         write(tmp_path, {base + "cpu.cfs_quota_us": quota})
         assert budget.usable_cpus(tmp_path) == expected
+
+
+def test_slow_cores_get_no_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2, 3, 5, 6}, raising=False)
+    capacity = "sys/devices/system/cpu/cpu{}/cpu_capacity"
+    assert budget.fast_cpus(tmp_path) == 5, "nothing is said about them"
+    write(tmp_path, {capacity.format(cpu): "250\n" for cpu in (0, 1, 2, 3, 4)})
+    assert budget.fast_cpus(tmp_path) == 5, "two are unknown"
+    write(tmp_path, {capacity.format(cpu): f"{size}\n" for cpu, size in ((5, 700), (6, 1024))})
+    assert budget.fast_cpus(tmp_path) == 2
+    write(tmp_path, {capacity.format(cpu): "512\n" for cpu in (0, 2)})
+    assert budget.fast_cpus(tmp_path) == 4
+    write(tmp_path, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "3000 1000\n"})
+    assert budget.fast_cpus(tmp_path) == 3, "a quota counts as well"
 
 
 def test_auto_leaves_a_reserve():

@@ -5,8 +5,10 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from edgemem.converters import naming
 from edgemem.converters.configuration import DEFAULTS, describe
+from edgemem.converters.families import OWN
 from tiny_config import MODEL_TYPES, ROPE_TYPES
 
 from edgemem.errors import CheckpointError, EdgeMemError, UnsupportedError
@@ -233,9 +235,60 @@ def test_an_opt_that_cannot_run_is_refused(more):
         spec_of({"model_type": "opt", **more})
 
 
-def test_heads_that_do_not_divide_an_opt():
+@pytest.mark.parametrize("model_type", ["opt", "falcon"])
+def test_heads_that_do_not_divide_the_hidden_size(model_type):
     with pytest.raises(CheckpointError, match="5 heads do not divide hidden_size = 768"):
-        spec_of({"model_type": "opt", "num_attention_heads": 5})
+        spec_of({"model_type": model_type, "num_attention_heads": 5, "hidden_size": 768})
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"hidden_size": 1024, "num_attention_heads": 16, "ffn_hidden_size": 77, "bos_token_id": 3},
+        {"new_decoder_architecture": True, "num_attention_heads": 8, "hidden_size": 512},
+        {"new_decoder_architecture": True, "num_attention_heads": 8, "hidden_size": 512,
+         "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "activation": "relu"},
+        {"multi_query": False, "parallel_attn": False, "tie_word_embeddings": False},
+        {"rope_theta": 5e4, "layer_norm_epsilon": 1e-3, "vocab_size": 500, "eos_token_id": None},
+    ],
+)  # fmt: skip
+def test_falcon_configs_mean_what_they_mean_to_transformers(more):
+    from transformers import AutoModelForCausalLM
+
+    config = {"model_type": "falcon", **more}
+    theirs, ours = transformers_config(config), spec_of(config)
+    with torch.device("meta"):
+        layer = AutoModelForCausalLM.from_config(theirs).transformer.h[0]
+    assert ours.n_layers == theirs.num_hidden_layers and ours.hidden == theirs.hidden_size
+    assert ours.n_heads == theirs.num_attention_heads and ours.head_dim == theirs.head_dim
+    assert ours.n_kv_heads == layer.self_attention.num_kv_heads
+    assert ours.vocab_size == theirs.vocab_size and ours.intermediate == theirs.ffn_hidden_size
+    assert ours.tied == theirs.tie_word_embeddings and ours.bos_id == theirs.bos_token_id
+    assert ours.max_positions == theirs.max_position_embeddings
+    assert ours.activation == theirs.activation and ours.norm_eps == theirs.layer_norm_epsilon
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert set(ours.eos_ids) == {theirs.eos_token_id} - {None}
+    assert (ours.norm, ours.positions, ours.gated) == ("layer", "rope", False)
+    assert ours.parallel == theirs.parallel_attn
+    assert ours.shared_norm == (ours.parallel and not hasattr(layer, "ln_mlp"))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"alibi": True}, "alibi = true"),
+        ({"bias": True}, "bias = true"),
+        ({"new_decoder_architecture": True, "parallel_attn": False}, "without parallel_attn"),
+        ({"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn = 2"),
+        ({"new_decoder_architecture": True, "num_ln_in_parallel_attn": 3}, "attn = 3"),
+        ({"new_decoder_architecture": True, "num_kv_heads": 3}, "num_kv_heads = 3 does not fit"),
+        ({"multi_query": False, "num_kv_heads": 1}, "num_kv_heads = 1 does not fit"),
+    ],
+)
+def test_a_falcon_that_cannot_run_is_refused(more, words):
+    with pytest.raises(EdgeMemError, match=words):
+        spec_of({"model_type": "falcon", **more})
 
 
 def test_a_saved_config_of_transformers_5_is_read():
@@ -270,7 +323,7 @@ def test_end_of_text_ids_of_both_configs():
         {}, {"model_type": "gpt2"}, {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
         {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
         {"model_type": "llama", "architectures": ["MistralForCausalLM"]},
-        {"architectures": ["FalconForCausalLM"]}, {"model_type": "x" * 9999},
+        {"architectures": ["GPTNeoXForCausalLM"]}, {"model_type": "x" * 9999},
     ],
 )  # fmt: skip
 def test_unsupported_models_are_named(config):
@@ -381,12 +434,13 @@ def test_every_segment_of_every_type_is_named_once():
             *([Kind.FFN] * (not all(spec.routed))),
         ]
         kinds += [Kind.SHARED] * bool(spec.shared_intermediate)
-        seen = []
+        seen, family = [], OWN.get(model_type, naming)
+        base = "model.h.0." if model_type == "falcon" else "model.layers.0."
         for kind in kinds:
             for part in bundle_parts(spec, kind, 0):
                 if kind != Kind.EXPERT or not part.optional:
-                    names = naming.sources(spec, "model.", kind, 0, 0, part)
-                    assert names and all(n.tensor.startswith("model.layers.0.") for n in names)
+                    names = family.sources(spec, "model.", kind, 0, 0, part)
+                    assert names and all(n.tensor.startswith(base) for n in names)
                     seen += [(n.tensor, n.first_row) for n in names]
         assert len(seen) == len(set(seen))
 
@@ -394,5 +448,19 @@ def test_every_segment_of_every_type_is_named_once():
 def test_prefixes_and_what_is_no_weight():
     assert naming.prefix_of(["embed_tokens.weight"]) == ""
     assert naming.prefix_of(["model.embed_tokens.weight"]) == "model."
+    for family, prefix in ((OWN["opt"], "model.decoder."), (OWN["falcon"], "transformer.")):
+        found = naming.prefix_of([prefix + family.EMBED], family.EMBED, family.PREFIXES)
+        assert found == prefix
+
+
+def test_spans_of_rows_that_come_in_runs():
+    source = naming.Source("x", (40, 2), first_row=3, run=4, stride=10)
+    rows = [3, 4, 5, 6, 13, 14, 15, 16, 23, 24, 25, 26, 33, 34, 35, 36]
+    for first in range(16):
+        for count in range(1, 17 - first):
+            spans = list(source.spans(first, count))
+            found = [row + i for row, n in spans for i in range(n)]
+            assert found == rows[first : first + count]
+    assert list(naming.Source("x", (40, 2), 5).spans(2, 30)) == [(7, 30)]
     assert not naming.is_weight("model.layers.0.self_attn.rotary_emb.inv_freq")
     assert naming.is_weight("model.layers.0.self_attn.q_proj.weight")

@@ -12,7 +12,7 @@ from bench.weights import COMMON, Weights
 from edgemem.converters.configuration import describe
 from edgemem.dtypes import BF16, F32, Q4_0, Q8_0
 from edgemem.format import Kind
-from edgemem.kernels.reference import unpack
+from edgemem.kernels.reference import Forward, StoreWeights, unpack
 from edgemem.models.rope import inverse_frequencies
 from edgemem.store import Store
 
@@ -142,6 +142,33 @@ def test_embeddings_share_one_vector(dtype):
     assert np.abs(common).mean() == pytest.approx(COMMON, rel=0.05)
 
 
+def test_few_neurons_of_an_opt_are_active_and_mostly_the_same_ones(tmp_path):
+    """Of OPT-6.7B 97 % are zero (arXiv 2312.11514)."""
+    small = {
+        "hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 1024, "vocab_size": 512,
+        "num_attention_heads": 4, "num_hidden_layers": 4, "max_position_embeddings": 64,
+    }  # fmt: skip
+    write(SHAPES["opt-6.7b"] | small, tmp_path / "opt.edgemem", "q8_0", seed=3)
+    active = []
+
+    def watch(layer: int, name: str, value: np.ndarray) -> None:
+        if name == "ffn_norm":
+            ffn = weights.ffn(layer)
+            active.append(value @ ffn["up"].T + ffn["up_bias"] > 0)
+
+    with Store.open(tmp_path / "opt.edgemem") as store:
+        weights = StoreWeights(store)
+        ids = np.random.default_rng(1).integers(2, 512, 48)
+        logits = Forward(store.spec, weights, watch=watch).feed(ids)
+    assert np.isfinite(logits).all() and len(active) == 4
+    for layer in active:
+        often = np.sort(layer.mean(axis=0))[::-1]
+        again = (layer[1:] & layer[:-1]).sum() / layer[1:].sum()
+        assert 0.01 < layer.mean() < 0.06
+        assert often[: len(often) // 10].sum() > 0.6 * often.sum(), "a tenth does most"
+        assert again > 5 * layer.mean(), "what was active is likelier to be active again"
+
+
 def test_q4_0_uses_the_nibbles_1_to_15_alike():
     weights = Weights(describe(CONFIGS["olmoe"] | {"hidden_size": 1024}, {}), 0, "q4_0")
     s = weights.layout(Kind.EXPERT, 0)["gate"]
@@ -177,6 +204,10 @@ def test_what_cannot_be_written_is_refused(tmp_path):
         write(CONFIGS["llama"], tmp_path / "folder", "q4_0")
     with pytest.raises(ValueError, match="whole blocks of 32"):
         write(CONFIGS["llama"] | {"intermediate_size": 100}, tmp_path / "x.gguf", "q4_0")
+    for form, name in (("a folder", "folder"), ("a GGUF file", "z.gguf")):
+        with pytest.raises(ValueError, match=f"{form} of type opt cannot be made here"):
+            write(SHAPES["opt-6.7b"], tmp_path / name, "bf16")
+        assert not (tmp_path / name).exists()
     (tmp_path / "y.gguf").touch()
     with pytest.raises(FileExistsError, match="it exists"):
         write(CONFIGS["llama"], tmp_path / "y.gguf", "q4_0")

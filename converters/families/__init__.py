@@ -1,0 +1,17 @@
+"""Model types whose checkpoints are spelled unlike Llama's, each in a module of its own.
+
+Such a module says
+    DEFAULTS            what an absent key of the config means
+    KEYS                which key says what others call by another name
+    EMBED, PREFIXES     the name of the embedding, and what may stand before all names
+    facts(keys, hidden, heads)               fields of ModelSpec that are the type's own
+    biases(keys)                             which segments of biases there are
+    sources(spec, prefix, kind, layer, index, part)    where a segment is found (naming.Source)
+"""
+
+from types import ModuleType
+
+from . import falcon, opt
+
+OWN: dict[str, ModuleType] = {"falcon": falcon, "opt": opt}
+"""By model type."""

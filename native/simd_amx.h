@@ -1,0 +1,157 @@
+/* The words of kernels.c for AMX (TILE, INT8): those of AVX-512 with VNNI, and a word that
+ * multiplies a block of 16 rows by those of 8 or 16 tokens at once.
+ *
+ * Tiles are of palette 1 (Intel SDM, vol. 1, chapter 18): 16 rows of 64 bytes at most. Linux lends
+ * them to a process that asks. A table of its own, for tests alone, has them emulated. */
+#include "simd_avx512.h"
+
+#define EM_TILE_TOKENS 16
+
+/* Macros, since assemblers read them as parts of registers' names. */
+#define TILE_ACTS 0
+#define TILE_WEIGHTS 1
+#define TILE_DOTS 2
+
+typedef struct {
+    uint8_t palette, start_row, zeros[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} tile_config;
+
+#if defined(EM_ISA_amx_emulated)
+
+static _Thread_local struct {
+    tile_config config;
+    uint8_t rows[8][16][64];
+} tiles;
+
+EM_INLINE void tile_configure(const tile_config *config) {
+    tiles.config = *config;
+    memset(tiles.rows, 0xaa, sizeof tiles.rows); /* what is read must have been loaded */
+}
+EM_INLINE void tile_end(void) { memset(&tiles, 0, sizeof tiles); }
+EM_INLINE void tile_zero(int tile) { memset(tiles.rows[tile], 0, sizeof tiles.rows[tile]); }
+EM_INLINE void tile_load(int tile, const void *from, int64_t stride) {
+    for (int r = 0; r < tiles.config.rows[tile]; r++)
+        memcpy(tiles.rows[tile][r], (const uint8_t *)from + r * stride,
+               tiles.config.row_bytes[tile]);
+}
+EM_INLINE void tile_store(int tile, void *to, int64_t stride) {
+    for (int r = 0; r < tiles.config.rows[tile]; r++)
+        memcpy((uint8_t *)to + r * stride, tiles.rows[tile][r], tiles.config.row_bytes[tile]);
+}
+/* TDPBSUD: each of to's 32-bit sums += 4 signed bytes of a times 4 unsigned bytes of b. */
+EM_INLINE void tile_dot(int to, int a, int b) {
+    for (int m = 0; m < tiles.config.rows[to]; m++)
+        for (int n = 0; n < tiles.config.row_bytes[to] / 4; n++) {
+            int32_t sum;
+            memcpy(&sum, tiles.rows[to][m] + 4 * n, 4);
+            for (int k = 0; k < tiles.config.row_bytes[a] / 4; k++)
+                for (int j = 0; j < 4; j++)
+                    sum += (int8_t)tiles.rows[a][m][4 * k + j] * tiles.rows[b][k][4 * n + j];
+            memcpy(tiles.rows[to][m] + 4 * n, &sum, 4);
+        }
+}
+
+#else
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define tile_configure(config) _tile_loadconfig(config)
+#define tile_end() _tile_release()
+#define tile_zero(tile) _tile_zero(tile)
+#define tile_load(tile, from, stride) _tile_loadd(tile, from, stride)
+#define tile_store(tile, to, stride) _tile_stored(tile, to, stride)
+#define tile_dot(to, a, b) _tile_dpbsud(to, a, b)
+
+#define EM_PREPARE request_tiles
+#define ARCH_REQ_XCOMP_PERM 0x1023 /* arch_prctl(2), Linux 5.16 */
+#define XFEATURE_XTILEDATA 18
+
+static bool request_tiles(void) {
+#if defined(SYS_arch_prctl)
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return false;
+#endif
+}
+
+#endif
+
+/* Between these two a thread's tiles hold blocks of `tokens` tokens; outside them it has none, so
+ * that nobody else's are disturbed, and switching threads saves nothing. */
+EM_INLINE void tiles_begin(int tokens) {
+    tile_config config = {.palette = 1};
+    config.rows[TILE_ACTS] = config.rows[TILE_DOTS] = (uint8_t)tokens;
+    config.row_bytes[TILE_ACTS] = EM_BLOCK;
+    config.rows[TILE_WEIGHTS] = EM_BLOCK / 4;
+    config.row_bytes[TILE_WEIGHTS] = config.row_bytes[TILE_DOTS] = 4 * EM_LANES;
+    tile_configure(&config);
+}
+EM_INLINE void tiles_end(void) { tile_end(); }
+
+/* dots[t * 16 + lane] = token t's block of q, `stride` bytes after the one before it, times row
+ * `lane` of the 8 chunks w. */
+EM_INLINE void tiles_dot(int32_t *dots, const int8_t *q, int64_t stride, const uint8_t *w) {
+    tile_zero(TILE_DOTS);
+    tile_load(TILE_ACTS, q, stride);
+    tile_load(TILE_WEIGHTS, w, 4 * EM_LANES);
+    tile_dot(TILE_DOTS, TILE_ACTS, TILE_WEIGHTS);
+    tile_store(TILE_DOTS, dots, 4 * EM_LANES);
+}
+
+EM_INLINE vi vi_load(const int32_t *p) { return _mm512_loadu_si512(p); }
+
+/* The 8 chunks of a block whose quants have 4 bits, as bytes. */
+EM_INLINE const uint8_t *widen_q4(const uint8_t *w, uint8_t *wide) {
+    vi nibble = _mm512_set1_epi8(15);
+    for (int c = 0; c < 4; c++) {
+        vi both = _mm512_loadu_si512(w + 64 * c);
+        _mm512_storeu_si512(wide + 64 * c, _mm512_and_si512(both, nibble));
+        both = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+        _mm512_storeu_si512(wide + 64 * (c + 4), both);
+    }
+    return wide;
+}
+EM_INLINE const uint8_t *widen_q8(const uint8_t *w, uint8_t *wide) {
+    (void)wide;
+    return w;
+}
+
+/* Multiply-adds of tiles that stay where they are: how many, and what they add up to. */
+static int64_t tiles_peak(int32_t dtype, float *sum) {
+    enum { ROUNDS = 512, CHAINS = 4 };
+    uint8_t ones[EM_TILE_TOKENS * EM_BLOCK], packed[EM_BLOCK * EM_LANES], wide[sizeof packed];
+    int32_t dots[CHAINS][EM_TILE_TOKENS * EM_LANES];
+    tile_config config = {.palette = 1};
+    int64_t total = 0;
+    memset(ones, 1, sizeof ones);
+    memset(packed, 129, sizeof packed);
+    for (int i = 0; i < TILE_DOTS + CHAINS; i++) {
+        config.rows[i] = i == TILE_WEIGHTS ? EM_BLOCK / 4 : EM_TILE_TOKENS;
+        config.row_bytes[i] = i == TILE_ACTS ? EM_BLOCK : 4 * EM_LANES;
+    }
+    tile_configure(&config);
+    tile_load(TILE_ACTS, ones, EM_BLOCK);
+    tile_load(TILE_WEIGHTS, dtype == EM_Q4_0 ? widen_q4(packed, wide) : packed, 4 * EM_LANES);
+    tile_zero(2);
+    tile_zero(3);
+    tile_zero(4);
+    tile_zero(5);
+    for (int round = 0; round < ROUNDS; round++) {
+        tile_dot(2, TILE_ACTS, TILE_WEIGHTS);
+        tile_dot(3, TILE_ACTS, TILE_WEIGHTS);
+        tile_dot(4, TILE_ACTS, TILE_WEIGHTS);
+        tile_dot(5, TILE_ACTS, TILE_WEIGHTS);
+    }
+    tile_store(2, dots[0], 4 * EM_LANES);
+    tile_store(3, dots[1], 4 * EM_LANES);
+    tile_store(4, dots[2], 4 * EM_LANES);
+    tile_store(5, dots[3], 4 * EM_LANES);
+    tile_end();
+    for (int i = 0; i < CHAINS * EM_TILE_TOKENS * EM_LANES; i++)
+        total += dots[i / (EM_TILE_TOKENS * EM_LANES)][i % (EM_TILE_TOKENS * EM_LANES)];
+    *sum = (float)total;
+    return (int64_t)ROUNDS * CHAINS * EM_TILE_TOKENS * EM_LANES * EM_BLOCK;
+}
