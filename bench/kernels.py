@@ -39,7 +39,7 @@ from bench.kernel_cases import (
 from bench.kernel_report import compare, heading, name_of, row
 from edgemem.arguments import MAX_THREADS
 from edgemem._native import isa_names, lib
-from edgemem.budget import parse_size, show_size, usable_cpus
+from edgemem.budget import parse_size, show_size, fast_cpus
 from edgemem.errors import EdgeMemError
 from edgemem.kernels import Core
 
@@ -237,7 +237,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.rounds = 3 if args.quick else ROUNDS
     if args.rounds < 1 or min(args.threads or [1]) < 1:
         parser.error("rounds and threads are at least 1")
-    args.threads = args.threads or sorted({usable_cpus()} if args.quick else {1, usable_cpus()})
+    args.threads = args.threads or sorted({fast_cpus()} if args.quick else {1, fast_cpus()})
     args.isa = args.isa or (isas[:1] if args.quick else isas)
     args.cases = [case for case in every if wanted(case, args)]
     if not args.cases:

@@ -25,7 +25,7 @@ from pathlib import Path
 from bench.cgroup import MemoryGroup, NoControlGroup, evict
 from bench.harness import QUIET_CORES, Spread, busy_cores, fingerprint, spread
 from bench.peer_models import peak_rss
-from edgemem.budget import auto_bytes, parse_size, show_size, usable_cpus
+from edgemem.budget import auto_bytes, parse_size, show_size, fast_cpus
 from edgemem.errors import EdgeMemError
 from edgemem.store import Store
 
@@ -76,7 +76,7 @@ def parse() -> argparse.Namespace:
         "--mapped-rounds", type=int, help="rounds of mapped runs inside budgets: they take long"
     )
     parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--threads", type=int, default=usable_cpus())
+    parser.add_argument("--threads", type=int, default=fast_cpus())
     parser.add_argument("--seed", type=int, default=0, help="of the tokens")
     parser.add_argument(
         "--mmap-limit-seconds", type=float, default=170.0,

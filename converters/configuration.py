@@ -176,7 +176,7 @@ def _spec(keys: _Keys, generation: dict) -> ModelSpec:
     else:
         head_dim = keys.count("head_dim", hidden // heads)
         own = {"n_kv_heads": _kv_heads(keys, heads), "head_dim": head_dim, "rope": keys.rope()}
-        own |= _experts(keys, n_layers)
+        own |= {"norm_eps": keys.number("rms_norm_eps", 1e-6)} | _experts(keys, n_layers)
     return ModelSpec(
         **own,
         model_type=model_type,
@@ -185,7 +185,6 @@ def _spec(keys: _Keys, generation: dict) -> ModelSpec:
         n_heads=heads,
         vocab_size=vocab,
         activation=_activation(keys),
-        norm_eps=keys.number("rms_norm_eps", 1e-6),
         windows=_windows(keys, n_layers),
         max_positions=keys.count("max_position_embeddings"),
         tied=keys.flag("tie_word_embeddings"),

@@ -83,7 +83,7 @@ def load(
     `memory` is the budget of the whole process: bytes, "4GiB", "50%" or "auto" (what is free here,
     less a reserve). `context` is the most tokens a session can hold, by default 4096 or what the
     model was made for, if that is less; more than `context_limit(spec)` is refused. `threads`
-    (at most 1024) defaults to the fast cores it may use. `progress(done_bytes,
+    (at most 1024) defaults to the fast ones of this process's cores. `progress(done_bytes,
     total_bytes)` is called while weights are read; before that, `ready(engine)`, when all else is
     known: `engine.check` works from then on, and what `ready` raises ends the loading.
 

@@ -26,8 +26,8 @@ class Lookahead:
     """Admits bytes to be read ahead, from what was measured in the layers before.
 
     The arithmetic is native/lookahead.c, which streams call in turns that foresee; `state` is what
-    it works on. Of that, `precision` is the share of what was foreseen, and not in memory, that the
-    next layer did use.
+    it works on. Of that, `precision` is the share of what was foreseen, and not in memory, that its
+    layer did use.
     """
 
     def __init__(self):
@@ -39,7 +39,7 @@ class Lookahead:
         state.pause, state.longest_pause = FIRST_PAUSE, LONGEST_PAUSE
 
     def admit(self, idle_us: int, read_bytes: int, busy_us: int) -> int:
-        """Bytes that may be read now for the next layer; 0 while that does not pay.
+        """Bytes that may be read now for layers to come; 0 while that does not pay.
 
         Call once for each layer with the residency's counters: time without a demanded read, bytes
         read, and time in which the device was reading.

@@ -59,7 +59,8 @@ class ModelSpec:
     none. `norm` is "rms", or "layer" with a bias. `positions` come by "rope", or a "learned" row of
     a table is added to each embedding; then there are no others than `max_positions`. Where FFNs
     are not `gated`, up alone goes through the activation. Layers are `parallel` where attention and
-    FFN read the same residual stream; with a `shared_norm` also the same norm of it.
+    FFN read the same residual stream; with a `shared_norm` also the same norm of it
+    (no routed layer does).
     """
 
     model_type: str
@@ -103,7 +104,8 @@ class ModelSpec:
         _check(self.qk_norm in QK_NORMS, "qk_norm", self.qk_norm)
         _check(self.norm in NORMS, "norm", self.norm)
         _check(self.positions in POSITIONS, "positions", self.positions)
-        _check(self.parallel or not self.shared_norm, "shared_norm", self.shared_norm)
+        shares = self.parallel and not any(self.routed)
+        _check(shares or not self.shared_norm, "shared_norm", self.shared_norm)
         _check(0 <= self.norm_eps <= 1, "norm_eps", self.norm_eps)
         _check(0 <= self.clip_qkv <= 1e30, "clip_qkv", self.clip_qkv)
         _check(self.head_dim > 2 or self.rope.type != "dynamic", "head_dim", self.head_dim)

@@ -55,7 +55,7 @@ class Streamer:
             "addresses": residency.addresses, "sizes": residency.sizes,
             "index_of": residency.index_of, "foreseen": np.zeros(m, np.uint32),
             "indices": np.zeros(n, np.uint32), "held": np.zeros(n, np.uint64),
-            "uses": np.zeros(n, np.int32), "likely": np.zeros(m, np.uint32),
+            "uses": np.zeros(n, np.int32), "likely": np.zeros(2 * m, np.uint32),
             "likelihood": np.zeros(m, np.float32), "wanted": np.zeros(m, np.uint8),
         }  # fmt: skip
         self.stream = ffi.new("em_stream *", {"residency": residency.native, "user": self._me})
@@ -74,9 +74,9 @@ class Streamer:
         """The address of a bundle that stays where it is until the streamer is closed."""
         return int(self._residency.addresses[bundle])
 
-    def use_resident(self, bundles: np.ndarray) -> None:
-        """This step computes with these resident bundles, outside any turn."""
-        self._resident_demand += int(self._residency.sizes[bundles].sum())
+    def use_resident(self, bundles: np.ndarray, unread_bytes: int = 0) -> None:
+        """This step computes with these resident bundles, outside any turn, but for some bytes."""
+        self._resident_demand += int(self._residency.sizes[bundles].sum()) - unread_bytes
 
     def check(self, status: int, doing: str) -> None:
         """Raise what a native operation's status means, if anything; `doing` says what it did."""

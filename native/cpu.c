@@ -63,7 +63,7 @@ enum {
 };
 
 typedef struct {
-    float products[5][(TOKENS + 1) * ROWS];
+    float products[5][(2 * TOKENS + 1) * ROWS];
     float vectors[8][COLS], attended[4][6 * COLS];
     int8_t q[TOKENS * COLS];
     uint16_t halves[COLS];
@@ -87,7 +87,8 @@ static void self_test(const em_kernels *k, test_result *r) {
     static const float weight_seed[4] = {0.25f, -1.5f, 3.0f, -0.0625f};
     _Alignas(64) uint8_t matrix[MATRIX_BYTES];
     float x[TOKENS * COLS], scale[TOKENS * COLS / EM_BLOCK];
-    int32_t sum[TOKENS * COLS / EM_BLOCK];
+    int32_t sum[TOKENS * COLS / EM_BLOCK], backwards[TOKENS];
+    for (int t = 0; t < TOKENS; t++) backwards[t] = TOKENS - 1 - t;
     for (int i = 0; i < TOKENS * COLS; i++) x[i] = weight_seed[i % 4] * (float)(i % 37 - 18);
     for (int t = 0; t < TOKENS; t++)
         k->quantize(x + t * COLS, COLS, r->q + t * COLS, scale + t * 2, sum + t * 2);
@@ -98,6 +99,10 @@ static void self_test(const em_kernels *k, test_result *r) {
         k->product[dtype](matrix, 0, GROUPS, &acts, TOKENS, &out);
         out.out += TOKENS * ROWS;
         k->product[dtype](matrix, 0, GROUPS, &acts, 1, &out); /* one token takes other tiles */
+        out.out += ROWS;
+        acts.rows = backwards;
+        k->product[dtype](matrix, 1, GROUPS - 1, &acts, TOKENS, &out);
+        acts.rows = NULL;
         k->unpack_row(matrix, dtype, EM_LANES, COLS, 21, r->vectors[dtype % 2 + 4]);
     }
     memcpy(r->vectors[0], x, sizeof r->vectors[0]);
@@ -154,8 +159,8 @@ static bool matches_portable(const em_kernels *kernels) {
     memset(&expected, 0, sizeof expected);
     memset(&found, 0, sizeof found);
     self_test(&em_kernels_scalar, &expected);
-    if (kernels->prepare && !kernels->prepare()) return false;
     if (sigsetjmp(escape, 1)) return false;
+    if (kernels->prepare && !kernels->prepare()) return false;
     self_test(kernels, &found);
     return memcmp(&expected, &found, sizeof found) == 0;
 }

@@ -313,7 +313,7 @@ typedef struct {
     int64_t longest_pause;
 } em_lookahead;
 
-/* Bytes that may be read now for the next layer, given the residency's counters; once a layer. */
+/* Bytes that may be read now for layers to come, given the residency's counters; once a layer. */
 int64_t em_lookahead_admit(em_lookahead *state, int64_t idle_us, int64_t read_bytes,
                            int64_t busy_us);
 /* Of `foreseen` bundles that were not in memory a layer did use `used`. */
@@ -356,7 +356,7 @@ typedef struct {
     uint32_t *indices;       /* [n_bundles]: scratch of one turn, as all that follow */
     uint64_t *held;          /* [n_bundles] */
     int32_t *uses;           /* [n_bundles] */
-    uint32_t *likely;        /* [n_streamed] */
+    uint32_t *likely;        /* [2 n_streamed] */
     float *likelihood;       /* [n_streamed] */
     uint8_t *wanted;         /* [n_streamed], zeros between turns */
     em_demand_log *log;      /* NULL: none is kept */

@@ -1,4 +1,4 @@
-/* Routing, and gated FFNs over bundles: expert-major, in the order in which bundles become ready.
+/* Routing, and FFNs over bundles: expert-major, in the order in which bundles become ready.
  */
 #include "core.h"
 
@@ -66,7 +66,7 @@ int32_t em_route(em_core *core, const float *logits, int32_t n_tokens, int32_t n
     return n_chosen;
 }
 
-/* ---- gated FFN --------------------------------------------------------------------------- */
+/* ---- FFN -------------------------------------------------------------------------------- */
 
 uint64_t em_ffn_scratch(int32_t n_tokens, int32_t n_pairs, int32_t hidden, int32_t intermediate) {
     uint64_t pairs = (uint64_t)n_pairs;

@@ -5,6 +5,8 @@
  * them to a process that asks. A table of its own, for tests alone, has them emulated. */
 #include "simd_avx512.h"
 
+#include <stddef.h>
+
 #define EM_TILE_TOKENS 16
 
 /* Macros, since assemblers read them as parts of registers' names. */
@@ -18,14 +20,34 @@ typedef struct {
     uint8_t rows[16];
 } tile_config;
 
+_Static_assert(sizeof(tile_config) == 64 && offsetof(tile_config, row_bytes) == 16 &&
+                   offsetof(tile_config, rows) == 48,
+               "as LDTILECFG reads it");
+
 #if defined(EM_ISA_amx_emulated)
+
+#include <stdlib.h>
 
 static _Thread_local struct {
     tile_config config;
     uint8_t rows[8][16][64];
 } tiles;
 
+/* What a processor refuses ends the test. */
+EM_INLINE void tile_need(bool holds) {
+    if (!holds) abort();
+}
+
 EM_INLINE void tile_configure(const tile_config *config) {
+    uint8_t bytes[64];
+    memcpy(bytes, config, 64);
+    tile_need(bytes[0] == 1 && bytes[1] == 0);
+    for (int i = 2; i < 16; i++) tile_need(bytes[i] == 0);
+    for (int i = 0; i < 16; i++) {
+        int row_bytes = bytes[16 + 2 * i] | bytes[17 + 2 * i] << 8, rows = bytes[48 + i];
+        tile_need(row_bytes <= 64 && rows <= 16 && (row_bytes > 0) == (rows > 0));
+        tile_need(i < 8 || rows == 0);
+    }
     tiles.config = *config;
     memset(tiles.rows, 0xaa, sizeof tiles.rows); /* what is read must have been loaded */
 }
@@ -42,6 +64,10 @@ EM_INLINE void tile_store(int tile, void *to, int64_t stride) {
 }
 /* TDPBSUD: each of to's 32-bit sums += 4 signed bytes of a times 4 unsigned bytes of b. */
 EM_INLINE void tile_dot(int to, int a, int b) {
+    const tile_config *c = &tiles.config;
+    tile_need(to != a && a != b && b != to && c->palette == 1);
+    tile_need(c->rows[to] == c->rows[a] && c->row_bytes[to] == c->row_bytes[b]);
+    tile_need(c->row_bytes[a] == 4 * c->rows[b] && c->rows[to] > 0);
     for (int m = 0; m < tiles.config.rows[to]; m++)
         for (int n = 0; n < tiles.config.row_bytes[to] / 4; n++) {
             int32_t sum;
@@ -58,12 +84,19 @@ EM_INLINE void tile_dot(int to, int a, int b) {
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define tile_configure(config) _tile_loadconfig(config)
+/* The barriers: compilers do not know how much these two read. */
+#define tile_configure(config) (memory_barrier(), _tile_loadconfig(config))
 #define tile_end() _tile_release()
 #define tile_zero(tile) _tile_zero(tile)
-#define tile_load(tile, from, stride) _tile_loadd(tile, from, stride)
+#define tile_load(tile, from, stride)                                                              \
+    do {                                                                                           \
+        memory_barrier();                                                                          \
+        _tile_loadd(tile, from, stride);                                                           \
+    } while (0)
 #define tile_store(tile, to, stride) _tile_stored(tile, to, stride)
 #define tile_dot(to, a, b) _tile_dpbsud(to, a, b)
+
+EM_INLINE void memory_barrier(void) { __asm__ volatile("" ::: "memory"); }
 
 #define EM_PREPARE request_tiles
 #define ARCH_REQ_XCOMP_PERM 0x1023 /* arch_prctl(2), Linux 5.16 */

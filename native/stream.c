@@ -57,9 +57,10 @@ static void learn(em_stream *s, int32_t turn, int32_t n) {
     }
     for (int32_t i = 0; i < n; i++) s->wanted[s->indices[i]] = 0;
     s->n_foreseen = later;
-    if (foreseen == later) return;
     if (s->lookahead) em_lookahead_learn(s->lookahead, foreseen - later, used);
+    if (stale == 0) return;
     em_residency_cancel(s->residency, s->likely, stale);
+    s->n_foreseen = 0; /* what has not started for later turns is cancelled with it */
 }
 
 static void write_foreseen(em_stream *s, uint32_t index) {
@@ -70,9 +71,8 @@ static void write_foreseen(em_stream *s, uint32_t index) {
 
 /* The bundles that the present state asks for, likeliest first, of equals the first first. */
 static int32_t foresee(em_core *core, em_stream *s, const em_foresight *f, int32_t tokens,
-                       int32_t *n_likely) {
+                       uint32_t *likely, int32_t *n_likely) {
     const em_route_op *r = f->routing;
-    uint32_t *likely = s->likely;
     int32_t failed, n = 0;
     int32_t status = em_ops_run(core, f->ops, f->n_ops, NULL, 0, tokens, &failed);
     if (status != EM_OK) return status;
@@ -92,25 +92,27 @@ static int32_t foresee(em_core *core, em_stream *s, const em_foresight *f, int32
     return EM_OK;
 }
 
-/* Starts on what a later turn will likely want; *absent: how much of that is not there. */
+/* Starts on what a later turn will likely want, `*n` of `likely`; `*absent`: how much of that is
+ * not there. The `kept` bundles before those are wanted sooner, and are there. */
 static int32_t read_ahead(em_core *core, em_stream *s, const em_foresight *f, int32_t tokens,
-                          uint64_t room, int32_t *absent) {
-    int32_t n = 0, status = foresee(core, s, f, tokens, &n);
+                          uint64_t room, int32_t kept, int32_t *n, int32_t *absent) {
+    uint32_t *likely = s->likely + kept;
+    int32_t status = foresee(core, s, f, tokens, likely, n);
+    if (status != EM_OK) return status;
     const int32_t *ready = em_residency_ready(s->residency);
-    *absent = 0;
-    /* The absent first; the resident go along, so that none of them makes place. */
-    for (int32_t i = 0; i < n; i++) {
-        uint32_t index = s->likely[i];
+    for (int32_t i = 0; i < *n; i++) {
+        uint32_t index = likely[i], *to = likely + *absent;
         if (__atomic_load_n(&ready[index], __ATOMIC_ACQUIRE) != EM_READY_NOT) continue;
-        uint32_t *to = s->likely + *absent;
         memmove(to + 1, to, (size_t)(i - *absent) * sizeof *to);
         *to = index;
         ++*absent;
         write_foreseen(s, index);
     }
-    if (status == EM_OK && *absent > 0)
-        em_residency_prefetch(s->residency, s->likely, n, s->ranks, room);
-    return status;
+    if (*absent == 0) return EM_OK;
+    /* Behind the absent those that are there go along, so that none of them makes place. */
+    memcpy(likely + *n, s->likely, (size_t)kept * sizeof *likely);
+    em_residency_prefetch(s->residency, likely, *n + kept, s->ranks, room);
+    return EM_OK;
 }
 
 /* Starts on later turns' bundles while this turn is computed: on those that are certain, and on
@@ -125,9 +127,9 @@ static int32_t look_ahead(em_core *core, em_stream *s, int32_t turn, em_turn *t)
     int64_t room = em_lookahead_admit(s->lookahead, stats.idle_us, stats.read_bytes, stats.busy_us);
     if (room == 0) return EM_OK;
     int64_t started = em_now_ns();
-    int32_t absent = 0, status = EM_OK;
-    for (int32_t i = 0; i < MOST_AHEAD && f && f->n_ops > 0; i++, f = f->next) {
-        status = read_ahead(core, s, f, t->tokens, (uint64_t)room, &absent);
+    int32_t absent = 0, kept = 0, n = 0, status = EM_OK;
+    for (int32_t i = 0; i < MOST_AHEAD && f && f->n_ops > 0; i++, f = f->next, kept += n) {
+        status = read_ahead(core, s, f, t->tokens, (uint64_t)room, kept, &n, &absent);
         if (status != EM_OK || absent > 0) break;
     }
     t->foreseeing_ns += em_now_ns() - started;

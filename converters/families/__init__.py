@@ -4,7 +4,8 @@ Such a module says
     DEFAULTS            what an absent key of the config means
     KEYS                which key says what others call by another name
     EMBED, PREFIXES     the name of the embedding, and what may stand before all names
-    facts(keys, hidden, heads)               fields of ModelSpec that are the type's own
+    facts(keys, hidden, heads)               fields of ModelSpec that are the type's own (those that
+                                             `configuration` asks the others for)
     biases(keys)                             which segments of biases there are
     sources(spec, prefix, kind, layer, index, part)    where a segment is found (naming.Source)
 """

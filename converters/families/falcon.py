@@ -5,6 +5,7 @@ from edgemem.format import Kind, Part
 from edgemem.spec import ModelSpec
 
 from ..naming import Source
+from .heads import head_size
 
 DEFAULTS = {
     "vocab_size": 65024, "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71,
@@ -13,7 +14,7 @@ DEFAULTS = {
     "alibi": False, "bias": False, "multi_query": True, "parallel_attn": True,
     "new_decoder_architecture": False,
 }  # fmt: skip
-KEYS = {"hidden_act": "activation", "rms_norm_eps": "layer_norm_epsilon"}
+KEYS = {"hidden_act": "activation"}
 EMBED = "word_embeddings.weight"
 PREFIXES = ("transformer.", "")
 
@@ -22,8 +23,8 @@ _NAMES = {"o": "self_attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.d
 
 def facts(keys, hidden: int, heads: int) -> dict:
     """Source: FalconDecoderLayer and FalconAttention in transformers' modeling_falcon.py."""
-    if hidden % heads:
-        raise CheckpointError(f"config.json: {heads} heads do not divide hidden_size = {hidden}")
+    if keys.count("n_embed", hidden) != hidden:
+        raise UnsupportedError("config.json: n_embed beside another hidden_size is not supported")
     new, parallel = keys.flag("new_decoder_architecture"), keys.flag("parallel_attn")
     for name in ("alibi", "bias"):
         if keys.flag(name):
@@ -38,10 +39,10 @@ def facts(keys, hidden: int, heads: int) -> dict:
             f"config.json: num_ln_in_parallel_attn = {norms} is not supported here"
         )
     return {
-        "n_kv_heads": _kv_heads(keys, heads, new), "head_dim": hidden // heads,
+        "n_kv_heads": _kv_heads(keys, heads, new), "head_dim": head_size(hidden, heads),
         "intermediate": keys.count("ffn_hidden_size", 4 * hidden), "rope": keys.rope(),
-        "norm": "layer", "gated": False, "parallel": parallel,
-        "shared_norm": parallel and norms == 1,
+        "norm": "layer", "norm_eps": keys.number("layer_norm_epsilon", 1e-5), "gated": False,
+        "parallel": parallel, "shared_norm": parallel and norms == 1,
     }  # fmt: skip
 
 

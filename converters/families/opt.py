@@ -2,22 +2,25 @@
 
 import json
 
-from edgemem.errors import CheckpointError, UnsupportedError
+from edgemem.errors import UnsupportedError
 from edgemem.format import Kind, Part
 from edgemem.spec import ModelSpec, RopeSpec
 
 from ..naming import Source
+from .heads import head_size
 
 DEFAULTS = {
     "vocab_size": 50272, "hidden_size": 768, "num_hidden_layers": 12, "ffn_dim": 3072,
     "max_position_embeddings": 2048, "num_attention_heads": 12, "activation_function": "relu",
-    "rms_norm_eps": 1e-5, "bos_token_id": 2, "eos_token_id": 2, "tie_word_embeddings": True,
+    "bos_token_id": 2, "eos_token_id": 2, "tie_word_embeddings": True,
     "enable_bias": True, "do_layer_norm_before": True, "layer_norm_elementwise_affine": True,
 }  # fmt: skip
 KEYS = {"hidden_act": "activation_function"}
 EMBED = "embed_tokens.weight"
 PREFIXES = ("model.decoder.", "decoder.", "")
 
+_EPS = 1e-5
+"""torch's default for LayerNorm, which no OPT changes."""
 _FIRST_POSITION = 2
 """The row of position 0: what fairseq kept for padding comes before it."""
 _NAMES = {
@@ -42,11 +45,10 @@ def facts(keys, hidden: int, heads: int) -> dict:
                 f"config.json: {name} = {json.dumps(value)} is not supported; "
                 f"supported is {json.dumps(supported)}"
             )
-    if hidden % heads:
-        raise CheckpointError(f"config.json: {heads} heads do not divide hidden_size = {hidden}")
     return {
-        "n_kv_heads": heads, "head_dim": hidden // heads, "intermediate": keys.count("ffn_dim"),
-        "rope": RopeSpec(), "norm": "layer", "positions": "learned", "gated": False,
+        "n_kv_heads": heads, "head_dim": head_size(hidden, heads),
+        "intermediate": keys.count("ffn_dim"), "rope": RopeSpec(), "norm": "layer",
+        "norm_eps": _EPS, "positions": "learned", "gated": False,
     }  # fmt: skip
 
 

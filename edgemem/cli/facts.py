@@ -89,6 +89,8 @@ def _attention(spec: dict) -> str:
     if windows:
         count = sum(map(bool, spec["windows"]))
         parts.append(f"window {'/'.join(map(str, windows))} in {count} layers")
+    if spec.get("positions") == "learned":
+        return ", ".join([*parts, "learned positions"])
     rope = spec["rope"]
     scaled = "" if rope["type"] == "default" else f" {rope['type']} × {rope['factor']:g}"
     return ", ".join([*parts, f"RoPE {rope['theta']:g}{scaled}"])

@@ -32,7 +32,7 @@ _MORE_BYTES = 16
 _MEMORY = "Memory budget of the whole process: 4GiB, 512M, 50%, or auto (what is free here)"
 _THREADS = click.option(
     "--threads", type=click.IntRange(min=1), metavar="N",
-    help="Threads to compute with.  [default: the fast cores it may use]",
+    help="Threads to compute with.  [default: the process's cores, of mixed ones the fast]",
 )  # fmt: skip
 
 _KV_COSTS = {
@@ -59,7 +59,7 @@ _STREAMING = (
     ),
     click.option(
         "--lookahead/--no-lookahead", default=True, show_default=True,
-        help="Read ahead what the next layer will likely want.",
+        help="Read ahead what the next layers will likely want.",
     ),
     click.option(
         "--trace", type=PATH, metavar="FILE",

@@ -193,7 +193,9 @@ class Decoder(ABC):
             self._logits = Array((rows, self.spec.vocab_size))
         if rows > 0:
             self._norm.read(self._work.scratch.x.pointer + (n - rows) * self.spec.hidden)
-            self._work.streamer.use_resident(self._last)
+            table = 0 if self._positions is None else self._positions.nbytes
+            row = table // self.spec.max_positions
+            self._work.streamer.use_resident(self._last, table - n * row)
             self._final.run(rows)
             self._head.read_out(rows, self._logits)
         return self._logits.array[:rows]

@@ -7,9 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_TOKENS = 9 };
+enum { MAX_TOKENS = 29 };
 static const int32_t ROWS[] = {1, 15, 16, 17, 48, 131};
-static const int32_t TOKENS[] = {1, 2, 3, 4, 5, 9};
+static const int32_t TOKENS[] = {1, 2, 3, 4, 5, 8, 9, 16, 17, 27, 33};
+enum { N_TOKENS = sizeof TOKENS / sizeof TOKENS[0] };
 
 static const em_kernels *portable;
 
@@ -96,7 +97,7 @@ static void same_bytes(const em_kernels *k) {
     for (int32_t dtype = 0; dtype < 5; dtype++)
         for (int c = 0; c < N_LENGTHS; c++)
             for (int r = 0; r < 6; r++) {
-                problem mine = make_problem(k, ROWS[r], LENGTHS[c], TOKENS[(c + r) % 6]);
+                problem mine = make_problem(k, ROWS[r], LENGTHS[c], TOKENS[(c * 6 + r) % N_TOKENS]);
                 problem plain = make_problem(portable, mine.rows, mine.cols, mine.n);
                 size_t blocks = (size_t)mine.n * mine.acts.blocks;
                 CHECK(!memcmp(mine.q, plain.q, blocks * 32) &&
@@ -147,15 +148,16 @@ static void scales_are_f16_of_any_size(const em_kernels *k) {
 static void extremes_do_not_saturate(const em_kernels *k) {
     const uint8_t bytes[] = {0x00, 0x01, 0x80, 0xff};
     for (int32_t dtype = EM_Q8_0; dtype <= EM_Q4_0; dtype++)
-        for (int i = 0; i < 16; i++) {
-            problem p = make_problem(k, 16, 64, 1);
-            for (int c = 0; c < 64; c++) p.q[c] = i % 4 < 2 ? 127 : -127;
-            p.sum[0] = p.sum[1] = 32 * p.q[0];
+        for (int i = 0; i < 32; i++) {
+            problem p = make_problem(k, 16, 64, i < 16 ? 1 : 16);
+            for (int c = 0; c < 64 * p.n; c++) p.q[c] = i % 4 < 2 ? 127 : -127;
+            for (int b = 0; b < 2 * p.n; b++) p.sum[b] = 32 * p.q[0];
             uint8_t *w = random_matrix(dtype, 16, 64, 7);
             size_t scales = (size_t)em_scale_bytes(dtype, 64, 16);
-            memset(w + scales, bytes[i / 4], matrix_bytes(dtype, 16, 64) - scales);
+            memset(w + scales, bytes[i / 4 % 4], matrix_bytes(dtype, 16, 64) - scales);
             float *a = multiply(k, &p, dtype, w), *b = multiply(portable, &p, dtype, w);
-            CHECK(!memcmp(a, b, 64), "%s %s at byte %d", k->name, DTYPES[dtype], bytes[i / 4]);
+            CHECK(!memcmp(a, b, 64 * (size_t)p.n), "%s %s at byte %d, %d tokens", k->name,
+                  DTYPES[dtype], bytes[i / 4 % 4], p.n);
             against_float64(&p, dtype, w, b);
             free(a);
             free(b);
@@ -164,9 +166,11 @@ static void extremes_do_not_saturate(const em_kernels *k) {
         }
 }
 
-/* A token's result does not depend on which tokens are computed beside it, nor on their order. */
+/* A token's result does not depend on which tokens are computed beside it, nor on their order; nor
+ * a group's on which groups are. */
 static void batch_does_not_matter(const em_kernels *k) {
-    const int32_t rows[MAX_TOKENS] = {8, 0, 3, 3, 7, 1, 2, 6, 5};
+    int32_t rows[MAX_TOKENS];
+    for (int t = 0; t < MAX_TOKENS; t++) rows[t] = t % 4 == 3 ? rows[t - 1] : t * 11 % MAX_TOKENS;
     for (int32_t dtype = 0; dtype < 5; dtype++) {
         problem p = make_problem(k, 48, 96, MAX_TOKENS);
         uint8_t *w = random_matrix(dtype, p.rows, p.cols, 9);
@@ -174,7 +178,8 @@ static void batch_does_not_matter(const em_kernels *k) {
         em_acts gathered = p.acts;
         gathered.rows = rows;
         em_out to = {out[0], NULL, 48, 48, 0};
-        k->product[dtype](w, 0, 3, &gathered, MAX_TOKENS, &to);
+        for (int g = 0; g < 3; g += 2)
+            k->product[dtype](w, g, 2 - g / 2, &gathered, MAX_TOKENS, &to);
         for (int t = 0; t < MAX_TOKENS; t++) {
             gathered.rows = rows + t;
             to.out = one;

@@ -105,7 +105,7 @@ static void open_world(world *w, int32_t slots, const em_faults *faults) {
                             .indices = exact(BUNDLES * 4),
                             .held = exact(BUNDLES * 8),
                             .uses = exact(BUNDLES * 4),
-                            .likely = exact(BUNDLES * 4),
+                            .likely = exact(2 * BUNDLES * 4),
                             .likelihood = exact(BUNDLES * 4),
                             .wanted = exact(BUNDLES),
                             .log = &w->log};
@@ -342,7 +342,31 @@ static void reads_ahead_for_the_first_turn_that_lacks_something(void) {
     }
 }
 
+/* With room for two bundles of a size, what the next turn has must not make place for later ones.
+ */
+static void what_is_wanted_sooner_stays(void) {
+    world w;
+    layer layers[TURNS];
+    const uint32_t second[] = {EXPERTS + 1, EXPERTS + 3};
+    uint64_t addresses[2];
+    open_world(&w, 2, NULL);
+    int32_t *certain_first = (int32_t *)w.stream.certain_first;
+    memset(certain_first, 0, (TURNS + 1) * sizeof *certain_first);
+    w.ahead.longest_idle_us = w.ahead.idle_us = w.ahead.bytes_per_us = 1e6;
+    make_layers(&w, layers);
+    layers[0].foreseen[0] = 1, layers[0].foreseen[1] = 3;
+    layers[1].foreseen[0] = 3, layers[1].foreseen[1] = 4;
+    CHECK(em_residency_acquire(w.residency, second, 2, w.stream.ranks, addresses) == EM_OK, "%s",
+          "two of the second turn");
+    em_residency_wait(w.residency, second, 2);
+    em_residency_release(w.residency, second, 2);
+    take(&w, &layers[0], 0, 7);
+    CHECK(asked_for(&w, 1, 1) && asked_for(&w, 1, 3), "%s", "they are gone");
+    end_world(&w);
+}
+
 int main(void) {
+    what_is_wanted_sooner_stays();
     reads_ahead_for_the_first_turn_that_lacks_something();
     any_number_of_slots();
     every_read_fails_once();

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 
 import edgemem
 from edgemem.dtypes import KV_TYPES
@@ -150,6 +151,15 @@ def test_inspect(tiny_moe_store):
     assert facts["streamable_bytes"] == facts["bundles"]["expert"]["payload_bytes"]
     assert facts["spec"]["n_experts"] == 32
     assert sum(facts["dtype_bytes"].values()) <= facts["dense_bytes"] + facts["streamable_bytes"]
+
+
+def test_inspect_says_where_positions_come_from(tmp_path):
+    from edgemem import converters
+
+    for model_type, words in (("opt", "learned positions"), ("falcon", "RoPE")):
+        tiny.write(tmp_path / model_type, model_type, seed=1)
+        converters.convert(tmp_path / model_type, tmp_path / f"{model_type}.edgemem")
+        assert words in run("inspect", tmp_path / f"{model_type}.edgemem")[0]
 
 
 def test_verify(stories_store, tmp_path):

@@ -262,11 +262,25 @@ def test_what_passes_has_finite_frequencies(kind):
         {"bos_id": 40}, {"bos_id": -1}, {"eos_ids": (2, 40)}, {"eos_ids": (-1,)},
         {"norm_eps": 1e300}, {"norm_eps": float("nan")}, {"clip_qkv": 1e39},
         {"head_dim": 2, "rope": RopeSpec("dynamic", factor=2.0)},
+        {"norm": "batch"}, {"positions": "alibi"}, {"shared_norm": True},
     ],
 )  # fmt: skip
 def test_specs_that_would_fail_later_are_refused(change):
     with pytest.raises(CorruptError, match="is out of range"):
         replace(painted.SPEC, **change)
+
+
+def test_a_routed_layer_has_a_norm_of_its_own():
+    with pytest.raises(CorruptError, match="shared_norm = True is out of range"):
+        replace(painted.ROUTED, parallel=True, shared_norm=True)
+
+
+def test_what_came_later_is_written_down_only_where_it_differs():
+    later = {"norm": "layer", "positions": "learned", "gated": False, "parallel": True}
+    assert not later.keys() & painted.SPEC.to_dict().keys()
+    spec = replace(painted.SPEC, **later, shared_norm=True)
+    assert spec.to_dict().items() >= {**later, "shared_norm": True}.items()
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
 # ---- directory ---------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def test_null_key_value_heads(model_type):
         {"ffn_dim": 77, "activation_function": "gelu", "tie_word_embeddings": False},
         {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 3, "bos_token_id": 7},
         {"vocab_size": 500, "eos_token_id": None, "max_position_embeddings": 64},
-        {"head_dim": 10, "num_key_value_heads": 3, "rope_theta": 5.0},  # keys that no OPT has
+        {"head_dim": 10, "num_key_value_heads": 3, "rms_norm_eps": 0.5},  # keys that no OPT has
     ],
 )
 def test_opt_configs_mean_what_they_mean_to_transformers(more):
@@ -233,6 +233,11 @@ def test_an_opt_that_cannot_run_is_refused(more):
     (key,) = more
     with pytest.raises(UnsupportedError, match=f"{key} = .* is not supported; supported is"):
         spec_of({"model_type": "opt", **more})
+
+
+def test_heads_of_an_odd_size_are_refused():
+    with pytest.raises(UnsupportedError, match="3 heads of 3 numbers each are not supported"):
+        spec_of({"model_type": "opt", "num_attention_heads": 3, "hidden_size": 9})
 
 
 @pytest.mark.parametrize("model_type", ["opt", "falcon"])
@@ -284,6 +289,7 @@ def test_falcon_configs_mean_what_they_mean_to_transformers(more):
         ({"new_decoder_architecture": True, "num_ln_in_parallel_attn": 3}, "attn = 3"),
         ({"new_decoder_architecture": True, "num_kv_heads": 3}, "num_kv_heads = 3 does not fit"),
         ({"multi_query": False, "num_kv_heads": 1}, "num_kv_heads = 1 does not fit"),
+        ({"n_embed": 1024}, "n_embed beside another hidden_size"),
     ],
 )
 def test_a_falcon_that_cannot_run_is_refused(more, words):
