@@ -17,7 +17,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from statistics import NormalDist
 
@@ -28,10 +28,10 @@ from edgemem.dtypes import (
     BF16,
     BLOCK,
     F16,
-    F32,
     LANES,
     Q4_0,
     Q8_0,
+    U32,
     DType,
     group_bytes,
     scale_plane_bytes,
@@ -66,7 +66,7 @@ _CACHED_WORDS = 1 << 13
 _NAMES = (
     "rows", "q", "k", "v", "o", "gate", "up", "down", "router", "shared_gate", "q_bias", "k_bias",
     "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias", "attn_norm_bias", "ffn_norm_bias",
-    "norm_bias", "positions",
+    "norm_bias", "positions", "neurons",
 )  # fmt: skip
 """A segment's place here is part of its seed."""
 
@@ -90,8 +90,10 @@ class Tile:
 class Weights:
     """All weights of one synthetic model, by bundle, in one number format."""
 
-    def __init__(self, description: Description, seed: int, dtype: str):
-        self.spec = description.spec
+    def __init__(self, description: Description, seed: int, dtype: str, neurons: bool = False):
+        self.spec = replace(description.spec, neurons=neurons)
+        if neurons and self.spec.gated:
+            raise ValueError("neurons can be drawn for FFNs without a gate only")
         self.dtype = dtype
         self._biases = description.biases
         self._seed = seed
@@ -134,6 +136,8 @@ class Weights:
         common = kind == Kind.EMBED or (kind == Kind.HEAD and self.spec.tied)
         group = group_bytes(segment.dtype, segment.cols, segment.lanes)
         step = max(1, _TILE_BYTES // group) * segment.lanes
+        if segment.dtype == U32:
+            return []  # they are made of what was written before them
         std = self._std(kind, layer, segment)
         return [
             Tile((*key, first), segment, std, common, first, min(step, segment.rows - first))
@@ -143,7 +147,7 @@ class Weights:
     def draw(self, tile: Tile) -> np.ndarray:
         """The bytes of a tile as a store holds them, uint8 [groups, group_bytes]."""
         segment = tile.segment
-        if segment.lanes == 1 and segment.name != "rows":
+        if segment.lanes == 1 and segment.name not in ("rows", "neurons"):
             return self._vector(tile).view(np.uint8)
         bits = np.random.SFC64(np.random.SeedSequence(tile.key))
         groups = -(-tile.rows // segment.lanes)
@@ -162,8 +166,8 @@ class Weights:
             yield kind, NO_LAYER, index, Layout.build([("rows", dtype, lanes, rows, cols)])
 
     def _format(self, part) -> DType:
-        if part.lanes == 1:
-            return F32
+        if part.dtype is not None:
+            return part.dtype
         return BF16 if part.name in KEPT else WEIGHTS[self.dtype]
 
     def _std(self, kind: Kind, layer: int, segment: Segment) -> float:
@@ -174,11 +178,12 @@ class Weights:
             return 1.0 if kind == Kind.EMBED or spec.tied else 1 / sqrt(spec.hidden)
         if name == "o":
             return ADDED * stream / (0.8 * sqrt(segment.cols))  # mixed values: length about 0.8
-        if name == "down":
+        if name in ("down", "neurons"):
             experts = sqrt(spec.top_k) if kind == Kind.EXPERT else 1.0
             shares = 1.0 if spec.normalize_top_k or kind != Kind.EXPERT else 0.4
             length = 0.09 if self._sparse else 0.6 * shares  # of max(0, u − THRESHOLD); silu(g)·u
-            return ADDED * stream * experts / (length * sqrt(segment.cols))
+            width = spec.intermediate if name == "neurons" else segment.cols
+            return ADDED * stream * experts / (length * sqrt(width))
         if name in KEPT:
             return ROUTER_SPREAD / sqrt(segment.cols)
         if name == "positions":

@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 
 from edgemem.dtypes import F16, F32, LANES, Q4_0, Q8_0, DType
-from edgemem.errors import CheckpointError
+from edgemem.errors import CheckpointError, UnsupportedError
 from edgemem.format import (
     NO_LAYER,
     Kind,
@@ -33,7 +33,7 @@ from edgemem.format import (
 from edgemem.spec import ModelSpec
 from edgemem.writer import StoreWriter
 
-from . import blocks, naming, quantize
+from . import blocks, naming, neurons, quantize
 from .checkpoint import Tensor
 from .configuration import Description
 from .families import OWN
@@ -61,6 +61,22 @@ class Piece:
     tensor: Tensor
     source: naming.Source
 
+    def chunks(self) -> Iterator[_Chunk]:
+        """Some rows at a time, in order."""
+        rows, step = self.segment.rows, _chunk_rows(self.tensor, self.segment.lanes)
+        return (_Chunk(self, first, min(step, rows - first)) for first in range(0, rows, step))
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """A segment that is made of what was written before it."""
+
+    segment: Segment
+
+    def chunks(self) -> Iterator[_Chunk]:
+        """None: nothing is read for it."""
+        return iter(())
+
 
 @dataclass(frozen=True)
 class PlannedBundle:
@@ -70,7 +86,7 @@ class PlannedBundle:
     layer: int
     index: int
     layout: Layout
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Piece | neurons.NeuronsPiece | Checksums, ...]
 
 
 @dataclass(frozen=True)
@@ -88,12 +104,18 @@ class Plan:
     @cached_property
     def source_bytes(self) -> int:
         """Bytes of tensors that will be read."""
-        return sum(c.source_bytes for b in self.bundles for p in b.pieces for c in _chunks(p))
+        return sum(c.source_bytes for b in self.bundles for p in b.pieces for c in p.chunks())
 
 
-def plan(description: Description, tensors: dict[str, Tensor], dtype: str) -> Plan:
-    """Raises CheckpointError naming tensors that are missing, left over or of another shape."""
-    return _Planner(description, tensors, dtype).plan()
+def plan(
+    description: Description, tensors: dict[str, Tensor], dtype: str, apart: bool | None = None
+) -> Plan:
+    """`apart`: whether FFNs are taken apart into neurons (None: where that is possible).
+
+    Raises CheckpointError naming tensors that are missing, left over or of another shape, and
+    UnsupportedError for an FFN that cannot be taken apart as asked.
+    """
+    return _Planner(description, tensors, dtype).plan(apart)
 
 
 class _Planner:
@@ -108,8 +130,9 @@ class _Planner:
         self.missing: list[str] = []
         self.layouts: dict[Layout, Layout] = {}
 
-    def plan(self) -> Plan:
+    def plan(self, apart: bool | None) -> Plan:
         embed, head = self._tables()
+        self._take_apart(apart)
         spec = self.spec
         bundles = [] if spec.tied else self._table(Kind.EMBED, embed)
         bundles += [
@@ -140,7 +163,43 @@ class _Planner:
             self.spec = replace(self.spec, tied=False)
         return tuple(tables)
 
+    def _take_apart(self, apart: bool | None) -> None:
+        """Let the spec say whether FFNs are taken apart."""
+        layers = [i for i, routed in enumerate(self.spec.routed) if not routed]
+        if apart is False or (apart is None and self.spec.activation not in ("relu", "relu2")):
+            return
+        sources = [s for i in layers for where in self._neuron_sources(i) for s in where]
+        found = [self.tensors[s.tensor] for s in sources if s.tensor in self.tensors]
+        why = neurons.obstacle(self.spec, found, _WEIGHTS.get(self.dtype))
+        if why is None:
+            self.spec = replace(self.spec, neurons=True)
+        elif apart:
+            raise UnsupportedError(f"converting to neurons: {why}; leave --neurons out")
+
+    def _neuron_sources(self, layer: int) -> list[list[naming.Source]]:
+        """Where a layer's up is, where a gate decides in its place, and down."""
+        parts = neurons.plain_parts(self.spec, layer)
+        wanted = [parts[name] for name in (("up", "down") if self.spec.gated else ("down",))]
+        return [
+            self.names.sources(self.spec, self.prefix, Kind.FFN, layer, 0, part) for part in wanted
+        ]
+
+    def _neurons(self, layer: int) -> PlannedBundle:
+        found, shapes = [self._take(where) for where in self._neuron_sources(layer)], []
+        if None not in found:
+            dtype = neurons.format_of([t[0] for t in found], _WEIGHTS.get(self.dtype))
+            for part in bundle_parts(self.spec, Kind.NEURONS, layer):
+                shapes.append((part.name, part.dtype or dtype, part.lanes, part.rows, part.cols))
+        planned = self._planned(Kind.NEURONS, layer, 0, shapes, [None] * len(shapes))
+        if not shapes:
+            return planned
+        rows, sums = planned.layout.segments
+        up = found[0] if self.spec.gated else None
+        return replace(planned, pieces=(neurons.NeuronsPiece(rows, up, found[-1]), Checksums(sums)))
+
     def _bundle(self, kind: Kind, layer: int, index: int) -> PlannedBundle:
+        if kind == Kind.NEURONS:
+            return self._neurons(layer)
         shapes, found = [], []
         for part in bundle_parts(self.spec, kind, layer):
             if part.optional and part.name not in self.biases:
@@ -174,7 +233,9 @@ class _Planner:
         """Bundles of one class share one Layout object: there may be tens of thousands."""
         layout = Layout.build(shapes) if shapes else Layout(())
         layout = self.layouts.setdefault(layout, layout)
-        pieces = (Piece(s, *taken) for s, taken in zip(layout.segments, found, strict=True))
+        pieces = (
+            Piece(s, *taken) for s, taken in zip(layout.segments, found, strict=True) if taken
+        )
         return PlannedBundle(kind, layer, index, layout, tuple(pieces))
 
     def _of_one_class(self, bundles: list[PlannedBundle]) -> list[PlannedBundle]:
@@ -279,15 +340,21 @@ def write(plan: Plan, writer: StoreWriter, progress: Callable[[int, int], None] 
     `progress(done_bytes, total_bytes)` counts bytes of tensors. Raises CheckpointError for weights
     that cannot be stored, naming their tensor, and what `writer` raises.
     """
-    chunks = (chunk for b in plan.bundles for piece in b.pieces for chunk in _chunks(piece))
+    chunks = (chunk for b in plan.bundles for piece in b.pieces for chunk in piece.chunks())
     done = 0
     with closing(_ahead(chunks)) as packed:
         for bundle in plan.bundles:
             with writer.bundle(bundle.kind, bundle.layer, bundle.index, bundle.layout) as out:
+                sums = []
                 for piece in bundle.pieces:
                     out.begin(piece.segment.name)
-                    for chunk in _chunks(piece):
-                        out.write(next(packed))
+                    if isinstance(piece, Checksums):
+                        out.write(np.concatenate(sums))
+                    for chunk in piece.chunks():
+                        data = next(packed)
+                        out.write(data)
+                        if bundle.kind == Kind.NEURONS:
+                            sums.append(neurons.checksums(data))
                         done += chunk.source_bytes
                         if progress:
                             progress(done, plan.source_bytes)
@@ -313,11 +380,6 @@ class _Chunk:
             return pack(bits, tensor.dtype, segment.dtype, segment.lanes)
         except ValueError as error:
             raise CheckpointError(f"converting tensor {tensor.name}: {error}") from None
-
-
-def _chunks(piece: Piece) -> Iterator[_Chunk]:
-    rows, step = piece.segment.rows, _chunk_rows(piece.tensor, piece.segment.lanes)
-    return (_Chunk(piece, first, min(step, rows - first)) for first in range(0, rows, step))
 
 
 def _ahead(chunks: Iterable[_Chunk]) -> Iterator[np.ndarray]:

@@ -36,6 +36,9 @@ BF16 = DType("bf16", 2, 1, 0, 2)
 Q8_0 = DType("q8_0", 3, BLOCK, 2, 32)
 Q4_0 = DType("q4_0", 4, BLOCK, 2, 16)
 
+U32 = DType("u32", -1, 1, 0, 4)
+"""Not of weights: the checksums of rows."""
+
 BY_NAME = {d.name: d for d in (F32, F16, BF16, Q8_0, Q4_0)}
 BY_CODE = {d.code: d for d in BY_NAME.values()}
 

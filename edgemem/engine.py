@@ -30,6 +30,7 @@ from .kvcache import KvCache, cache_bytes, token_bytes
 from .models.workspace import ScratchLoan, scratch_bytes
 from .recorder import Recorder, header
 from .residency import Residency, Slots
+from .rows import RowCache, overhead_bytes
 from .sequence import TokenSequence, check_room
 from .session import DEFAULT_TOKENS, Session, check_ids, checked
 from .store import Store
@@ -136,7 +137,7 @@ class Engine:
             )
         self.tokenizer = Tokenizer(self.store.tokenizer_json, self.store.tokenizer_config)
         self.bos_id = self.tokenizer.bos_id if spec.bos_id is None else spec.bos_id
-        self.eos_ids = _eos_ids(self.store)
+        self.eos_ids = self.store.eos_ids
         self.trace = Trace()
         # Reentrant: a sequence may be freed by the garbage collector in the middle of anything.
         self._lock = threading.RLock()
@@ -168,6 +169,7 @@ class Engine:
         """
         spare = self.budget.limit - sum(item.bytes for item in base)
         reserve = STREAMING_RESERVE_BYTES
+        rows_bytes = overhead_bytes(self.store)
         small, large = (self._scratch_bytes(n) for n in (CHUNK_TOKENS, LARGE_CHUNK_TOKENS))
         for streams, head, chunk, kept in (
             (False, False, LARGE_CHUNK_TOKENS, 0), (False, False, CHUNK_TOKENS, 0),
@@ -177,7 +179,7 @@ class Engine:
         ):  # fmt: skip
             size = self._scratch_bytes(chunk)
             bundles = inventory.plannable(self.store, head)
-            self._plan = planner.plan(bundles, spare - size - kept)
+            self._plan = planner.plan(bundles, spare - size - kept - streams * rows_bytes)
             if self._plan is not None and streams == (len(self._plan.streamed) > 0):
                 break
         self.chunk_tokens = min(chunk, self.context)
@@ -200,6 +202,8 @@ class Engine:
             count, of = int(self._plan.least.sum()), len(self._plan.streamed)
             label = f"slab (at least {count} slots for {of} bundles)"
             items.append(Item(label, self._plan.least_bytes))
+        if len(self._plan.apart):
+            items.append(Item("reading neurons", overhead_bytes(self.store)))
         return items
 
     def _slab_room(self) -> int:
@@ -249,17 +253,20 @@ class Engine:
         self.isa = self._core.isa
         room = self._slab_room()
         self.slots = self._plan.slots(room)
-        slots = [Slots(layout, count) for layout, count in self.slots.items()]
-        streamed, how, writer = self._plan.streamed, self._streaming, None
+        streamed, apart, how, writer = self._plan.streamed, self._plan.apart, self._streaming, None
+        whole = np.unique(self.store.entries["layout"][streamed]).tolist()
+        slots = [Slots(layout, self.slots[layout]) for layout in whole]
         policy = self._new_policy()
         turns = inventory.turns(self.store)
         if how.trace is not None:
             said = header(self.store, streamed, turns, self.slots, how.policy, how.lookahead)
             writer = TraceWriter(how.trace, said)
-        residency = Residency(self.store, streamed, slots, progress, how.io_engine, how.faults)
+        reading = how.io_engine, how.faults
+        residency = Residency(self.store, streamed, slots, progress, *reading, apart)
+        rows = RowCache(self.store, apart, self.slots, *reading) if len(apart) else None
         self._counted = dict.fromkeys(COUNTERS, 0)
         self._stepping, self._withheld, self._fitted = False, 0, room
-        self._streamer = Streamer(residency, policy, turns, how.lookahead)
+        self._streamer = Streamer(residency, policy, turns, how.lookahead, rows)
         if writer is not None:
             self._streamer.recorder = Recorder(writer, self._statistics)
         self._model = models.build(self.store, self._streamer, self._core, self.chunk_tokens)
@@ -489,11 +496,3 @@ class Engine:
 def _mebibytes(size: int) -> int:
     """For advice: a process does not start with the same bytes each time."""
     return -(-size // MIB) + 1
-
-
-def _eos_ids(store: Store) -> frozenset[int]:
-    """Ids that end a text: those of the generation defaults, or else of the model's config."""
-    named = store.generation.get("eos_token_id")
-    named = named if isinstance(named, list) else [named]
-    ids = frozenset(id for id in named if type(id) is int)
-    return ids or frozenset(store.spec.eos_ids)

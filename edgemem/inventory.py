@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 
-from .dtypes import BY_NAME, LANES, DType, matrix_bytes
+from .dtypes import BY_NAME, LANES, U32, DType, matrix_bytes
 from .format import Kind, Segment
 from .planner import Bundles
 from .store import Store
 
-STREAMABLE = (Kind.EMBED, Kind.FFN, Kind.EXPERT)
+STREAMABLE = (Kind.EMBED, Kind.FFN, Kind.EXPERT, Kind.NEURONS)
 """Kinds that stream where not everything fits: a step needs some of them, or one after another."""
+
+
+NEURON_USE = 0.05
+"""The share of neurons that a token is expected to want."""
 
 
 def parameter_count(store: Store) -> int:
     """Weights of the model, padding left out; tied tables count once."""
-    per_layout = [sum(s.rows * s.cols for s in layout.segments) for layout in store.layouts]
+    per_layout = [
+        sum(s.rows * s.cols for s in layout.segments if s.dtype is not U32)
+        for layout in store.layouts
+    ]
     return int(_layout_uses(store) @ np.array(per_layout, np.int64))
 
 
@@ -39,7 +46,7 @@ def by_kind(store: Store) -> dict[str, dict[str, int]]:
 
 def by_dtype(store: Store) -> dict[str, int]:
     """Bytes of the segments of each number format."""
-    sizes = dict.fromkeys(BY_NAME, 0)
+    sizes = dict.fromkeys((*BY_NAME, U32.name), 0)
     for layout, uses in zip(store.layouts, _layout_uses(store).tolist()):
         for segment in layout.segments:
             sizes[segment.dtype.name] += segment.bytes * uses
@@ -59,7 +66,7 @@ def _layout_uses(store: Store) -> np.ndarray:
 
 def _bytes_as(segment: Segment, dtype: DType) -> int:
     """Segment bytes in the other format; vectors and routers keep theirs."""
-    if segment.rows == 1 or (segment.lanes != LANES and segment.name != "rows"):
+    if segment.rows == 1 or (segment.lanes != LANES and segment.name not in ("rows", "neurons")):
         return segment.bytes
     if segment.name in ("router", "shared_gate"):
         return segment.bytes
@@ -75,12 +82,15 @@ def plannable(store: Store, head: bool = False) -> Bundles:
     use = np.ones(len(kinds))
     use[experts] = spec.top_k / max(spec.n_experts, 1)
     use[embeds] = 1 / max(int(embeds.sum()), 1)
+    neurons = kinds == Kind.NEURONS
+    use[neurons] = NEURON_USE
     return Bundles(
         layouts=store.entries["layout"].astype(np.int64),
         sizes=store.entries["page_count"].astype(np.int64) * store.page_size,
         may_stream=np.isin(kinds, (*STREAMABLE, Kind.HEAD) if head else STREAMABLE),
         at_once=np.where(experts, max(spec.top_k, 1), 1),
         use=use,
+        rows=np.where(neurons, spec.intermediate, 1),
     )
 
 

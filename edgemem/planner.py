@@ -8,6 +8,8 @@ import numpy as np
 
 MIN_SLOTS = 2
 """One bundle being computed while the next one lands."""
+MIN_ROWS = 64
+"""Rows of a bundle that comes apart: reading so many at once keeps a device busy."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,8 @@ class Bundles:
     """What the planner knows of a store's bundles, each array by bundle.
 
     Their layout class, bytes in memory, whether they may stream, how many of their kind one token
-    wants of a layer, and the share of tokens that want each.
+    wants of a layer, and the share of tokens that want each. What streams comes apart into so many
+    `rows`, each then a part of its own; 1 for what is read whole.
     """
 
     layouts: np.ndarray
@@ -23,19 +26,22 @@ class Bundles:
     may_stream: np.ndarray
     at_once: np.ndarray
     use: np.ndarray
+    rows: np.ndarray
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`streamed` are bundle ids (uint32, ascending); all others, of `resident_bytes`, stay.
+    """`streamed` are bundle ids (uint32, ascending), `apart` those of which rows come and go; all
+    others, of `resident_bytes`, stay.
 
     Nothing streams where everything fits: then `streamed` is empty. `classes` are the layout
     classes of what streams; of each (arrays [n_classes]) `each` is a bundle's bytes, `counts` the
     bundles that there are, `least` the slots that a step cannot do without, and `demand` how many
-    bundles a token wants.
+    bundles a token wants. Of a class that comes apart these are a row of each of its bundles.
     """
 
     streamed: np.ndarray
+    apart: np.ndarray
     resident_bytes: int
     classes: np.ndarray
     each: np.ndarray
@@ -73,8 +79,8 @@ def plan(bundles: Bundles, room: int) -> Plan | None:
     None if even one step's bundles do not fit.
     """
     if int(bundles.sizes.sum()) <= room:
-        none = np.empty(0, np.int64)
-        return Plan(none.astype(np.uint32), int(bundles.sizes.sum()), none, none, none, none, none)
+        none, ids = np.empty(0, np.int64), np.empty(0, np.uint32)
+        return Plan(ids, ids, int(bundles.sizes.sum()), none, none, none, none, none)
     found = _least(bundles)
     if not len(found.classes) or found.resident_bytes + found.least_bytes > room:
         return None
@@ -108,9 +114,17 @@ def _least(bundles: Bundles) -> Plan:
     demand = np.empty(len(classes))
     for i, layout in enumerate(classes):
         mine = may_stream & (bundles.layouts == layout)
+        rows = int(bundles.rows[mine][0])
+        if rows > 1:
+            each[i], counts[i] = -(-int(sizes[mine].sum()) // rows), rows
+            least[i], demand[i] = min(MIN_ROWS, rows), bundles.use[mine].max() * rows
+            continue
         each[i], counts[i] = int(sizes[mine][0]), int(mine.sum())
         least[i] = min(max(MIN_SLOTS, int(bundles.at_once[mine].max())), int(counts[i]))
         demand[i] = bundles.use[mine].sum()
-    streamed = np.flatnonzero(may_stream).astype(np.uint32)
+    whole, apart = (
+        np.flatnonzero(may_stream & is_so).astype(np.uint32)
+        for is_so in (bundles.rows == 1, bundles.rows > 1)
+    )
     resident_bytes = int(sizes[~may_stream].sum())
-    return Plan(streamed, resident_bytes, classes, each, counts, least, demand)
+    return Plan(whole, apart, resident_bytes, classes, each, counts, least, demand)

@@ -8,7 +8,6 @@ is its face, and the place where its failures become exceptions.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import weakref
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import numpy as np
 
 from ._native import Slab, check, ffi, lib, pointer
 from .errors import CorruptError, EdgeMemError, FlashError
-from .store import Store
+from .store import Store, open_direct
 
 DEPTHS = (4, 8)
 """Reads in flight that are tried while resident bundles are read; the knee serves from then on."""
@@ -42,7 +41,8 @@ class Slots:
 
 
 class Residency:
-    """All bundles of a store. `streamed` (uint32, ascending) are those that live in `slots`.
+    """All bundles of a store but those that come `apart` (rows.py). `streamed` (uint32, ascending)
+    are those that live in `slots`.
 
     `addresses` is uint64 [n_bundles], 0 for the streamed; `index_of` int64 [n_bundles] numbers the
     streamed from 0 and is -1 for the others; `sizes` int64 [n_bundles] are bytes in memory. The
@@ -56,6 +56,7 @@ class Residency:
     def __init__(
         self, store: Store, streamed: np.ndarray, slots: list[Slots],
         progress: Callable[[int, int], None] | None = None, engine: str | None = None, faults=None,
+        apart: np.ndarray | None = None,
     ):  # fmt: skip
         self._store, self._engine, self._faults = store, engine, faults
         self.sizes = store.entries["page_count"].astype(np.int64) * store.page_size
@@ -67,12 +68,13 @@ class Residency:
         self.slots = {entry.layout: entry.count for entry in slots}
         self.room = self._room()
         self.depth, self.read_rate = DEPTH, 0.0
-        resident = np.flatnonzero(self.index_of < 0)
+        elsewhere = [] if apart is None else apart
+        resident = np.setdiff1d(np.flatnonzero(self.index_of < 0), elsewhere)
         slot_sizes = [self._class_bytes(s.layout) for s in slots]
         total = int(self.sizes[resident].sum())
         total += sum(s.count * size for s, size in zip(slots, slot_sizes, strict=True))
         self._slab = Slab(total)
-        self._fd, self.direct = _open_direct(store.path)
+        self._fd, self.direct = open_direct(store.path)
         self.native = ffi.NULL
         # Reads in flight land in the slab: it must outlive the thread that waits for them.
         self._finalizer = weakref.finalize(self, _close, self._slab, self._fd, None)
@@ -327,24 +329,3 @@ def _first_bytes(layout) -> int:
     start = layout["down"].offset
     before = [layout[name] for name in ("gate", "up", "gate_bias", "up_bias") if name in layout]
     return start if all(segment.offset < start for segment in before) else 0
-
-
-def _open_direct(path) -> tuple[int, bool]:
-    """A descriptor that bypasses the page cache where a read proves that it works, and whether."""
-    flag = getattr(os, "O_DIRECT", 0)
-    if flag:
-        try:
-            fd = os.open(path, os.O_RDONLY | flag | os.O_CLOEXEC)
-        except OSError:
-            fd = -1
-        if fd >= 0:
-            try:
-                if os.preadv(fd, [mmap.mmap(-1, 4096)], 0) == 4096:
-                    return fd, True
-            except OSError:
-                pass
-            os.close(fd)
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC), False
-    except OSError as error:
-        raise FlashError(f"opening {path}: {error.strerror}; check the device") from error

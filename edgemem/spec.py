@@ -60,7 +60,8 @@ class ModelSpec:
     a table is added to each embedding; then there are no others than `max_positions`. Where FFNs
     are not `gated`, up alone goes through the activation. Layers are `parallel` where attention and
     FFN read the same residual stream; with a `shared_norm` also the same norm of it
-    (no routed layer does).
+    (no routed layer does). With `neurons` the store has FFNs taken apart: the matrix that decides
+    which neurons are active, and the others' rows and columns by neuron; ReLU alone decides so.
     """
 
     model_type: str
@@ -92,6 +93,7 @@ class ModelSpec:
     gated: bool = True
     parallel: bool = False
     shared_norm: bool = False
+    neurons: bool = False
 
     def __post_init__(self):
         for name in _POSITIVE:
@@ -106,6 +108,8 @@ class ModelSpec:
         _check(self.positions in POSITIONS, "positions", self.positions)
         shares = self.parallel and not any(self.routed)
         _check(shares or not self.shared_norm, "shared_norm", self.shared_norm)
+        relu = self.activation in ("relu", "relu2") and not all(self.routed)
+        _check(relu or not self.neurons, "neurons", self.neurons)
         _check(0 <= self.norm_eps <= 1, "norm_eps", self.norm_eps)
         _check(0 <= self.clip_qkv <= 1e30, "clip_qkv", self.clip_qkv)
         _check(self.head_dim > 2 or self.rope.type != "dynamic", "head_dim", self.head_dim)
@@ -137,7 +141,7 @@ class ModelSpec:
         return cls(**values)
 
 
-_LATER = ("norm", "positions", "gated", "parallel", "shared_norm")
+_LATER = ("norm", "positions", "gated", "parallel", "shared_norm", "neurons")
 _POSITIVE = (
     "n_layers", "hidden", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_positions",
 )  # fmt: skip

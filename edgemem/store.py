@@ -6,6 +6,7 @@ exactly the bundles, segments and shapes of the model. Payloads are checked as t
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Callable
@@ -103,6 +104,14 @@ class Store:
     def layout_of(self, bundle_id: int) -> Layout:
         return self.layouts[self.entries["layout"][bundle_id]]
 
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end a text: those of the generation defaults, or else of the model's config."""
+        named = self.generation.get("eos_token_id")
+        named = named if isinstance(named, list) else [named]
+        ids = frozenset(id for id in named if type(id) is int)
+        return ids or frozenset(self.spec.eos_ids)
+
     def read(self, bundle_id: int, out, check: bool = True) -> int:
         """Read one bundle into `out`, a writable contiguous buffer; return the bytes read.
 
@@ -119,6 +128,14 @@ class Store:
         if check and crc32c(view[:payload]) != entry["crc32c"]:
             raise CorruptError(self._fault(bundle_id))
         return len(view)
+
+    def read_segment(self, bundle_id: int, segment: fmt.Segment) -> bytes:
+        """The bytes of one segment, which no checksum is compared with. Raises CorruptError where
+        the file ends early, FlashError where the device fails."""
+        data = bytearray(segment.bytes)
+        start = int(self.entries[bundle_id]["page_first"]) * self.page_size + segment.offset
+        self._read_into(start, memoryview(data), self.describe(bundle_id))
+        return bytes(data)
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
         """Read every byte: payloads against their checksums, and padding, which must be zero.
@@ -195,6 +212,27 @@ class Store:
 
     def _fault(self, bundle_id: int) -> str:
         return f"{self.describe(bundle_id)} of {self.path} does not match its checksum; {_AGAIN}"
+
+
+def open_direct(path) -> tuple[int, bool]:
+    """A descriptor that bypasses the page cache where a read proves that it works, and whether."""
+    flag = getattr(os, "O_DIRECT", 0)
+    if flag:
+        try:
+            fd = os.open(path, os.O_RDONLY | flag | os.O_CLOEXEC)
+        except OSError:
+            fd = -1
+        if fd >= 0:
+            try:
+                if os.preadv(fd, [mmap.mmap(-1, 4096)], 0) == 4096:
+                    return fd, True
+            except OSError:
+                pass
+            os.close(fd)
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC), False
+    except OSError as error:
+        raise FlashError(f"opening {path}: {error.strerror}; check the device") from error
 
 
 def _runs(entries: np.ndarray) -> dict[tuple[int, int], tuple[int, int]]:

@@ -12,6 +12,7 @@ where Python has a say: a policy that is written in it, and the recorder of a tr
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,7 @@ from .residency import Residency
 
 if TYPE_CHECKING:
     from .recorder import Recorder
+    from .rows import RowCache
 
 AHEAD = 2
 """Turns that are read ahead where their demand is certain: one being read, one waiting."""
@@ -35,16 +37,17 @@ class Streamer:
     """Feeds a model from a residency; `policy` ranks what streams (None: nothing does).
 
     `turns` int64 [n_bundles] tell when in a step each bundle has its turn; policies number them as
-    layers. With `lookahead` what a model foresees is read ahead. `recorder`, where there is one, is
+    layers. With `lookahead` what a model foresees is read ahead. `rows` holds those of bundles that
+    come apart. `recorder`, where there is one, is
     told of every streamed turn, every step and every change of slots. `stream` is the em_stream
     that native operations take.
     """
 
     def __init__(
         self, residency: Residency, policy: Policy | None = None, turns: np.ndarray | None = None,
-        lookahead: bool = True,
+        lookahead: bool = True, rows: RowCache | None = None,
     ):  # fmt: skip
-        self._residency = residency
+        self._residency, self._rows = residency, rows
         self._recorder: Recorder | None = None
         self._raised: BaseException | None = None
         self._me = ffi.new_handle(weakref.ref(self))
@@ -74,6 +77,14 @@ class Streamer:
         """The address of a bundle that stays where it is until the streamer is closed."""
         return int(self._residency.addresses[bundle])
 
+    def find_neurons(self, bundle: int, offset: int, found) -> None:
+        """Say in `found` (em_neuron_rows) where the rows of a bundle are, which start at `offset`
+        of it."""
+        if self._rows is None:
+            found.resident = ffi.cast("void *", self.resident(bundle) + offset)
+        else:
+            found.rows, found.set = self._rows.native, self._rows.set_of(bundle)
+
     def use_resident(self, bundles: np.ndarray, unread_bytes: int = 0) -> None:
         """This step computes with these resident bundles, outside any turn, but for some bytes."""
         self._resident_demand += int(self._residency.sizes[bundles].sum()) - unread_bytes
@@ -81,7 +92,8 @@ class Streamer:
     def check(self, status: int, doing: str) -> None:
         """Raise what a native operation's status means, if anything; `doing` says what it did."""
         if status == lib.EM_FLASH:
-            raise self._residency.error()
+            of_row = None if self._rows is None else self._rows.error()
+            raise of_row or self._residency.error()
         if status == lib.EM_RAISED:
             try:
                 raise self._raised or EdgeMemError(f"{doing}: what it called failed; see above")
@@ -112,6 +124,8 @@ class Streamer:
     def resize(self, slots: dict[int, int]) -> None:
         """Change the slots of each layout class. Not while a step runs."""
         self._residency.resize(slots, self._policy.ranks(0))
+        if self._rows is not None:
+            self._rows.resize(slots)
         self._fit()
         if self._log is not None:
             self._log.resized.append((self._log.n_turns, self.slots))
@@ -143,6 +157,8 @@ class Streamer:
     def clear(self, policy: Policy | None) -> None:
         """Empty the slots and start anew with another policy. A trace cannot say so: it ends."""
         self._residency.clear()
+        if self._rows is not None:
+            self._rows.clear()
         self.stream.n_foreseen = 0
         if policy is not None:
             self._rank_by(policy)
@@ -169,13 +185,18 @@ class Streamer:
         return demand
 
     def statistics(self) -> dict[str, int]:
-        """The residency's counters."""
-        return self._residency.statistics()
+        """The counters of bundles and rows that stream."""
+        counted = Counter(self._residency.statistics())
+        if self._rows is not None:
+            counted.update(self._rows.statistics())
+        return dict(counted)
 
     def close(self) -> None:
         """Wait for reads in flight and let go of the store's file."""
         self.stream.residency, self.stream.n_foreseen = ffi.NULL, 0
         self._residency.close()
+        if self._rows is not None:
+            self._rows.close()
         self.end_recording()
 
     def _set(self, name: str, value, owner: object) -> None:

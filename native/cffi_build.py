@@ -1,6 +1,7 @@
-"""Write the C source of the Python module `edgemem._core` from the marked region of edgemem.h.
+"""Write the C source of the Python module `edgemem._core` from the marked regions of the core's
+headers, each after those that it includes.
 
-Usage: cffi_build.py HEADER OUTPUT.c
+Usage: cffi_build.py HEADER... OUTPUT.c
 """
 
 import re
@@ -19,11 +20,13 @@ extern "Python" int32_t edgemem_record(void *, int32_t, uint32_t const *, int32_
 """What the core calls in Python, each an em_observer; edgemem/streamer.py says what they do."""
 
 
-def main(header: str, output: str) -> None:
-    with open(header, encoding="utf-8") as file:
-        declared = re.search(r"/\* cdef:.*?\*/(.*)/\* end cdef \*/", file.read(), re.S).group(1)
+def main(*paths: str) -> None:
+    *headers, output = paths
     builder = cffi.FFI()
-    builder.cdef(declared)
+    for header in headers:
+        with open(header, encoding="utf-8") as file:
+            marked = re.search(r"/\* cdef:.*?\*/(.*)/\* end cdef \*/", file.read(), re.S)
+        builder.cdef(marked.group(1))
     builder.cdef(CALLED_BACK)
     builder.set_source("edgemem._core", '#include "edgemem.h"')
     builder.emit_c_code(output)

@@ -33,4 +33,9 @@ uint64_t em_acts_bytes(int64_t n, int32_t cols);
 bool em_acts_take(em_arena *arena, em_acts *acts, int64_t n);
 void em_acts_quantize(em_core *core, const em_acts *acts, const int32_t *rows, int64_t n);
 
+/* Bytes of a neuron's row. */
+EM_INLINE int64_t em_neuron_bytes(const em_neurons *n) {
+    return em_group_bytes(n->dtype, (n->gated ? 2 : 1) * n->hidden, 1);
+}
+
 #endif

@@ -12,6 +12,8 @@
 #ifndef EDGEMEM_H
 #define EDGEMEM_H
 
+#include "flash.h"
+
 #include <stddef.h>
 #include <stdint.h>
 
@@ -165,115 +167,36 @@ int32_t em_softmax(em_core *core, float *x, int32_t n_rows, int32_t n_cols);
 int32_t em_quantize(em_core *core, const float *x, int32_t n_rows, int32_t n_cols, int8_t *q,
                     float *scale, int32_t *sum);
 
-/* ---- residency: which bundles are in memory, and where --------------------------------------- */
-
-/* What the fault engine does to reads [first, first + count), counted from 0 as they start. */
-enum {
-    EM_FAULT_NONE = 0,
-    EM_FAULT_ERROR = 1, /* the device says EIO */
-    EM_FAULT_SHORT = 2, /* about half of the bytes arrive */
-    EM_FAULT_LATE = 3,  /* late_us after they should */
-    EM_FAULT_FLIP = 4,  /* with one bit flipped, chosen by the seed */
-};
-
-typedef struct {
-    int32_t kind;
-    int64_t first, count;
-    int64_t late_us;
-    int64_t bytes_per_s; /* a slow device, whatever the kind; 0 for as fast as it is */
-    uint64_t seed;
-} em_faults;
-
-typedef struct {
-    uint64_t offset;        /* in the file, at a page */
-    uint64_t bytes;         /* whole pages */
-    uint64_t payload_bytes; /* what crc32c covers */
-    uint64_t first_bytes;   /* of the part that is wanted first; 0 where there is none */
-    uint32_t crc32c;
-    int32_t slot_class;
-} em_bundle;
-
-/* Slots of one size: at most n_slots of slot_bytes each, back to back from `start`, page-aligned.
- */
-typedef struct {
-    void *start;
-    uint64_t slot_bytes;
-    int32_t n_slots;
-} em_slot_class;
-
-typedef struct {
-    int64_t hits, misses;               /* of bundles acquired; a bundle still loading is a miss */
-    int64_t read_bytes, reads;          /* arrived from the device */
-    int64_t demand_bytes;               /* read because they were acquired */
-    int64_t prefetch_bytes;             /* read because they were prefetched */
-    int64_t useful_bytes, wasted_bytes; /* of those: acquired later, or evicted before */
-    int64_t dropped_bytes;              /* prefetches cancelled before they started */
-    int64_t stall_us;                   /* em_residency_wait waited */
-    int64_t busy_us;                    /* at least one read was in flight */
-    int64_t idle_us;                    /* no acquired bundle was being read */
-} em_residency_stats;
-
-/* Why the last read failed of what was acquired: which bundle, and the errno (0 for a wrong
- * checksum). */
-typedef struct {
-    uint32_t bundle;
-    int32_t error;
-} em_read_failure;
-
-typedef struct em_residency em_residency;
-
-/* A file descriptor (kept by the caller), a slab (likewise), and how to read: engine "io_uring",
- * "threads" or NULL for the best that opens; `depth` reads in flight of at most `piece_bytes` each.
- */
-int32_t em_residency_open(int32_t fd, const em_bundle *bundles, int32_t n_bundles,
-                          const em_slot_class *classes, int32_t n_classes, const char *engine,
-                          int32_t depth, uint64_t piece_bytes, const em_faults *faults,
-                          em_residency **residency);
-/* Waits for reads in flight. */
-void em_residency_close(em_residency *residency);
-const char *em_residency_engine(const em_residency *residency);
-
-/* Pins bundles and gives their addresses; starts reading those that are absent, in this order, and
- * does not wait for them. Where a class has no free slot, the unpinned bundle with the lowest
- * ranks[bundle] leaves (of equals the first). EM_NO_MEMORY if more are pinned than there are slots:
- * then nothing is pinned. */
-int32_t em_residency_acquire(em_residency *residency, const uint32_t *ids, int32_t n,
-                             const float *ranks, uint64_t *addresses);
-/* Undoes one acquire of the same bundles. */
-void em_residency_release(em_residency *residency, const uint32_t *ids, int32_t n);
-/* Undoes every acquire: for a caller that was interrupted and does not know what it held. */
-void em_residency_release_all(em_residency *residency);
-/* Starts reading the absent of these bundles behind all demand, in this order, up to most_bytes;
- * where no slot is free, the unpinned bundle with the lowest rank leaves that is none of them.
- * Returns how many were started or queued. */
-int32_t em_residency_prefetch(em_residency *residency, const uint32_t *ids, int32_t n,
-                              const float *ranks, uint64_t most_bytes);
-/* Forgets prefetches that have not started yet. Bundles that were prefetched stay until they are
- * acquired; `ids` names those that nobody waits for any more. */
-void em_residency_cancel(em_residency *residency, const uint32_t *ids, int32_t n);
-/* Evicts all that is not pinned, after waiting for what is on its way. */
-void em_residency_clear(em_residency *residency);
-/* Opens or closes slots of a class, from its last one on. What closing slots hold moves into the
- * others as far as its rank is higher than what is there; their memory goes back to the system.
- * EM_NO_MEMORY if one of them is pinned: then nothing changes. */
-int32_t em_residency_resize(em_residency *residency, int32_t slot_class, int32_t n_slots,
-                            const float *ranks);
-/* Reads in flight from now on, at most as many as at open. */
-void em_residency_set_depth(em_residency *residency, int32_t depth);
-/* Waits until acquired bundles are there. EM_FLASH if one is not to be had: see failure. */
-int32_t em_residency_wait(em_residency *residency, const uint32_t *ids, int32_t n);
-/* What a ready flag says; a first part is there before its checksum is known. */
-enum { EM_READY_FAILED = -1, EM_READY_NOT = 0, EM_READY_FIRST = 1, EM_READY_WHOLE = 2 };
-/* int32 for each bundle: what of it is in place. */
-const int32_t *em_residency_ready(const em_residency *residency);
-em_read_failure em_residency_failure(em_residency *residency);
-em_residency_stats em_residency_statistics(em_residency *residency);
 /* Adds up 8-byte words: the plain read that kernels are measured against. */
 uint64_t em_read_bytes(em_core *core, const void *data, uint64_t bytes);
 /* `items` runs, shared by the threads, of the multiply-adds that products of this dtype are made
  * of, without memory: the pace that bounds products of many tokens. Returns how many they were, or
  * -1 for arguments out of range. */
 int64_t em_peak(em_core *core, int32_t dtype, int32_t items);
+
+/* An FFN whose neurons lie apart. One matrix decides which of them are active: that of the gate, or
+ * without a gate that of up; of the active ones alone a row is used, which holds, where there is a
+ * gate, the row of up, and the column of down. Offsets are in the bundle of what is not neurons;
+ * -1 means absent. */
+typedef struct {
+    int64_t deciding, deciding_bias, up_bias, down_bias;
+    int32_t deciding_dtype, dtype;                   /* of rows */
+    int32_t gated, hidden, intermediate, activation; /* EM_RELU or EM_RELU2 */
+} em_neurons;
+
+/* Rows in memory, where `rows` is NULL, or those of a set. */
+typedef struct {
+    const void *resident;
+    em_rows *rows;
+    int32_t set;
+} em_neuron_rows;
+
+uint64_t em_neurons_scratch(int32_t n_tokens, int32_t hidden, int32_t intermediate);
+/* out[t] += ffn(x[t]), as em_ffn_run computes it with all neurons where rows are floats; `*used`:
+ * rows that some token took. EM_FLASH where rows could not be read; then `out` is not touched. */
+int32_t em_neurons_run(em_core *core, const em_neurons *neurons, const void *bundle,
+                       const em_neuron_rows *rows, const float *x, int32_t n_tokens, float *out,
+                       int64_t *used);
 
 /* ---- policy: when bundles are expected to be used next -------------------------------------- */
 
@@ -376,6 +299,7 @@ enum {
     EM_OP_FFN = 6, /* these take bundles of a stream */
     EM_OP_GATHER = 7,
     EM_OP_TABLE = 8,
+    EM_OP_NEURONS = 9,
 };
 
 typedef struct {
@@ -454,6 +378,16 @@ typedef struct {
     float *out;
 } em_table_op;
 
+/* em_neurons_run with the first of `bundles`. */
+typedef struct {
+    em_stream *stream;
+    const em_neurons *neurons;
+    const uint32_t *bundles;
+    em_neuron_rows rows;
+    const float *x;
+    float *out;
+} em_neurons_op;
+
 typedef struct em_op {
     int32_t kind;
     int64_t spent_ns; /* so far, without waiting for bundles and what em_core_times has */
@@ -465,6 +399,7 @@ typedef struct em_op {
     em_ffn_op ffn;
     em_gather_op gather;
     em_table_op table;
+    em_neurons_op neurons;
 } em_op;
 
 /* Runs operations one after another on n tokens at `position`; `attention` is the layer's, or NULL

@@ -46,6 +46,11 @@ struct em_io_engine {
     void (*close)(em_io *io); /* after the last read has been reaped */
 };
 
+/* Opens the engine of that name, or the best one that opens for NULL; with `faults` wrapped in the
+ * fault engine. */
+int32_t em_io_open(int fd, const char *name, int32_t depth, const em_faults *faults,
+                   const em_io_engine **engine, em_io **io);
+
 extern const em_io_engine em_io_threads;
 #if defined(__linux__)
 extern const em_io_engine em_io_uring;

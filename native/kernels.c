@@ -46,6 +46,8 @@ EM_INLINE void store_part(float *p, int64_t n, vf a) {
 
 #include "products.h"
 
+#include "gathered.h"
+
 /* ---- activations as blocks ------------------------------------------------------------------ */
 
 /* x >= 0 to the 11 significant bits of an f16, to nearest even, but with the exponents of a float:
@@ -326,6 +328,8 @@ static int64_t peak(int32_t dtype, float *sum) {
 const em_kernels JOIN(em_kernels_, EM_ISA) = {
     .name = TEXT(EM_ISA),
     .product = {product_f32, product_f16, product_bf16, product_q8, product_q4},
+    .dot_rows = dot_rows,
+    .add_rows = add_rows,
     .quantize = quantize,
     .rms_norm = rms_norm,
     .layer_norm = layer_norm,

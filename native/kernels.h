@@ -30,6 +30,13 @@ typedef struct {
 /* Bytes of a block of EM_Q8_0 in the KV cache: an f16 scale and 32 quants. */
 #define EM_KV_BLOCK_BYTES 34
 
+/* Up to any number of rows of a store matrix of lanes 1, wherever they are. */
+typedef struct {
+    const uint8_t *const *rows;
+    int32_t n, dtype;
+    int64_t plane; /* bytes of a row's plane of scales */
+} em_gathered;
+
 #define EM_QUERIES 32
 #define EM_SPAN_ROWS 64
 
@@ -51,6 +58,14 @@ typedef void em_product(const uint8_t *weights, int32_t first_group, int32_t n_g
 typedef struct {
     const char *name;
     em_product *product[5]; /* by dtype code */
+    /* out[i] = sum over c < acts->cols of rows[i][c] * x[token][c]: up to EM_LANES rows, from their
+     * first column on; out has EM_LANES. As a product of a matrix does it. */
+    void (*dot_rows)(const em_gathered *rows, const em_acts *acts, int64_t token, float *out);
+    /* out[t * stride + c] += sum over i of weights[t * weights_stride + i] * rows[i][first + c],
+     * for c < cols; in the order of i, where weights are not zero. Of block formats `first` and
+     * `cols` are whole blocks. */
+    void (*add_rows)(const em_gathered *rows, int64_t first, int32_t cols, const float *weights,
+                     int64_t weights_stride, int32_t n_tokens, float *out, int64_t stride);
     /* One row of `cols` floats into int8 blocks of 32: q = round(x * 127 / amax), and for scale
      * amax / 127 rounded to 11 significant bits. */
     void (*quantize)(const float *x, int32_t cols, int8_t *q, float *scale, int32_t *sum);

@@ -333,6 +333,7 @@ static int32_t run_op(em_core *core, const em_op *op, const em_attention *attent
     case EM_OP_FFN: return em_stream_ffn(core, &op->ffn, n);
     case EM_OP_GATHER: return em_stream_gather(core, &op->gather, n);
     case EM_OP_TABLE: return em_stream_table(core, &op->table, n);
+    case EM_OP_NEURONS: return em_stream_neurons(core, &op->neurons, n);
     default: return EM_INVALID;
     }
 }

@@ -91,30 +91,6 @@ static bool allocate(em_residency *r, const em_bundle *bundles, const em_slot_cl
     return queue_open(&r->demand, pieces + 1) && queue_open(&r->ahead, pieces + 1);
 }
 
-static int32_t open_engine(em_residency *r, int fd, const char *name, const em_faults *faults) {
-    const em_io_engine *all[] = {
-#if defined(__linux__)
-        &em_io_uring,
-#endif
-        &em_io_threads,
-    };
-    em_io_setup setup = {.fd = fd, .depth = r->depth};
-    int32_t status = EM_UNSUPPORTED;
-    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
-        if (name && strcmp(name, all[i]->name) != 0) continue;
-        r->engine = all[i];
-        if (faults) {
-            setup.inner = all[i];
-            setup.faults = *faults;
-            r->engine = &em_io_fault;
-        }
-        status = r->engine->open(&setup, &r->io);
-        if (status == EM_OK) return EM_OK;
-        r->io = NULL;
-    }
-    return status;
-}
-
 int32_t em_residency_open(int32_t fd, const em_bundle *bundles, int32_t n_bundles,
                           const em_slot_class *classes, int32_t n_classes, const char *engine,
                           int32_t depth, uint64_t piece_bytes, const em_faults *faults,
@@ -135,7 +111,7 @@ int32_t em_residency_open(int32_t fd, const em_bundle *bundles, int32_t n_bundle
     pthread_mutex_init(&r->mutex, NULL);
     pthread_cond_init(&r->changed, NULL);
     int32_t status = allocate(r, bundles, classes) ? EM_OK : EM_NO_MEMORY;
-    if (status == EM_OK) status = open_engine(r, fd, engine, faults);
+    if (status == EM_OK) status = em_io_open(fd, engine, depth, faults, &r->engine, &r->io);
     if (status == EM_OK) {
         r->reaping = pthread_create(&r->reaper, NULL, em_residency_reap, r) == 0;
         if (!r->reaping) status = EM_NO_THREADS;

@@ -92,6 +92,13 @@ EM_INLINE vi vi_from_vf(vf a) {
     EACH r.v[i] = vcvtnq_s32_f32(a.v[i]);
     return r;
 }
+EM_INLINE vi vi_load_u8(const uint8_t *p) {
+    uint8x16_t bytes = vld1q_u8(p);
+    int16x8_t low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(bytes)));
+    int16x8_t high = vreinterpretq_s16_u16(vmovl_high_u8(bytes));
+    return (vi){{vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)),
+                 vmovl_high_s16(high)}};
+}
 EM_INLINE vi vi_load_i8(const int8_t *p) {
     int8x16_t bytes = vld1q_s8(p);
     int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);

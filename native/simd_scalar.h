@@ -91,6 +91,11 @@ EM_INLINE vi vi_from_vf(vf a) {
     EACH r.v[i] = (int32_t)a.v[i];
     return r;
 }
+EM_INLINE vi vi_load_u8(const uint8_t *p) {
+    vi r;
+    EACH r.v[i] = p[i];
+    return r;
+}
 EM_INLINE vi vi_load_i8(const int8_t *p) {
     vi r;
     EACH r.v[i] = p[i];

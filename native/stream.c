@@ -314,3 +314,21 @@ int32_t em_stream_table(em_core *core, const em_table_op *t, int32_t tokens) {
                     .op = t};
     return run_turn(core, t->stream, &turn);
 }
+
+static int32_t compute_neurons(em_core *core, const void *op, const held_round *r, int32_t tokens) {
+    const em_neurons_op *o = op;
+    int32_t status = wait_for(core, o->stream, r);
+    if (status != EM_OK) return status;
+    const em_neurons *f = o->neurons;
+    int64_t used = 0;
+    status = em_neurons_run(core, f, (const void *)(uintptr_t)r->addresses[0], &o->rows, o->x,
+                            tokens, o->out, &used);
+    o->stream->demand_bytes += used * em_neuron_bytes(f);
+    return status;
+}
+
+int32_t em_stream_neurons(em_core *core, const em_neurons_op *o, int32_t tokens) {
+    em_turn turn = {
+        .bundles = o->bundles, .n = 1, .tokens = tokens, .compute = compute_neurons, .op = o};
+    return run_turn(core, o->stream, &turn);
+}

@@ -39,7 +39,7 @@ def bundles(spec: ModelSpec = SPEC, dtype=dtypes.Q8_0) -> list[tuple[Kind, int, 
     found = [] if spec.tied else _table(spec, Kind.EMBED, 1, dtype)
     for kind, layer, index in fmt.bundle_order(spec, range(spec.n_layers + 1)):
         shapes = [
-            (p.name, dtypes.F32 if p.lanes == 1 else dtype, p.lanes, p.rows, p.cols)
+            (p.name, p.dtype or dtype, p.lanes, p.rows, p.cols)
             for p in fmt.bundle_parts(spec, kind, layer)
             if not p.optional
         ]

@@ -33,9 +33,14 @@ stays within a small multiple of the largest tensor.
     "--page-size", type=int, default=4096, show_default=True, metavar="N",
     help="Bytes that bundles are aligned to: a power of two from 4096.",
 )  # fmt: skip
+@click.option(
+    "--neurons/--no-neurons", default=None,
+    help="Take FFNs apart, so that neurons which ReLU lets rest are neither read nor multiplied; "
+    "by default where the model has ReLU and weights are not in blocks.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace the store if it exists.")
 @options.JSON
-def convert(source, output, dtype, page_size, force, as_json):
+def convert(source, output, dtype, page_size, neurons, force, as_json):
     from .. import converters
     from ..budget import show_size
 
@@ -45,8 +50,9 @@ def convert(source, output, dtype, page_size, force, as_json):
         options.progress_bar("converting", "B") as progress,
     ):
         report = converters.convert(
-            source, output, dtype=dtype, page_size=page_size, force=force, progress=progress
-        )
+            source, output, dtype=dtype, page_size=page_size, force=force, progress=progress,
+            neurons=neurons,
+        )  # fmt: skip
     for note in report.notes:
         print(f"edgemem: {note}", file=sys.stderr)
     if as_json:

@@ -10,7 +10,7 @@ from itertools import pairwise, zip_longest
 
 import numpy as np
 
-from ..dtypes import LANES, DType, matrix_bytes
+from ..dtypes import F32, LANES, U32, DType, matrix_bytes
 from ..errors import CorruptError
 from ..spec import ModelSpec
 from .layout import NO_LAYER, Kind, Layout
@@ -22,13 +22,15 @@ HEAD_BUNDLE_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Part:
-    """One segment that a bundle has, or may have: its shape follows from the spec."""
+    """One segment that a bundle has, or may have: its shape follows from the spec, and so does its
+    number format where it has one of its own."""
 
     name: str
     rows: int
     cols: int
     lanes: int = LANES
     optional: bool = False
+    dtype: DType | None = None
 
 
 def bundle_parts(spec: ModelSpec, kind: Kind, layer: int) -> tuple[Part, ...]:
@@ -41,16 +43,22 @@ def bundle_parts(spec: ModelSpec, kind: Kind, layer: int) -> tuple[Part, ...]:
             Kind.SHARED: spec.shared_intermediate,
         }[kind]
         inner = ("gate", "up") if spec.gated else ("up",)
+        apart = kind == Kind.FFN and spec.neurons  # then the first of them decides
         return (
-            *(Part(name, width, hidden) for name in inner),
+            *(Part(name, width, hidden) for name in inner[: 1 if apart else 2]),
             *(_bias(f"{name}_bias", width) for name in inner),
-            Part("down", hidden, width),
+            *(() if apart else (Part("down", hidden, width),)),
             _bias("down_bias", hidden),
+        )
+    if kind == Kind.NEURONS:
+        return (
+            Part("neurons", spec.intermediate, neuron_cols(spec), lanes=1),
+            Part("checksums", 1, spec.intermediate, lanes=1, dtype=U32),
         )
     if layer == spec.n_layers:
         learned = spec.positions == "learned"
-        table = (Part("positions", spec.max_positions, hidden, lanes=1),) if learned else ()
-        return (*_norm(spec, "norm"), *table)
+        table = Part("positions", spec.max_positions, hidden, lanes=1, dtype=F32)
+        return (*_norm(spec, "norm"), *((table,) if learned else ()))
     q_rows, kv_rows = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
     parts = [
         *_norm(spec, "attn_norm"),
@@ -80,11 +88,16 @@ def _norm(spec: ModelSpec, name: str) -> tuple[Part, ...]:
 
 
 def _vector(name: str, cols: int) -> Part:
-    return Part(name, 1, cols, lanes=1)
+    return Part(name, 1, cols, lanes=1, dtype=F32)
 
 
 def _bias(name: str, cols: int) -> Part:
-    return Part(name, 1, cols, lanes=1, optional=True)
+    return Part(name, 1, cols, lanes=1, optional=True, dtype=F32)
+
+
+def neuron_cols(spec: ModelSpec) -> int:
+    """Columns of a neuron's row: where there is a gate its row of up, then its column of down."""
+    return (2 if spec.gated else 1) * spec.hidden
 
 
 def table_rows(kind: Kind, dtype: DType, cols: int) -> int:
@@ -105,6 +118,8 @@ def bundle_order(spec: ModelSpec, layers: Iterable[int]) -> Iterator[tuple[Kind,
             return
         if not spec.routed[layer]:
             yield Kind.FFN, layer, 0
+            if spec.neurons:
+                yield Kind.NEURONS, layer, 0
             continue
         for expert in range(spec.n_experts):
             yield Kind.EXPERT, layer, expert
@@ -136,6 +151,8 @@ def check_bundles(entries: np.ndarray, meta: Meta) -> None:
             raise CorruptError(f"the {what} bundles of layer {layer} are not of one layout class")
     for kind, layer, layout in classes:
         _check_layout(meta.layouts[layout], bundle_parts(spec, Kind(kind), layer), layer)
+        if kind == Kind.NEURONS and spec.hidden % meta.layouts[layout]["neurons"].dtype.block:
+            raise CorruptError(f"the neurons of layer {layer} are not made of whole blocks")
     _check_table(entries[:embeds], Kind.EMBED, meta, expected=not spec.tied)
     _check_table(entries[len(entries) - heads :], Kind.HEAD, meta, expected=True)
 
@@ -145,9 +162,11 @@ def _check_layout(layout: Layout, parts: tuple[Part, ...], layer: int) -> None:
     found = [(s.name, s.rows, s.cols, s.lanes) for s in layout.segments]
     if found != [(p.name, p.rows, p.cols, p.lanes) for p in wanted]:
         raise CorruptError(f"a bundle of layer {layer} does not have the segments of its model")
-    for segment in layout.segments:
-        if segment.lanes == 1 and segment.dtype.name != "f32":
-            raise CorruptError(f"segment {segment.name} of layer {layer} is not f32")
+    for segment, part in zip(layout.segments, wanted, strict=True):
+        if part.dtype is not None and segment.dtype is not part.dtype:
+            raise CorruptError(f"segment {segment.name} of layer {layer} is not {part.dtype.name}")
+        if part.dtype is None and segment.dtype is U32:
+            raise CorruptError(f"segment {segment.name} of layer {layer} has no number format")
 
 
 def _check_table(entries: np.ndarray, kind: Kind, meta: Meta, expected: bool) -> None:
@@ -156,7 +175,8 @@ def _check_table(entries: np.ndarray, kind: Kind, meta: Meta, expected: bool) ->
         return
     what = kind.name.lower()
     layouts = [meta.layouts[i] for i in entries["layout"].tolist()]
-    if not expected or not layouts or any("rows" not in layout for layout in layouts):
+    known = all("rows" in layout and layout["rows"].dtype is not U32 for layout in layouts)
+    if not expected or not layouts or not known:
         raise CorruptError(f"the {what} bundles are not those of the model")
     first, spec = layouts[0]["rows"], meta.spec
     step = min(table_rows(kind, first.dtype, spec.hidden), spec.vocab_size)

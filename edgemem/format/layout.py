@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 
-from ..dtypes import BY_NAME, LANES, DType, matrix_bytes, round_up
+from ..dtypes import BY_NAME, LANES, U32, DType, matrix_bytes, round_up
 from ..errors import CorruptError, UnsupportedError
 from ..spec import MAX_DIM
 
@@ -19,11 +19,12 @@ SEGMENT_ALIGN = 64
 _MAX_BUNDLE_BYTES = 1 << 40
 _MAX_SEGMENTS = 64
 _SEGMENT_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_FORMATS = BY_NAME | {U32.name: U32}
 _SEGMENT_FIELDS = ("name", "dtype", "lanes", "rows", "cols")
 
 
 class Kind(IntEnum):
-    """What a bundle is; the order of kinds within a layer is the order in the file."""
+    """What a bundle is; `bundle_order` says in which order they lie in the file."""
 
     EMBED = 0
     DENSE = 1
@@ -31,6 +32,7 @@ class Kind(IntEnum):
     EXPERT = 3
     SHARED = 4
     HEAD = 5
+    NEURONS = 6
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def _segment_shape(item) -> tuple[str, DType, int, int, int]:
         raise CorruptError(f"a layout's segment has the name {name!r:.60}")
     if not isinstance(dtype, str):
         raise CorruptError(f"segment {name} has no number format")
-    if dtype not in BY_NAME:
+    if dtype not in _FORMATS:
         raise UnsupportedError(
             f"segment {name} is in format {dtype!r:.40}; this version reads {', '.join(BY_NAME)}"
         )
@@ -116,4 +118,4 @@ def _segment_shape(item) -> tuple[str, DType, int, int, int]:
         raise CorruptError(f"segment {name} has lanes {lanes!r:.40}")
     if not (1 <= rows <= MAX_DIM and 1 <= cols <= MAX_DIM):
         raise CorruptError(f"segment {name} has the shape {rows!r:.40} × {cols!r:.40}")
-    return name, BY_NAME[dtype], lanes, rows, cols
+    return name, _FORMATS[dtype], lanes, rows, cols

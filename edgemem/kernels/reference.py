@@ -291,8 +291,14 @@ class StoreWeights:
         return self.bundle(self.store.find(Kind.DENSE, layer)[0])
 
     def ffn(self, layer: int) -> Mapping[str, np.ndarray]:
-        """The FFN bundle of one layer."""
-        return self.bundle(self.store.find(Kind.FFN, layer)[0])
+        """The FFN bundle of one layer, put together where it is taken apart."""
+        bundle = self.bundle(self.store.find(Kind.FFN, layer)[0])
+        for neurons in self.store.find(Kind.NEURONS, layer):
+            rows = self.bundle(neurons)["neurons"]
+            hidden = self.store.spec.hidden
+            up = {"up": rows[:, :hidden]} if self.store.spec.gated else {}
+            bundle = {**bundle, **up, "down": rows[:, -hidden:].T}
+        return bundle
 
     def expert(self, layer: int, index: int) -> Mapping[str, np.ndarray]:
         """The bundle of one expert."""
@@ -312,6 +318,7 @@ class StoreWeights:
             self._kept[bundle_id] = {
                 s.name: unpack(data[s.offset : s.end], s.dtype, s.rows, s.cols, s.lanes)
                 for s in layout.segments
+                if s.dtype is not dtypes.U32
             }
         return self._kept[bundle_id]
 

@@ -14,7 +14,7 @@ from ..errors import CorruptError
 from ..format import Kind
 from ..kernels import Array, Core, Ops
 from ..spec import ModelSpec
-from .layers import Experts, Norm, SharedExpert, add_attended, add_attention
+from .layers import Dense, Experts, Neurons, Norm, SharedExpert, add_attended, add_attention
 from .rope import inverse_frequencies
 from .workspace import Workspace
 
@@ -136,7 +136,7 @@ class Decoder(ABC):
                 f"building a model: layer {index} of a {self.spec.model_type} model is not "
                 f"{'routed' if routed else 'dense'} in this way; convert the checkpoint again"
             )
-        return parts
+        return [Neurons if part is Dense and self.spec.neurons else part for part in parts]
 
     def step(self, ids: np.ndarray, kv: KvCache, n_logits: int = 1) -> np.ndarray:
         """Append tokens to a cache; float32 [n_logits, vocab] after the last, a view of scratch.

@@ -112,6 +112,34 @@ class Dense:
         """What makes weights: here they are 1."""
 
 
+class Neurons:
+    """A feed-forward network that is taken apart: what decides which neurons are active is
+    multiplied by whole, and of the others only those are used (arXiv 2312.11514, exactly)."""
+
+    def __init__(self, work: Workspace, index: int, ops: Ops, tensors: Tensors):
+        spec, s = work.spec, work.scratch
+        bundles, (layout,) = work.bundles(Kind.FFN, index)
+        (rows,), (apart,) = work.bundles(Kind.NEURONS, index)
+
+        def at(name: str) -> int:
+            return layout[name].offset if name in layout else -1
+
+        decides = "gate" if spec.gated else "up"
+        self._neurons = ffi.new("em_neurons *", {
+            "deciding": at(decides), "deciding_bias": at(f"{decides}_bias"),
+            "up_bias": at("up_bias") if spec.gated else -1, "down_bias": at("down_bias"),
+            "deciding_dtype": layout[decides].dtype.code, "dtype": apart["neurons"].dtype.code,
+            "gated": spec.gated, "hidden": spec.hidden, "intermediate": spec.intermediate,
+            "activation": ACTIVATION_CODES[spec.activation],
+        })  # fmt: skip
+        self._bundles = pointer(bundles, "uint32_t *")
+        op = ops.add(lib.EM_OP_NEURONS, "computing a feed-forward network").neurons
+        op.stream, op.neurons, op.bundles = work.streamer.stream, self._neurons, self._bundles
+        work.streamer.find_neurons(int(rows), apart["neurons"].offset, op.rows)
+        op.x, op.out = s.h.pointer, s.x.pointer
+        ops.keep(self)
+
+
 class SharedExpert(Dense):
     """An expert that every token takes, weighted by the sigmoid of its own gate."""
 

@@ -124,7 +124,7 @@ def test_without_direct_reads_the_answer_is_the_same(stores, monkeypatch):
     def buffered(path):
         return os.open(path, os.O_RDONLY), False
 
-    monkeypatch.setattr(residency, "_open_direct", buffered)
+    monkeypatch.setattr(residency, "open_direct", buffered)
     with streaming.opened(stores["qwen2_moe"], 0.2) as engine:
         assert streaming.streams(engine) and answer(engine) == expected
 

@@ -10,17 +10,28 @@ from edgemem import planner
 @st.composite
 def models(draw):
     """Bundles of some classes, each with its own size."""
-    layouts, sizes, may_stream, at_once, use = [], [], [], [], []
+    layouts, sizes, may_stream, at_once, use, rows = [], [], [], [], [], []
     for layout in range(draw(st.integers(1, 4))):
         size, streams = 4096 * draw(st.integers(1, 50)), draw(st.booleans())
         wanted, used = draw(st.integers(1, 8)), draw(st.floats(0.001, 1))
+        apart = draw(st.sampled_from((1, 1, 50, 3000)))
         for _ in range(draw(st.integers(1, 40))):
             layouts.append(layout)
             sizes.append(size)
             may_stream.append(streams)
             at_once.append(wanted)
             use.append(used)
-    return planner.Bundles(*map(np.array, (layouts, sizes, may_stream, at_once, use)))
+            rows.append(apart)
+    return planner.Bundles(*map(np.array, (layouts, sizes, may_stream, at_once, use, rows)))
+
+
+def each(model, layout: int) -> tuple[int, int]:
+    """(bytes, how many there are) of what slots of a layout class hold: bundles, or rows of all."""
+    mine = model.may_stream & (model.layouts == layout)
+    rows = int(model.rows[mine][0])
+    if rows > 1:
+        return -(-int(model.sizes[mine].sum()) // rows), rows
+    return int(model.sizes[mine][0]), int(mine.sum())
 
 
 @given(models(), st.floats(0, 1.2))
@@ -32,19 +43,22 @@ def test_a_plan_fits_its_room(model, share):
     if plan is None:
         assert room < floor
         return
-    if not len(plan.streamed):
+    if not len(plan.streamed) and not len(plan.apart):
         assert plan.resident_bytes == sizes.sum() <= room
         return
     slots = plan.slots(room - plan.resident_bytes)
-    taken = sum(count * int(sizes[layouts == layout][0]) for layout, count in slots.items())
+    taken = sum(count * each(model, layout)[0] for layout, count in slots.items())
     assert plan.resident_bytes + taken <= room
     more = plan.slots(room - plan.resident_bytes + 40 * 4096)
     assert all(more[layout] >= count for layout, count in slots.items())
-    assert set(plan.streamed.tolist()) == set(np.flatnonzero(may_stream).tolist())
+    held = {*plan.streamed.tolist(), *plan.apart.tolist()}
+    assert held == set(np.flatnonzero(may_stream).tolist())
+    assert (model.rows[plan.streamed] == 1).all() and (model.rows[plan.apart] > 1).all()
     for layout, count in slots.items():
-        mine = may_stream & (layouts == layout)
-        least = min(max(2, int(model.at_once[mine].max())), int(mine.sum()))
-        assert least <= count <= mine.sum()
+        mine, (_, there) = may_stream & (layouts == layout), each(model, layout)
+        apart = model.rows[mine][0] > 1
+        least = planner.MIN_ROWS if apart else max(2, int(model.at_once[mine].max()))
+        assert min(least, there) <= count <= there
 
 
 @given(models())
@@ -57,7 +71,9 @@ def test_the_floor_is_honest(model):
 
 def test_room_is_not_wasted():
     n = np.ones(100)
-    model = planner.Bundles(np.zeros(100, int), np.full(100, 4096), n > 0, np.full(100, 4), n)
+    model = planner.Bundles(
+        np.zeros(100, int), np.full(100, 4096), n > 0, np.full(100, 4), n, np.ones(100, int)
+    )
     plan = planner.plan(model, 50 * 4096 + 4095)
     assert plan.slots(50 * 4096 + 4095) == {0: 50}
 
@@ -67,7 +83,7 @@ def test_room_goes_where_tokens_want_more():
     layouts = np.repeat([0, 1], [1000, 20])
     use = np.repeat([1 / 1000, 1.0], [1000, 20])
     sizes = np.full(1020, 4096)
-    model = planner.Bundles(layouts, sizes, sizes > 0, np.ones(1020, int), use)
+    model = planner.Bundles(layouts, sizes, sizes > 0, np.ones(1020, int), use, np.ones(1020, int))
     slots = planner.plan(model, 15 * 4096).slots(15 * 4096)
     assert slots[1] >= 11 and slots[0] <= 4
     slots = planner.plan(model, 500 * 4096).slots(500 * 4096)

@@ -1,0 +1,138 @@
+"""Rows of a store's matrices that come and go one by one, such as neurons: which are in memory.
+
+A bundle that is taken apart is never read whole. Each has a set of rows, of which those that were
+used last stay (native/rows.c); what reads them makes no difference to what is computed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import weakref
+
+import numpy as np
+
+from ._native import Slab, check, ffi, lib, pointer
+from .dtypes import group_bytes, round_up
+from .errors import CorruptError, EdgeMemError, FlashError
+from .format import Kind, Segment
+from .store import Store, open_direct
+
+DEPTH = 32
+"""Reads in flight: they are small."""
+_PAGE = 4096
+
+
+class RowCache:
+    """Rows of the bundles `ids` (uint32), of which each has room for `room[layout class]`.
+
+    Raises MemoryError, CorruptError, FlashError.
+    """
+
+    def __init__(
+        self, store: Store, ids: np.ndarray, room: dict[int, int], engine: str | None = None,
+        faults=None,
+    ):  # fmt: skip
+        self._store, self._ids = store, [int(i) for i in ids]
+        self._layouts = [int(store.entries["layout"][i]) for i in self._ids]
+        self._room = {layout: room[layout] for layout in set(self._layouts)}
+        rows = [_rows_of(store, i) for i in self._ids]
+        sizes = [_row_bytes(segment) for segment in rows]
+        held = [self._room[layout] for layout in self._layouts]
+        spans = [round_up(n * size, _PAGE) for n, size in zip(held, sizes, strict=True)]
+        self._slab = Slab(sum(spans))
+        self._checksums = [_checksums(store, i) for i in self._ids]
+        sets = ffi.new("em_row_set[]", len(self._ids))
+        start = self._slab.address
+        for i, item in enumerate(sets):
+            first_page = int(store.entries["page_first"][self._ids[i]])
+            item.offset = first_page * store.page_size + rows[i].offset
+            item.row_bytes, item.n_rows = sizes[i], rows[i].rows
+            item.checksums = pointer(self._checksums[i], "uint32_t *")
+            item.start = ffi.cast("void *", start)
+            item.room = item.most_room = held[i]
+            start += spans[i]
+        fd, self.direct = open_direct(store.path)
+        self._finalizer = weakref.finalize(self, os.close, fd)
+        out = ffi.new("em_rows **")
+        name = ffi.NULL if engine is None else ffi.new("char[]", engine.encode())
+        misbehaviour = ffi.NULL if faults is None else ffi.new("em_faults *", faults)
+        status = lib.em_rows_open(fd, sets, len(sets), name, DEPTH, misbehaviour, out)
+        check(status, f"opening the I/O engine {engine or '(any)'}")
+        self.native = out[0]
+        self._finalizer.detach()
+        # Reads land in the slab, and are checked against the checksums.
+        kept = (self._slab, self._checksums)
+        self._finalizer = weakref.finalize(self, _close, self.native, fd, kept)
+
+    @property
+    def bytes(self) -> int:
+        return self._slab.bytes
+
+    def set_of(self, bundle: int) -> int:
+        """The number of a bundle's set. Raises ValueError for others."""
+        return self._ids.index(bundle)
+
+    def resize(self, room: dict[int, int]) -> None:
+        """Change how many rows the sets of each layout class may hold, up to those at open."""
+        for i, layout in enumerate(self._layouts):
+            check(lib.em_rows_resize(self.native, i, room[layout]), "changing room for rows")
+            self._room[layout] = room[layout]
+
+    def clear(self) -> None:
+        """Let all rows leave."""
+        lib.em_rows_clear(self.native)
+
+    def statistics(self) -> dict[str, int]:
+        """Counters since open; see em_row_stats. What is waited for is counted by the core."""
+        stats = lib.em_rows_statistics(self.native)
+        return {name: int(getattr(stats, name)) for name in _COUNTERS}
+
+    def error(self) -> EdgeMemError | None:
+        """The exception for the row that could not be read; None if the last take went well."""
+        failure = lib.em_rows_failure(self.native)
+        if not failure.failed:
+            return None
+        what = self._store.describe(self._ids[failure.set])
+        what = f"reading neuron {failure.row} of {what} of {self._store.path}"
+        if failure.error == 0:
+            return CorruptError(f"{what}: its checksum is wrong; copy or convert the store again")
+        if failure.error == errno.ENODATA:
+            return CorruptError(f"{what}: the file ends before it; copy or convert the store again")
+        return FlashError(f"{what}: {os.strerror(failure.error)}; check the device")
+
+    def close(self) -> None:
+        """Let go of the file. Closing twice is fine."""
+        self.native = ffi.NULL
+        self._finalizer()
+
+
+_COUNTERS = ("hits", "misses", "read_bytes", "reads", "busy_us")
+
+
+def _close(native, fd: int, kept) -> None:
+    lib.em_rows_close(native)
+    os.close(fd)
+
+
+def _rows_of(store: Store, bundle: int) -> Segment:
+    return store.layout_of(bundle)["neurons"]
+
+
+def _row_bytes(segment: Segment) -> int:
+    return group_bytes(segment.dtype, segment.cols, segment.lanes)
+
+
+def _checksums(store: Store, bundle: int) -> np.ndarray:
+    segment = store.layout_of(bundle)["checksums"]
+    data = store.read_segment(bundle, segment)
+    return np.frombuffer(data, "<u4")
+
+
+def overhead_bytes(store: Store) -> int:
+    """What a RowCache of all that comes apart takes beside rows: tables, and buffers for reads."""
+    rows = [_rows_of(store, int(i)) for i in np.flatnonzero(store.entries["kind"] == Kind.NEURONS)]
+    if not rows:
+        return 0
+    stage = max(lib.em_row_stage_bytes(_row_bytes(segment)) for segment in rows)
+    return 2 * DEPTH * stage + 20 * sum(segment.rows for segment in rows)

@@ -1,0 +1,205 @@
+/* FFNs whose neurons lie apart: which are active is computed, not guessed, and the others are
+ * neither read nor multiplied. What they would add is zero, so that the sums are those of all
+ * neurons, in their order. */
+#include "core.h"
+#include "rows.h"
+
+#include <string.h>
+
+/* Neurons that are activated and looked at together, and columns of `out` that are summed so. */
+enum { NEURONS = 1024, COLUMNS = 256 };
+
+typedef struct {
+    const em_kernels *kernels;
+    const em_neurons *is;
+    const uint8_t *bundle;
+    em_acts x;
+    int32_t n_tokens;
+    float *h;             /* [n_tokens, intermediate]: of active neurons, once they are found */
+    int32_t *active;      /* their ids, ascending */
+    int32_t *counts;      /* of each chunk */
+    const uint8_t **rows; /* [active] */
+    int32_t first, n;     /* the active ones of this round */
+    int64_t plane;        /* bytes of a row's scales */
+    float *y;             /* [n_tokens, hidden] */
+    float *out;
+} neurons_task;
+
+static int64_t chunks_of(const em_neurons *f) { return (f->intermediate + NEURONS - 1) / NEURONS; }
+
+uint64_t em_neurons_scratch(int32_t n_tokens, int32_t hidden, int32_t intermediate) {
+    uint64_t n = (uint64_t)n_tokens, width = (uint64_t)intermediate;
+    return em_acts_bytes(n_tokens, hidden) + em_arena_cost(n * width * 4) +
+           em_arena_cost(n * (uint64_t)hidden * 4) + em_arena_cost(width * 4) +
+           em_arena_cost(width * sizeof(void *)) + em_arena_cost((width / NEURONS + 1) * 4);
+}
+
+static const float *vector_at(const neurons_task *t, int64_t offset) {
+    return offset < 0 ? NULL : (const float *)(t->bundle + offset);
+}
+
+/* ---- which neurons are active --------------------------------------------------------------- */
+
+static void find_active(void *arg, int64_t chunk, int32_t thread) {
+    (void)thread;
+    neurons_task *t = arg;
+    int64_t width = t->is->intermediate, first = chunk * NEURONS, found = 0;
+    int64_t n = em_min(NEURONS, width - first);
+    for (int64_t i = 0; i < t->n_tokens; i++)
+        t->kernels->gate(t->h + i * width + first, NULL, (int32_t)n, t->is->activation);
+    for (int64_t j = first; j < first + n; j++) {
+        bool active = false;
+        for (int64_t i = 0; i < t->n_tokens && !active; i++) active = t->h[i * width + j] != 0;
+        t->active[first + found] = (int32_t)j;
+        found += active;
+    }
+    t->counts[chunk] = (int32_t)found;
+}
+
+/* Moves what is active of a token to the front. */
+static void gather_token(void *arg, int64_t token, int32_t thread) {
+    (void)thread;
+    neurons_task *t = arg;
+    float *h = t->h + token * t->is->intermediate;
+    for (int32_t i = 0; i < t->n; i++) h[i] = h[t->active[i]];
+}
+
+/* Gives how many neurons are active. */
+static int32_t decide(em_core *core, neurons_task *t) {
+    int64_t width = t->is->intermediate, chunks = chunks_of(t->is), cells = width * t->n_tokens;
+    em_core_run(core, find_active, t, chunks, cells * 8);
+    t->n = 0;
+    for (int64_t c = 0; c < chunks; c++) {
+        memmove(t->active + t->n, t->active + c * NEURONS, (size_t)t->counts[c] * 4);
+        t->n += t->counts[c];
+    }
+    em_core_run(core, gather_token, t, t->n_tokens, (int64_t)t->n * t->n_tokens * 4);
+    return t->n;
+}
+
+/* ---- their rows ------------------------------------------------------------------------------ */
+
+static em_gathered gathered(const neurons_task *t, int32_t first, int32_t n) {
+    return (em_gathered){t->rows + first, n, t->is->dtype, t->plane};
+}
+
+/* h *= up(x), of up to 16 neurons. */
+static void multiply_up(void *arg, int64_t group, int32_t thread) {
+    (void)thread;
+    neurons_task *t = arg;
+    const float *bias = vector_at(t, t->is->up_bias);
+    int32_t first = (int32_t)group * EM_LANES, n = (int32_t)em_min(EM_LANES, t->n - first);
+    em_gathered rows = gathered(t, first, n);
+    float up[EM_LANES], lane[EM_LANES];
+    for (int64_t i = 0; i < t->n_tokens; i++) {
+        float *h = t->h + i * t->is->intermediate + t->first + first;
+        bool any = false;
+        for (int32_t j = 0; j < n; j++) any |= h[j] != 0;
+        if (!any) continue;
+        t->kernels->dot_rows(&rows, &t->x, i, up);
+        for (int32_t j = 0; bias && j < n; j++) up[j] += bias[t->active[t->first + first + j]];
+        for (int32_t j = 0; j < n; j++) lane[j] = h[j] != 0 ? h[j] * up[j] : 0;
+        memcpy(h, lane, (size_t)n * 4);
+    }
+}
+
+/* y += down(h), of some columns. */
+static void add_down(void *arg, int64_t part, int32_t thread) {
+    (void)thread;
+    const neurons_task *t = arg;
+    int64_t hidden = t->is->hidden, first = part * COLUMNS;
+    em_gathered rows = gathered(t, 0, t->n);
+    t->kernels->add_rows(&rows, (t->is->gated ? hidden : 0) + first,
+                         (int32_t)em_min(COLUMNS, hidden - first), t->h + t->first,
+                         t->is->intermediate, t->n_tokens, t->y + first, hidden);
+}
+
+static void add_token(void *arg, int64_t token, int32_t thread) {
+    (void)thread;
+    const neurons_task *t = arg;
+    const float *bias = vector_at(t, t->is->down_bias);
+    int32_t hidden = t->is->hidden;
+    float *y = t->y + token * hidden;
+    if (bias) t->kernels->axpy(y, 1, bias, hidden);
+    t->kernels->axpy(t->out + token * hidden, 1, y, hidden);
+}
+
+static int32_t take_rows(em_core *core, neurons_task *t, const em_neuron_rows *from) {
+    const int32_t *ids = t->active + t->first;
+    int64_t row_bytes = em_neuron_bytes(t->is), waited = 0, started = em_now_ns();
+    if (!from->rows) {
+        for (int32_t i = 0; i < t->n; i++)
+            t->rows[i] = (const uint8_t *)from->resident + ids[i] * row_bytes;
+        return EM_OK;
+    }
+    int32_t status = em_rows_take(from->rows, from->set, ids, t->n, t->rows, &waited);
+    int64_t all = em_now_ns() - started;
+    core->times.stall_ns += waited;
+    core->times.taking_ns += all - waited;
+    core->aside_ns += all;
+    return status;
+}
+
+/* With as many active neurons at a time as there is room for. */
+static int32_t run_rounds(em_core *core, neurons_task *t, const em_neuron_rows *from,
+                          int32_t active) {
+    int32_t room = from->rows ? em_rows_room(from->rows, from->set) : active;
+    int64_t hidden = t->is->hidden, parts = (hidden + COLUMNS - 1) / COLUMNS;
+    for (t->first = 0; t->first < active; t->first += t->n) {
+        t->n = (int32_t)em_min(room, active - t->first);
+        int32_t status = take_rows(core, t, from);
+        if (status != EM_OK) return status;
+        int64_t work = t->n * hidden * t->n_tokens;
+        if (t->is->gated) em_core_run(core, multiply_up, t, (t->n + EM_LANES - 1) / EM_LANES, work);
+        em_core_run(core, add_down, t, parts, work);
+    }
+    return EM_OK;
+}
+
+static bool valid(const em_neurons *f) {
+    bool whole = !em_dtype_is_block(f->dtype) || f->hidden % EM_BLOCK == 0;
+    return f->hidden >= 1 && f->intermediate >= 1 && em_dtype_known(f->deciding_dtype) &&
+           em_dtype_known(f->dtype) && whole && f->deciding >= 0 &&
+           (f->activation == EM_RELU || f->activation == EM_RELU2);
+}
+
+int32_t em_neurons_run(em_core *core, const em_neurons *f, const void *bundle,
+                       const em_neuron_rows *rows, const float *x, int32_t n_tokens, float *out,
+                       int64_t *used) {
+    if (!valid(f) || n_tokens < 0) return EM_INVALID;
+    if (n_tokens == 0) return EM_OK;
+    uint64_t n = (uint64_t)n_tokens, width = (uint64_t)f->intermediate;
+    neurons_task t = {.kernels = core->kernels,
+                      .is = f,
+                      .bundle = bundle,
+                      .n_tokens = n_tokens,
+                      .out = out,
+                      .plane = em_scale_bytes(f->dtype, (f->gated ? 2 : 1) * f->hidden, 1)};
+    t.x = (em_acts){.x = x, .cols = f->hidden, .blocks = (f->hidden + EM_BLOCK - 1) / EM_BLOCK};
+    em_arena arena = em_core_arena(core);
+    bool fits = em_acts_take(&arena, &t.x, n_tokens); /* first, as em_linears does below */
+    t.h = em_arena_take(&arena, n * width * 4);
+    t.y = em_arena_take(&arena, n * (uint64_t)f->hidden * 4);
+    t.active = em_arena_take(&arena, width * 4);
+    t.rows = em_arena_take(&arena, width * sizeof *t.rows);
+    t.counts = em_arena_take(&arena, (width / NEURONS + 1) * 4);
+    if (!fits || !t.h || !t.y || !t.active || !t.rows || !t.counts) return EM_NO_MEMORY;
+
+    const em_linear deciding = {.weights = t.bundle + f->deciding,
+                                .bias = vector_at(&t, f->deciding_bias),
+                                .out = t.h,
+                                .out_stride = f->intermediate,
+                                .dtype = f->deciding_dtype,
+                                .rows = f->intermediate,
+                                .cols = f->hidden};
+    int32_t status = em_linears(core, &deciding, 1, x, n_tokens);
+    if (status != EM_OK) return status;
+    if (f->gated && em_dtype_is_block(f->dtype)) em_acts_quantize(core, &t.x, NULL, n_tokens);
+    int32_t active = decide(core, &t);
+    memset(t.y, 0, n * (uint64_t)f->hidden * 4);
+    status = run_rounds(core, &t, rows, active);
+    if (status != EM_OK) return status;
+    em_core_run(core, add_token, &t, n_tokens, (int64_t)n_tokens * f->hidden * 2);
+    *used = active;
+    return EM_OK;
+}

@@ -1,0 +1,344 @@
+/* Rows that come and go one by one. The rows of a set that were used last stay: a window over the
+ * last tokens, as many as memory holds (arXiv 2312.11514, section 3.1). What is absent is read in
+ * one batch, neighbours together, by way of staging buffers: reads start and end at whole pages,
+ * rows in memory lie close. One thread uses all this, and no lock. */
+#define _GNU_SOURCE /* O_DIRECT */
+
+#include "rows.h"
+
+#include "io.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { ABSENT = -1, EMPTY = -1, MAX_RETRIES = 1000, PAGE = 4096, BATCH = 16, AGES = 256 };
+
+typedef struct {
+    em_row_set is;
+    int32_t *slot_of;  /* [n_rows], or ABSENT */
+    int32_t *occupant; /* [room at open], or EMPTY */
+    uint32_t *used;    /* [room at open]: when it was used last */
+    uint32_t now;
+} row_set;
+
+/* One read: `missing` rows [first, end) lie in it. */
+typedef struct {
+    int32_t first, end, retries;
+    uint64_t start;          /* in the file */
+    uint64_t arrived, bytes; /* of it */
+    uint8_t *buffer;
+} flight;
+
+struct em_rows {
+    const em_io_engine *engine;
+    em_io *io;
+    row_set *sets;
+    int32_t n_sets, depth;
+    int32_t *missing; /* of one take: row ids */
+    flight *flights;  /* [2 depth] */
+    int32_t *spare;   /* flights that are free */
+    int32_t n_spare;
+    uint8_t *staging;
+    uint64_t stage_bytes;
+    em_row_stats stats;
+    em_row_failure failure;
+    int fd;
+    bool buffered;
+    pid_t owner;
+};
+
+static uint64_t page_floor(uint64_t offset) { return offset / PAGE * PAGE; }
+
+static uint64_t page_ceil(uint64_t offset) { return (offset + PAGE - 1) / PAGE * PAGE; }
+
+static uint64_t row_start(const em_row_set *s, int32_t id) {
+    return s->offset + (uint64_t)id * s->row_bytes;
+}
+
+static uint8_t *slot_address(const em_row_set *s, int32_t slot) {
+    return (uint8_t *)s->start + (uint64_t)slot * s->row_bytes;
+}
+
+/* ---- slots ------------------------------------------------------------------------------------
+ */
+
+static void vacate(row_set *s, int32_t id) {
+    s->occupant[s->slot_of[id]] = EMPTY;
+    s->slot_of[id] = ABSENT;
+}
+
+/* How long ago a slot was used, empty ones longest; 0 for the present take. */
+static int32_t age_of(const row_set *s, int32_t slot) {
+    if (s->occupant[slot] == EMPTY) return AGES - 1;
+    uint32_t age = s->now - s->used[slot];
+    return age < AGES - 1 ? (int32_t)age : AGES - 2;
+}
+
+/* Gives each of n rows a slot: empty ones, then those that were used longest ago. */
+static void place(row_set *s, const int32_t *ids, int32_t n) {
+    int32_t counts[AGES] = {0}, room = s->is.room, oldest = AGES - 1, older = 0, placed = 0;
+    for (int32_t slot = 0; slot < room; slot++) counts[age_of(s, slot)]++;
+    while (older + counts[oldest] < n && oldest > 1) older += counts[oldest--];
+    int32_t of_oldest = n - older; /* what the youngest that must leave still have to give */
+    for (int32_t slot = 0; slot < room && placed < n; slot++) {
+        int32_t age = age_of(s, slot);
+        if (age < oldest || (age == oldest && of_oldest-- <= 0)) continue;
+        if (s->occupant[slot] != EMPTY) vacate(s, s->occupant[slot]);
+        s->occupant[slot] = ids[placed];
+        s->slot_of[ids[placed++]] = slot;
+        s->used[slot] = s->now;
+    }
+}
+
+/* ---- reads ------------------------------------------------------------------------------------
+ */
+
+/* The next read of missing rows from `first` on: neighbours, as far as a buffer holds them. */
+static flight *plan(em_rows *r, const em_row_set *s, int32_t first, int32_t n) {
+    int32_t tag = r->spare[--r->n_spare], i = first;
+    flight *f = &r->flights[tag];
+    uint64_t start = page_floor(row_start(s, r->missing[first])), end = start;
+    for (; i < n; i++) {
+        uint64_t from = row_start(s, r->missing[i]), to = page_ceil(from + s->row_bytes);
+        if (i > first && (page_floor(from) > end || to - start > r->stage_bytes)) break;
+        end = to;
+    }
+    *f = (flight){first, i, 0, start, 0, end - start, r->staging + (uint64_t)tag * r->stage_bytes};
+    return f;
+}
+
+static em_read read_of(const em_rows *r, const flight *f) {
+    return (em_read){(uint64_t)(f - r->flights), f->start + f->arrived, f->buffer + f->arrived,
+                     f->bytes - f->arrived};
+}
+
+static void fail(em_rows *r, int32_t set, int32_t id, int32_t error) {
+    if (!r->failure.failed) r->failure = (em_row_failure){1, set, id, error};
+}
+
+/* Copies what a read brought to where it belongs, and checks it. */
+static void land(em_rows *r, int32_t set, const flight *f, int32_t error) {
+    row_set *s = &r->sets[set];
+    for (int32_t i = f->first; i < f->end; i++) {
+        int32_t id = r->missing[i];
+        uint8_t *to = slot_address(&s->is, s->slot_of[id]);
+        bool there = f->arrived == f->bytes;
+        if (there) memcpy(to, f->buffer + (row_start(&s->is, id) - f->start), s->is.row_bytes);
+        if (there && em_crc32c(0, to, s->is.row_bytes) == s->is.checksums[id]) continue;
+        fail(r, set, id, there ? 0 : error);
+        vacate(s, id);
+    }
+#if defined(POSIX_FADV_DONTNEED)
+    /* Or the page cache would keep a second copy. */
+    if (r->buffered) posix_fadvise(r->fd, (off_t)f->start, (off_t)f->bytes, POSIX_FADV_DONTNEED);
+#endif
+    r->spare[r->n_spare++] = (int32_t)(f - r->flights);
+}
+
+/* Whether a read that ended is to be asked for once more, or for what is left of it. */
+static bool resumes(em_rows *r, flight *f, int64_t result, int32_t *error) {
+    *error = result < 0 ? (int32_t)-result : ENODATA;
+    bool again = result == -EINTR || result == -EAGAIN || result == -EFAULT || result == -ECANCELED;
+    if (result > 0) {
+        uint64_t whole = (uint64_t)result;
+        if (whole < f->bytes - f->arrived) whole = page_floor(whole);
+        f->arrived += whole;
+        r->stats.read_bytes += result;
+        r->stats.reads++;
+        again = f->arrived < f->bytes;
+    }
+    return again && f->retries++ < MAX_RETRIES;
+}
+
+/* Reads `missing` [n] of a set to their slots. The device goes on while what came is checked. */
+static void read_missing(em_rows *r, int32_t set, int32_t n) {
+    int32_t next = 0, in_flight = 0, ended, errors[BATCH];
+    em_read batch[BATCH];
+    em_done done[BATCH];
+    flight *whole[BATCH];
+    for (ended = 0;; ended = 0) {
+        while (next < n && in_flight < r->depth && r->n_spare > 0) {
+            int32_t k = 0;
+            while (k < BATCH && next < n && in_flight < r->depth && r->n_spare > 0) {
+                flight *f = plan(r, &r->sets[set].is, next, n);
+                next = f->end;
+                batch[k++] = read_of(r, f);
+                in_flight++;
+            }
+            r->engine->submit(r->io, batch, k);
+        }
+        if (in_flight == 0) return;
+        int32_t k = r->engine->reap(r->io, done, BATCH);
+        for (int32_t i = 0; i < k; i++) {
+            flight *f = &r->flights[done[i].tag];
+            if (resumes(r, f, done[i].result, &errors[ended])) {
+                em_read rest = read_of(r, f);
+                r->engine->submit(r->io, &rest, 1);
+            } else {
+                whole[ended++] = f;
+                in_flight--;
+            }
+        }
+        if (next < n && r->n_spare > 0 && in_flight < r->depth) {
+            flight *f = plan(r, &r->sets[set].is, next, n);
+            next = f->end;
+            batch[0] = read_of(r, f);
+            in_flight++;
+            r->engine->submit(r->io, batch, 1);
+        }
+        for (int32_t i = 0; i < ended; i++) land(r, set, whole[i], errors[i]);
+    }
+}
+
+int32_t em_rows_take(em_rows *r, int32_t set, const int32_t *ids, int32_t n, const uint8_t **at,
+                     int64_t *waited_ns) {
+    if (r->owner != getpid()) return EM_UNSUPPORTED;
+    row_set *s = &r->sets[set];
+    int32_t missing = 0;
+    r->failure.failed = 0;
+    if (s->now == UINT32_MAX) { /* all that is there is as old */
+        memset(s->used, 0, (size_t)s->is.most_room * sizeof *s->used);
+        s->now = 0;
+    }
+    s->now++;
+    for (int32_t i = 0; i < n; i++) {
+        int32_t slot = s->slot_of[ids[i]];
+        if (slot == ABSENT)
+            r->missing[missing++] = ids[i];
+        else
+            s->used[slot] = s->now;
+    }
+    r->stats.hits += n - missing;
+    r->stats.misses += missing;
+    if (missing > 0) {
+        place(s, r->missing, missing);
+        int64_t since = em_now_ns();
+        read_missing(r, set, missing);
+        int64_t waited = em_now_ns() - since;
+        r->stats.busy_us += waited / 1000;
+        *waited_ns += waited;
+        if (r->failure.failed) return EM_FLASH;
+    }
+    for (int32_t i = 0; i < n; i++) at[i] = slot_address(&s->is, s->slot_of[ids[i]]);
+    return EM_OK;
+}
+
+/* ---- opening, changing, closing ---------------------------------------------------------------
+ */
+
+int32_t em_rows_room(const em_rows *r, int32_t set) { return r->sets[set].is.room; }
+uint64_t em_rows_row_bytes(const em_rows *r, int32_t set) { return r->sets[set].is.row_bytes; }
+em_row_stats em_rows_statistics(const em_rows *r) { return r->stats; }
+
+em_row_failure em_rows_failure(const em_rows *r) { return r->failure; }
+
+int32_t em_rows_resize(em_rows *r, int32_t set, int32_t room) {
+    if (r->owner != getpid()) return EM_UNSUPPORTED;
+    if (set < 0 || set >= r->n_sets || room < 1 || room > r->sets[set].is.most_room)
+        return EM_INVALID;
+    row_set *s = &r->sets[set];
+    for (int32_t slot = room; slot < s->is.room; slot++)
+        if (s->occupant[slot] != EMPTY) vacate(s, s->occupant[slot]);
+    if (room < s->is.room)
+        em_pages_drop(slot_address(&s->is, room), (uint64_t)(s->is.room - room) * s->is.row_bytes);
+    s->is.room = room;
+    return EM_OK;
+}
+
+void em_rows_clear(em_rows *r) {
+    for (int32_t i = 0; r->owner == getpid() && i < r->n_sets; i++)
+        for (int32_t slot = 0; slot < r->sets[i].is.room; slot++)
+            if (r->sets[i].occupant[slot] != EMPTY) vacate(&r->sets[i], r->sets[i].occupant[slot]);
+}
+
+void em_rows_close(em_rows *r) {
+    if (!r || r->owner != getpid()) return;
+    if (r->io) r->engine->close(r->io);
+    for (int32_t i = 0; r->sets && i < r->n_sets; i++) {
+        free(r->sets[i].slot_of);
+        free(r->sets[i].occupant);
+        free(r->sets[i].used);
+    }
+    free(r->sets);
+    free(r->missing);
+    free(r->flights);
+    free(r->spare);
+    free(r->staging);
+    free(r);
+}
+
+static bool valid(const em_row_set *sets, int32_t n_sets, int32_t depth) {
+    if (n_sets < 1 || depth < 1 || depth > 1024) return false;
+    for (int32_t i = 0; i < n_sets; i++) {
+        const em_row_set *s = &sets[i];
+        if (!s->checksums || !s->start || s->row_bytes < 1 || s->row_bytes > 1u << 30 ||
+            s->n_rows < 1 || s->room < 1 || s->room > s->most_room || s->most_room > s->n_rows)
+            return false;
+    }
+    return true;
+}
+
+static bool open_set(row_set *s, const em_row_set *is) {
+    s->is = *is;
+    s->slot_of = malloc((size_t)is->n_rows * sizeof *s->slot_of);
+    s->occupant = malloc((size_t)is->most_room * sizeof *s->occupant);
+    s->used = calloc((size_t)is->most_room, sizeof *s->used);
+    if (!s->slot_of || !s->occupant || !s->used) return false;
+    for (int32_t i = 0; i < is->n_rows; i++) s->slot_of[i] = ABSENT;
+    for (int32_t i = 0; i < is->most_room; i++) s->occupant[i] = EMPTY;
+    return true;
+}
+
+static bool allocate(em_rows *r, const em_row_set *sets) {
+    uint64_t longest = 0;
+    int32_t most = 0;
+    size_t n_flights = 2 * (size_t)r->depth;
+    r->sets = calloc((size_t)r->n_sets, sizeof *r->sets);
+    if (!r->sets) return false;
+    for (int32_t i = 0; i < r->n_sets; i++) {
+        if (!open_set(&r->sets[i], &sets[i])) return false;
+        if (sets[i].row_bytes > longest) longest = sets[i].row_bytes;
+        if (sets[i].most_room > most) most = sets[i].most_room;
+    }
+    r->stage_bytes = em_row_stage_bytes(longest);
+    r->missing = malloc((size_t)most * sizeof *r->missing);
+    r->flights = calloc(n_flights, sizeof *r->flights);
+    r->spare = calloc(n_flights, sizeof *r->spare);
+    r->staging = aligned_alloc(PAGE, n_flights * r->stage_bytes);
+    if (!r->missing || !r->flights || !r->spare || !r->staging) return false;
+    while (r->n_spare < (int32_t)n_flights) {
+        r->spare[r->n_spare] = r->n_spare;
+        r->n_spare++;
+    }
+    return true;
+}
+
+uint64_t em_row_stage_bytes(uint64_t row_bytes) {
+    const uint64_t least = 64 << 10, spans = page_ceil(row_bytes) + PAGE;
+    return spans > least ? spans : least;
+}
+
+int32_t em_rows_open(int32_t fd, const em_row_set *sets, int32_t n_sets, const char *engine,
+                     int32_t depth, const em_faults *faults, em_rows **out) {
+    if (!valid(sets, n_sets, depth)) return EM_INVALID;
+    em_rows *r = calloc(1, sizeof *r);
+    if (!r) return EM_NO_MEMORY;
+    r->owner = getpid();
+    r->fd = fd;
+    r->n_sets = n_sets;
+    r->depth = depth;
+#if defined(O_DIRECT)
+    r->buffered = !(fcntl(fd, F_GETFL) & O_DIRECT);
+#endif
+    int32_t status = allocate(r, sets) ? EM_OK : EM_NO_MEMORY;
+    if (status == EM_OK) status = em_io_open(fd, engine, depth, faults, &r->engine, &r->io);
+    if (status != EM_OK) {
+        em_rows_close(r);
+        return status;
+    }
+    *out = r;
+    return EM_OK;
+}
