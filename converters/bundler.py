@@ -108,9 +108,9 @@ class Plan:
 
 
 def plan(
-    description: Description, tensors: dict[str, Tensor], dtype: str, apart: bool | None = None
+    description: Description, tensors: dict[str, Tensor], dtype: str, apart: bool = False
 ) -> Plan:
-    """`apart`: whether FFNs are taken apart into neurons (None: where that is possible).
+    """`apart`: whether FFNs are taken apart into neurons.
 
     Raises CheckpointError naming tensors that are missing, left over or of another shape, and
     UnsupportedError for an FFN that cannot be taken apart as asked.
@@ -130,9 +130,10 @@ class _Planner:
         self.missing: list[str] = []
         self.layouts: dict[Layout, Layout] = {}
 
-    def plan(self, apart: bool | None) -> Plan:
+    def plan(self, apart: bool) -> Plan:
         embed, head = self._tables()
-        self._take_apart(apart)
+        if apart:
+            self._take_apart()
         spec = self.spec
         bundles = [] if spec.tied else self._table(Kind.EMBED, embed)
         bundles += [
@@ -163,18 +164,15 @@ class _Planner:
             self.spec = replace(self.spec, tied=False)
         return tuple(tables)
 
-    def _take_apart(self, apart: bool | None) -> None:
-        """Let the spec say whether FFNs are taken apart."""
+    def _take_apart(self) -> None:
+        """Let the spec say that FFNs are taken apart."""
         layers = [i for i, routed in enumerate(self.spec.routed) if not routed]
-        if apart is False or (apart is None and self.spec.activation not in ("relu", "relu2")):
-            return
         sources = [s for i in layers for where in self._neuron_sources(i) for s in where]
         found = [self.tensors[s.tensor] for s in sources if s.tensor in self.tensors]
         why = neurons.obstacle(self.spec, found, _WEIGHTS.get(self.dtype))
-        if why is None:
-            self.spec = replace(self.spec, neurons=True)
-        elif apart:
+        if why is not None:
             raise UnsupportedError(f"converting to neurons: {why}; leave --neurons out")
+        self.spec = replace(self.spec, neurons=True)
 
     def _neuron_sources(self, layer: int) -> list[list[naming.Source]]:
         """Where a layer's up is, where a gate decides in its place, and down."""

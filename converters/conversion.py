@@ -51,14 +51,14 @@ def convert(
     page_size: int = 4096,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    neurons: bool | None = None,
+    neurons: bool = False,
 ) -> ConversionReport:
     """Convert a checkpoint, a Hugging Face folder or a GGUF file, into the store `target`.
 
     `dtype` is "keep" (weights as they are), "f16", "q8_0" or "q4_0": it applies to the matrices of
     attention and FFN; norms and biases become f32, routers stay as they are, vocabulary tables
-    become f16 or q8_0. `neurons`: whether FFNs are taken apart, so that what ReLU lets rest is
-    neither read nor multiplied (None: where that is possible). `progress(done_bytes, total_bytes)`
+    become f16 or q8_0. With `neurons` FFNs are taken apart, so that what ReLU lets rest is neither
+    read nor multiplied. `progress(done_bytes, total_bytes)`
     is called as it goes. Everything that can be checked is checked before the first byte is
     written, and a conversion that fails or is interrupted leaves nothing behind. Raises ValueError
     for a bad argument, CheckpointError, UnsupportedError and StoreError.

@@ -33,10 +33,13 @@ from .format import Kind
 from .sequence import TokenSequence
 
 if TYPE_CHECKING:
+    from .demand import DemandLog
     from .engine import Engine
     from .residency import Residency
 
 PROMPT_TOKENS, NEW_TOKENS, REPETITIONS = 512, 128, 3
+ROWS_WRITTEN = 16 << 20
+"""Rows whose demand is written down for Belady, at most."""
 
 FLASH_SECONDS = 1.0
 DRAM_SECONDS, DRAM_BYTES = 0.1, 1 << 30
@@ -127,7 +130,7 @@ def measure(
     rounds, length = repetitions + warm, prompt_tokens + new_tokens
     steps = _chunks(engine, prompt_tokens) + [1] * new_tokens
     steps_at_once = steps * rounds if warm else steps
-    size = 4 * sum(_demand_room(engine, steps * rounds))
+    size = 4 * sum(_demand_room(engine, steps * rounds) + _rows_room(engine, steps * rounds))
     record = Item("record of the demand", size)
     engine._promise([record], "measuring")
     # Not numpy's generators: importing them takes memory that no budget has promised.
@@ -213,16 +216,37 @@ def _steps(engine: Engine, ids: np.ndarray, prompt_tokens: int, demand: _Demand,
 class _Demand:
     """What streamed turns of some repetitions demand, for Belady: written down by native code.
 
-    `end_step` says whether the turns since the last one count.
+    `end_step` says whether the turns since the last one count. `stretches` are of the bundles, and
+    of the rows of those that come apart.
     """
 
     def __init__(self, engine: Engine, steps: Sequence[int]):
-        self._log = engine._streamer.write_down(*_demand_room(engine, steps))
+        logs = [engine._streamer.write_down(*_demand_room(engine, steps))]
+        if engine._streamer.rows is not None:
+            logs.append(engine._streamer.rows.write_down(*_rows_room(engine, steps)))
+        self.stretches = [_Stretch(log) for log in logs]
+
+    def end_step(self, counts: bool) -> None:
+        for stretch in self.stretches:
+            stretch.end_step(counts)
+
+
+class _Stretch:
+    """One log, and which of its turns count."""
+
+    def __init__(self, log: DemandLog):
+        self._log = log
         self._ends, self._counted = array("I"), array("B")
 
     def end_step(self, counts: bool) -> None:
         self._ends.append(self._log.n_turns)
         self._counted.append(counts)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there was room for all; without it Belady is not asked, and η is at least what is
+        said."""
+        return self._log.is_whole
 
     @property
     def starts(self) -> np.ndarray:
@@ -240,6 +264,16 @@ class _Demand:
     def slots(self) -> np.ndarray:
         starts, slots = zip(*self._log.resized, strict=True)
         return np.repeat(slots, np.diff([*starts, self._log.n_turns]), axis=0)
+
+
+def _rows_room(engine: Engine, steps: Sequence[int]) -> tuple[int, int]:
+    """Likewise, of rows; of many, fewer than all steps could demand."""
+    rows = engine._streamer.rows
+    if rows is None:
+        return 0, 0
+    # A turn of which there are more than its set may hold takes several rounds.
+    turns = sum(-(-n // room) for n, room in zip(rows.row_counts, rows.rooms, strict=True))
+    return min(sum(rows.row_counts) * len(steps), ROWS_WRITTEN), turns * len(steps)
 
 
 def _demand_room(engine: Engine, steps: Sequence[int]) -> tuple[int, int]:
@@ -269,8 +303,10 @@ def _report(
     decode = _phase(summary["decode"], new_tokens / seconds)
     dram = dram_rate(engine)
     record, flash = flash_rate(engine) if len(plan.streamed) else (None, None)
-    missed = best.missed_bytes / (new_tokens * len(times)) / flash if flash else 0.0
-    ideal = max(decode.demand_bytes_per_token / dram, missed)
+    of_rows = row_rate(engine) if engine._streamer.rows is not None else None
+    missed = best.missed_bytes / flash if flash else 0.0
+    missed += best.missed_row_bytes / of_rows if of_rows else 0.0
+    ideal = max(decode.demand_bytes_per_token / dram, missed / (new_tokens * len(times)))
     spent["all else"] = float(seconds.sum()) - spent.total()
     return Report(
         budget_bytes=engine.budget.limit, context=engine.context, kv=engine.kv,
@@ -282,7 +318,7 @@ def _report(
         resident_bytes=plan.resident_bytes,
         streamed_bytes=int(residency.sizes[plan.streamed].sum()),
         streamed_bundles=len(plan.streamed), slots=sum(engine._streamer.slots),
-        slab_bytes=int(sum(plan.each * engine._streamer.slots)),
+        slab_bytes=int(sum(plan.each * list(engine.slots.values()))),
         prefill=_phase(summary["prefill"], prompt_tokens / times[:, 0]), decode=decode,
         first_token_seconds=_spread(times[:, 0]), belady_hit_rate=best.hit_rate,
         record_bytes=record, flash_bytes_per_second=flash, dram_bytes_per_second=dram,
@@ -312,31 +348,42 @@ class _Best:
     hits: int = 0
     demanded: int = 0
     missed_bytes: int = 0
+    missed_row_bytes: int = 0
 
     @property
     def hit_rate(self) -> float | None:
         return self.hits / self.demanded if self.demanded else None
 
+    def add(self, stretch: _Stretch, classes: np.ndarray, sizes: np.ndarray) -> int:
+        """Bytes that it misses of a stretch of demand: it began with empty slots, and the prompt
+        filled them."""
+        if not stretch.is_whole or not len(stretch.ids):
+            return 0
+        there = belady.hits(stretch.starts, stretch.ids, classes, stretch.slots)
+        counts = np.repeat(stretch.counted, np.diff(stretch.starts))
+        self.hits += int(there[counts].sum())
+        self.demanded += int(counts.sum())
+        return int(sizes[stretch.ids[counts & ~there]].sum())
+
 
 def _belady(engine: Engine, demands: list[_Demand]) -> _Best:
-    """Each stretch of demand on its own: it began with empty slots, and the prompt filled them."""
-    residency, classes = engine._streamer._residency, _classes(engine)
-    best, sizes = _Best(), residency.sizes[residency.streamed]
+    residency, rows = engine._streamer._residency, engine._streamer.rows
+    best, classes = _Best(), _classes(engine)
+    sizes = residency.sizes[residency.streamed]
     for demand in demands:
-        if not len(demand.ids):
-            continue
-        there = belady.hits(demand.starts, demand.ids, classes, demand.slots)
-        counts = np.repeat(demand.counted, np.diff(demand.starts))
-        best.hits += int(there[counts].sum())
-        best.demanded += int(counts.sum())
-        best.missed_bytes += int(sizes[demand.ids[counts & ~there]].sum())
+        bundles, *apart = demand.stretches
+        best.missed_bytes += best.add(bundles, classes, sizes)
+        for stretch in apart:
+            sets = np.repeat(np.arange(len(rows.row_counts)), rows.row_counts)
+            row_sizes = np.repeat(rows.row_sizes, rows.row_counts)
+            best.missed_row_bytes += best.add(stretch, sets, row_sizes)
     return best
 
 
 def resident_weights(engine: Engine) -> tuple[int, int]:
     """Where the resident weights lie, one after another: address and bytes."""
     residency = engine._streamer._residency
-    resident = residency.index_of < 0
+    resident = residency.resident
     return int(residency.addresses[resident].min()), int(residency.sizes[resident].sum())
 
 
@@ -389,6 +436,25 @@ def flash_rate(engine: Engine, seconds: float = FLASH_SECONDS) -> tuple[int, flo
     read = residency.statistics()["read_bytes"] - before
     engine.clear()
     return int(sizes[ids[0]]), read / elapsed
+
+
+def row_rate(engine: Engine, seconds: float = FLASH_SECONDS) -> float:
+    """Bytes per second of rows that are read in random order, none of them there before, as many at
+    once as fit; no rows are held afterwards."""
+    rows, draw = engine._streamer.rows, random.Random(0)
+    done, busy = 0, 0.0
+    while busy < seconds:
+        for number, (count, room) in enumerate(zip(rows.row_counts, rows.rooms, strict=True)):
+            rows.clear()
+            ids = np.array(sorted(draw.sample(range(count), room)), np.int32)
+            started = perf_counter()
+            rows.take(number, ids)
+            busy += perf_counter() - started
+            done += room * rows.row_sizes[number]
+            if busy >= seconds:
+                break
+    engine.clear()
+    return done / busy
 
 
 def _finish(residency: Residency, held: list[np.ndarray]) -> None:

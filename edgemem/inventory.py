@@ -13,8 +13,8 @@ STREAMABLE = (Kind.EMBED, Kind.FFN, Kind.EXPERT, Kind.NEURONS)
 """Kinds that stream where not everything fits: a step needs some of them, or one after another."""
 
 
-NEURON_USE = 0.05
-"""The share of neurons that a token is expected to want."""
+NEURON_USE = 0.1
+"""The share of neurons that a few tokens in a row are expected to want (bench/LOG.md)."""
 
 
 def parameter_count(store: Store) -> int:

@@ -69,7 +69,7 @@ class Residency:
         self.room = self._room()
         self.depth, self.read_rate = DEPTH, 0.0
         elsewhere = [] if apart is None else apart
-        resident = np.setdiff1d(np.flatnonzero(self.index_of < 0), elsewhere)
+        self.resident = resident = np.setdiff1d(np.flatnonzero(self.index_of < 0), elsewhere)
         slot_sizes = [self._class_bytes(s.layout) for s in slots]
         total = int(self.sizes[resident].sum())
         total += sum(s.count * size for s, size in zip(slots, slot_sizes, strict=True))

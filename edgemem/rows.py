@@ -13,13 +13,14 @@ import weakref
 import numpy as np
 
 from ._native import Slab, check, ffi, lib, pointer
+from .demand import DemandLog
 from .dtypes import group_bytes, round_up
 from .errors import CorruptError, EdgeMemError, FlashError
 from .format import Kind, Segment
 from .store import Store, open_direct
 
-DEPTH = 32
-"""Reads in flight: they are small."""
+DEPTH = 64
+"""Reads in flight: they are small (bench/LOG.md)."""
 _PAGE = 4096
 
 
@@ -36,9 +37,9 @@ class RowCache:
         self._store, self._ids = store, [int(i) for i in ids]
         self._layouts = [int(store.entries["layout"][i]) for i in self._ids]
         self._room = {layout: room[layout] for layout in set(self._layouts)}
-        rows = [_rows_of(store, i) for i in self._ids]
-        sizes = [_row_bytes(segment) for segment in rows]
-        held = [self._room[layout] for layout in self._layouts]
+        self._log: DemandLog | None = None
+        self._rows = rows = [_rows_of(store, i) for i in self._ids]
+        sizes, held = self.row_sizes, self.rooms
         spans = [round_up(n * size, _PAGE) for n, size in zip(held, sizes, strict=True)]
         self._slab = Slab(sum(spans))
         self._checksums = [_checksums(store, i) for i in self._ids]
@@ -69,6 +70,21 @@ class RowCache:
     def bytes(self) -> int:
         return self._slab.bytes
 
+    @property
+    def rooms(self) -> tuple[int, ...]:
+        """How many rows each set may hold."""
+        return tuple(self._room[layout] for layout in self._layouts)
+
+    @property
+    def row_counts(self) -> list[int]:
+        """How many rows each set has."""
+        return [segment.rows for segment in self._rows]
+
+    @property
+    def row_sizes(self) -> list[int]:
+        """Bytes of a row of each set."""
+        return [_row_bytes(segment) for segment in self._rows]
+
     def set_of(self, bundle: int) -> int:
         """The number of a bundle's set. Raises ValueError for others."""
         return self._ids.index(bundle)
@@ -78,10 +94,36 @@ class RowCache:
         for i, layout in enumerate(self._layouts):
             check(lib.em_rows_resize(self.native, i, room[layout]), "changing room for rows")
             self._room[layout] = room[layout]
+        if self._log is not None:
+            self._log.resized.append((self._log.n_turns, self.rooms))
 
     def clear(self) -> None:
         """Let all rows leave."""
         lib.em_rows_clear(self.native)
+
+    def take(self, number: int, ids: np.ndarray) -> None:
+        """Read what is absent of rows `ids` (int32, ascending) of a set, no more than its room.
+        Raises CorruptError or FlashError."""
+        at, waited = np.empty(len(ids), np.uint64), ffi.new("int64_t *")
+        status = lib.em_rows_take(
+            self.native, number, pointer(ids, "int32_t *"), len(ids),
+            ffi.cast("uint8_t const **", pointer(at, "uint64_t *")), waited,
+        )  # fmt: skip
+        if status == lib.EM_FLASH:
+            raise self.error()
+        check(status, "taking rows")
+
+    def write_down(self, rows_room: int, turns_room: int) -> DemandLog:
+        """A log of the rows that are taken from now on, numbered set after set."""
+        self._log = DemandLog(rows_room, turns_room, self.rooms)
+        lib.em_rows_log(self.native, self._log.native)
+        return self._log
+
+    def end_recording(self) -> None:
+        """Let go of the log."""
+        if self.native:
+            lib.em_rows_log(self.native, ffi.NULL)
+        self._log = None
 
     def statistics(self) -> dict[str, int]:
         """Counters since open; see em_row_stats. What is waited for is counted by the core."""
@@ -103,6 +145,7 @@ class RowCache:
 
     def close(self) -> None:
         """Let go of the file. Closing twice is fine."""
+        self.end_recording()
         self.native = ffi.NULL
         self._finalizer()
 
@@ -135,4 +178,4 @@ def overhead_bytes(store: Store) -> int:
     if not rows:
         return 0
     stage = max(lib.em_row_stage_bytes(_row_bytes(segment)) for segment in rows)
-    return 2 * DEPTH * stage + 20 * sum(segment.rows for segment in rows)
+    return 2 * DEPTH * stage + 24 * sum(segment.rows for segment in rows)

@@ -12,15 +12,14 @@ where Python has a say: a policy that is written in it, and the recorder of a tr
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ._native import check, ffi, lib, pointer
 from .errors import EdgeMemError, UnsupportedError
+from .demand import DemandLog
 from .format import Kind
-from .kernels import Array
 from .lookahead import Lookahead
 from .policies import Policy
 from .residency import Residency
@@ -47,7 +46,7 @@ class Streamer:
         self, residency: Residency, policy: Policy | None = None, turns: np.ndarray | None = None,
         lookahead: bool = True, rows: RowCache | None = None,
     ):  # fmt: skip
-        self._residency, self._rows = residency, rows
+        self._residency, self.rows = residency, rows
         self._recorder: Recorder | None = None
         self._raised: BaseException | None = None
         self._me = ffi.new_handle(weakref.ref(self))
@@ -80,10 +79,10 @@ class Streamer:
     def find_neurons(self, bundle: int, offset: int, found) -> None:
         """Say in `found` (em_neuron_rows) where the rows of a bundle are, which start at `offset`
         of it."""
-        if self._rows is None:
+        if self.rows is None:
             found.resident = ffi.cast("void *", self.resident(bundle) + offset)
         else:
-            found.rows, found.set = self._rows.native, self._rows.set_of(bundle)
+            found.rows, found.set = self.rows.native, self.rows.set_of(bundle)
 
     def use_resident(self, bundles: np.ndarray, unread_bytes: int = 0) -> None:
         """This step computes with these resident bundles, outside any turn, but for some bytes."""
@@ -92,7 +91,7 @@ class Streamer:
     def check(self, status: int, doing: str) -> None:
         """Raise what a native operation's status means, if anything; `doing` says what it did."""
         if status == lib.EM_FLASH:
-            of_row = None if self._rows is None else self._rows.error()
+            of_row = None if self.rows is None else self.rows.error()
             raise of_row or self._residency.error()
         if status == lib.EM_RAISED:
             try:
@@ -124,8 +123,8 @@ class Streamer:
     def resize(self, slots: dict[int, int]) -> None:
         """Change the slots of each layout class. Not while a step runs."""
         self._residency.resize(slots, self._policy.ranks(0))
-        if self._rows is not None:
-            self._rows.resize(slots)
+        if self.rows is not None:
+            self.rows.resize(slots)
         self._fit()
         if self._log is not None:
             self._log.resized.append((self._log.n_turns, self.slots))
@@ -157,16 +156,18 @@ class Streamer:
     def clear(self, policy: Policy | None) -> None:
         """Empty the slots and start anew with another policy. A trace cannot say so: it ends."""
         self._residency.clear()
-        if self._rows is not None:
-            self._rows.clear()
+        if self.rows is not None:
+            self.rows.clear()
         self.stream.n_foreseen = 0
         if policy is not None:
             self._rank_by(policy)
         self.end_recording()
 
     def end_recording(self) -> None:
-        """Let go of the recorder, and of the log."""
+        """Let go of the recorder, and of the logs."""
         self._log = None
+        if self.rows is not None:
+            self.rows.end_recording()
         self._set("log", ffi.NULL, None)
         if self._recorder is not None:
             self._recorder.close()
@@ -186,17 +187,18 @@ class Streamer:
 
     def statistics(self) -> dict[str, int]:
         """The counters of bundles and rows that stream."""
-        counted = Counter(self._residency.statistics())
-        if self._rows is not None:
-            counted.update(self._rows.statistics())
-        return dict(counted)
+        counted = self._residency.statistics()
+        if self.rows is None:
+            return counted
+        rows = self.rows.statistics()  # both may read at once: then their busy times overlap
+        return counted | {name: n + counted.get(name, 0) for name, n in rows.items()}
 
     def close(self) -> None:
         """Wait for reads in flight and let go of the store's file."""
         self.stream.residency, self.stream.n_foreseen = ffi.NULL, 0
         self._residency.close()
-        if self._rows is not None:
-            self._rows.close()
+        if self.rows is not None:
+            self.rows.close()
         self.end_recording()
 
     def _set(self, name: str, value, owner: object) -> None:
@@ -238,37 +240,6 @@ class Streamer:
     def _record(self, turn: int, indices: np.ndarray, uses: np.ndarray | None, *_) -> None:
         """A turn is over."""
         self._recorder.demand(turn, indices, uses)
-
-
-class DemandLog:
-    """What turns demanded since it was begun: `counts` uint32 [n_turns] bundles each, and all their
-    `indices` uint32, one turn's after the other's. Both raise AssertionError where room ended.
-
-    `resized` says from which turn on there were how many slots of each layout class.
-    """
-
-    def __init__(self, indices_room: int, turns_room: int, slots: tuple[int, ...]):
-        self.resized = [(0, slots)]
-        self._indices = Array(max(indices_room, 1), np.uint32)
-        self._counts = Array(max(turns_room, 1), np.uint32)
-        self.native = ffi.new("em_demand_log *", {
-            "indices": self._indices.pointer, "counts": self._counts.pointer,
-            "indices_room": indices_room, "turns_room": turns_room,
-        })  # fmt: skip
-
-    @property
-    def n_turns(self) -> int:
-        return self.native.n_turns
-
-    @property
-    def counts(self) -> np.ndarray:
-        assert self.n_turns <= self.native.turns_room, "more turns than were foreseen"
-        return self._counts.array[: self.n_turns]
-
-    @property
-    def indices(self) -> np.ndarray:
-        assert self.native.n_indices <= self.native.indices_room, "more demand than was foreseen"
-        return self._indices.array[: self.native.n_indices]
 
 
 def _called_back(name: str) -> None:

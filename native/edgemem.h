@@ -191,7 +191,8 @@ typedef struct {
     int32_t set;
 } em_neuron_rows;
 
-uint64_t em_neurons_scratch(int32_t n_tokens, int32_t hidden, int32_t intermediate);
+uint64_t em_neurons_scratch(int32_t n_threads, int32_t n_tokens, int32_t hidden,
+                            int32_t intermediate);
 /* out[t] += ffn(x[t]), as em_ffn_run computes it with all neurons where rows are floats; `*used`:
  * rows that some token took. EM_FLASH where rows could not be read; then `out` is not touched. */
 int32_t em_neurons_run(em_core *core, const em_neurons *neurons, const void *bundle,
@@ -248,12 +249,6 @@ void em_lookahead_learn(em_lookahead *state, int32_t foreseen, int32_t used);
  * one). Gives EM_OK, or EM_RAISED where that is the end of the step. */
 typedef int32_t em_observer(void *user, int32_t turn, const uint32_t *indices, int32_t n,
                             const int32_t *uses, int32_t tokens);
-
-/* What turns demanded, one after another. What there is no room for is lost, but counted. */
-typedef struct {
-    uint32_t *indices, *counts; /* of all turns; of each turn */
-    int64_t n_indices, n_turns, indices_room, turns_room;
-} em_demand_log;
 
 /* The state of edgemem/streamer.py, which owns the arrays. Of all n_bundles bundles some are
  * streamed: those are numbered as in the residency. */

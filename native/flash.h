@@ -147,6 +147,22 @@ uint64_t em_row_stage_bytes(uint64_t row_bytes);
 int32_t em_rows_resize(em_rows *rows, int32_t set, int32_t room);
 /* Lets all rows leave. */
 void em_rows_clear(em_rows *rows);
+/* How many rows of a set may be held at once. */
+int32_t em_rows_room(const em_rows *rows, int32_t set);
+/* Gives the addresses of rows `ids` [n], ascending and no more than there is room for, after
+ * reading those that are absent; they stay until the set's next take. `*waited_ns` grows by what
+ * reading took. EM_FLASH: some could not be read, see em_rows_failure; EM_UNSUPPORTED: another
+ * process's. */
+int32_t em_rows_take(em_rows *rows, int32_t set, const int32_t *ids, int32_t n, const uint8_t **at,
+                     int64_t *waited_ns);
+
+/* What turns demanded, one after another. What there is no room for is lost, but counted. */
+typedef struct {
+    uint32_t *indices, *counts; /* of all turns; of each turn */
+    int64_t n_indices, n_turns, indices_room, turns_room;
+} em_demand_log;
+/* Writes every take into the log (NULL: none): rows of all sets are numbered one after another. */
+void em_rows_log(em_rows *rows, em_demand_log *log);
 em_row_stats em_rows_statistics(const em_rows *rows);
 em_row_failure em_rows_failure(const em_rows *rows);
 

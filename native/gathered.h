@@ -1,5 +1,6 @@
-/* Sums over rows that each lie on their own (lanes of 1), included by kernels.c: neurons that were
- * found active, wherever they are. The order of sums is that of products (products.h). */
+/* Rows that each lie on their own (lanes of 1), included by kernels.c: neurons that were found
+ * active, wherever they are. Made a group of 16, products take them; or they are added up, in the
+ * order of a product's sum. */
 
 /* 16 weights of a row from column `at` on, a multiple of 16; zeros from the n-th on. */
 EM_INLINE vf row_part(const uint8_t *row, const int dtype, int64_t plane, int64_t at, int64_t n) {
@@ -23,77 +24,50 @@ EM_INLINE vf row_part(const uint8_t *row, const int dtype, int64_t plane, int64_
     return vf_mul(d, vf_sub(q, vf_set1(8)));
 }
 
-EM_INLINE void dot_rows_float(const em_gathered *r, const int dtype, const em_acts *a,
-                              int64_t token, float *out) {
-    const float *x = a->x + token * a->cols;
-    _Alignas(64) float tile[EM_LANES * EM_LANES] = {0}, lane[EM_LANES];
-    vf sum = vf_set1(0);
-    for (int64_t k = 0; k < a->cols; k += EM_LANES) {
-        int64_t n = em_min(EM_LANES, a->cols - k);
-        for (int32_t i = 0; i < r->n; i++) {
-            vf_store(lane, row_part(r->rows[i], dtype, r->plane, k, n));
-            for (int c = 0; c < EM_LANES; c++) tile[c * EM_LANES + i] = lane[c];
-        }
-        for (int64_t c = 0; c < n; c++)
-            sum = vf_fma(vf_load(tile + c * EM_LANES), vf_set1(x[k + c]), sum);
+#define INTERLEAVE(type)                                                                           \
+    EM_INLINE void interleave_##type(const type *const *from, int64_t n, type *to) {               \
+        for (int64_t k = 0; k < n; k++)                                                            \
+            for (int i = 0; i < EM_LANES; i++) to[k * EM_LANES + i] = from[i][k];                  \
     }
-    vf_store(out, sum);
+INTERLEAVE(uint16_t)
+INTERLEAVE(uint32_t)
+
+static void gather_rows(const em_gathered *r, int32_t cols, uint8_t *to) {
+    const int64_t blocks = (cols + EM_BLOCK - 1) / EM_BLOCK;
+    const uint8_t *row[EM_LANES];
+    /* What fills a group up is some row once more: nobody looks at what comes of it. */
+    for (int i = 0; i < EM_LANES; i++) row[i] = r->rows[i < r->n ? i : 0];
+    const uint16_t *halves[EM_LANES];
+    const uint32_t *words[EM_LANES];
+    for (int i = 0; i < EM_LANES; i++) halves[i] = (const uint16_t *)row[i];
+    for (int i = 0; i < EM_LANES; i++) words[i] = (const uint32_t *)(row[i] + r->plane);
+    if (r->dtype == EM_F16 || r->dtype == EM_BF16) {
+        interleave_uint16_t(halves, cols, (uint16_t *)to);
+        return;
+    }
+    int64_t n = r->dtype == EM_F32 ? cols : blocks * (r->dtype == EM_Q8_0 ? 8 : 4);
+    if (r->dtype != EM_F32) interleave_uint16_t(halves, blocks, (uint16_t *)to);
+    interleave_uint32_t(words, n, (uint32_t *)(to + em_scale_bytes(r->dtype, cols, EM_LANES)));
 }
 
-/* Integers this small are exact as floats. */
-EM_INLINE float dot_block(const uint8_t *row, const int dtype, int64_t plane, int64_t block,
-                          const int8_t *q) {
-    vf a = vf_from_vi(vi_load_i8(q)), b = vf_from_vi(vi_load_i8(q + EM_LANES));
-    if (dtype == EM_Q8_0) {
-        const uint8_t *w = row + plane + block * 32;
-        vf zero = vf_set1(128);
-        vf first = vf_sub(vf_from_vi(vi_load_u8(w)), zero);
-        vf second = vf_sub(vf_from_vi(vi_load_u8(w + EM_LANES)), zero);
-        return vf_sum(vf_fma(first, a, vf_mul(second, b)));
-    }
-    vf both = vf_from_vi(vi_load_u8(row + plane + block * 16));
-    vf high = vf_round(vf_mul(vf_sub(both, vf_set1(7.5f)), vf_set1(0.0625f)));
-    vf low = vf_fma(high, vf_set1(-16), both), zero = vf_set1(8);
-    return vf_sum(vf_fma(vf_sub(low, zero), a, vf_mul(vf_sub(high, zero), b)));
-}
-
-EM_INLINE void dot_rows_block(const em_gathered *r, const int dtype, const em_acts *a,
-                              int64_t token, float *out) {
-    _Alignas(64) float dots[EM_LANES] = {0};
-    _Alignas(64) uint16_t scales[EM_LANES] = {0};
-    vf sum = vf_set1(0);
-    for (int64_t b = 0; b < a->blocks; b++) {
-        const int8_t *q = a->q + (token * a->blocks + b) * EM_BLOCK;
-        for (int32_t i = 0; i < r->n; i++) {
-            memcpy(&scales[i], r->rows[i] + 2 * b, sizeof scales[i]);
-            dots[i] = dot_block(r->rows[i], dtype, r->plane, b, q);
-        }
-        vf scale = vf_mul(vf_load_f16(scales), vf_set1(a->scale[token * a->blocks + b]));
-        sum = vf_fma(vf_load(dots), scale, sum);
-    }
-    vf_store(out, sum);
-}
-
-static void dot_rows(const em_gathered *r, const em_acts *a, int64_t token, float *out) {
-    switch (r->dtype) {
-    case EM_F32: dot_rows_float(r, EM_F32, a, token, out); break;
-    case EM_F16: dot_rows_float(r, EM_F16, a, token, out); break;
-    case EM_BF16: dot_rows_float(r, EM_BF16, a, token, out); break;
-    case EM_Q8_0: dot_rows_block(r, EM_Q8_0, a, token, out); break;
-    default: dot_rows_block(r, EM_Q4_0, a, token, out);
-    }
-}
-
+/* Rows that are added together, and tokens at a time that look which of them take one. */
+#define ADDED_ROWS 4
 #define ADDED_TOKENS 64
 
-EM_INLINE void add_row(const uint8_t *row, const int dtype, int64_t plane, int64_t first,
-                       int32_t cols, const float *weight, const int32_t *tokens, int32_t n_tokens,
-                       float *out, int64_t stride) {
+/* A sum waits for nothing but itself, in the order of rows. A token that does not take one of them
+ * has zero for it. */
+EM_INLINE void add_some(const uint8_t *const *rows, const int n_rows, const int dtype,
+                        int64_t plane, int64_t first, int32_t cols, const float *weight,
+                        const int32_t *tokens, int32_t n_tokens, float *out, int64_t stride) {
     for (int32_t c = 0; c < cols; c += EM_LANES) {
-        vf w = row_part(row, dtype, plane, first + c, cols - c);
+        vf w[ADDED_ROWS];
+        for (int i = 0; i < n_rows; i++)
+            w[i] = row_part(rows[i], dtype, plane, first + c, cols - c);
         for (int32_t t = 0; t < n_tokens; t++) {
             float *p = out + tokens[t] * stride + c;
-            vf sum = vf_fma(w, vf_set1(weight[t]), load_part(p, cols - c, 0));
+            vf sum = load_part(p, cols - c, 0);
+            for (int i = 0; i < n_rows; i++)
+                sum = vf_fma(w[i], vf_set1(weight[t * ADDED_ROWS + i]), sum);
             store_part(p, cols - c, sum);
         }
     }
@@ -103,29 +77,40 @@ EM_INLINE int64_t quants_bytes(const int dtype, int64_t cols) {
     return em_group_bytes(dtype, (int32_t)cols, 1) - em_scale_bytes(dtype, (int32_t)cols, 1);
 }
 
-/* Rows go one after another, each to all tokens that take it. */
 EM_INLINE void add_rows_as(const em_gathered *r, const int dtype, int64_t first, int32_t cols,
                            const float *weights, int64_t weights_stride, int32_t n_tokens,
                            float *out, int64_t stride) {
-    const int64_t at = r->plane + quants_bytes(dtype, first);
-    const int64_t bytes = quants_bytes(dtype, cols);
+    const int64_t at = r->plane + quants_bytes(dtype, first), bytes = quants_bytes(dtype, cols);
     int32_t tokens[ADDED_TOKENS];
-    float weight[ADDED_TOKENS];
-    for (int32_t from = 0; from < n_tokens; from += ADDED_TOKENS) {
-        int32_t end = (int32_t)em_min(n_tokens, from + ADDED_TOKENS);
-        for (int32_t i = 0; i < r->n; i++) {
-            const uint8_t *next = r->rows[em_min(i + 2, r->n - 1)] + at;
-            for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(next + b);
-            int32_t taken = 0;
-            for (int32_t t = from; t < end; t++) {
-                float w = weights[t * weights_stride + i];
+    float weight[ADDED_TOKENS * ADDED_ROWS];
+    for (int32_t from = 0; from < n_tokens; from += ADDED_TOKENS)
+        for (int32_t i = 0; i < r->n; i += ADDED_ROWS) {
+            int32_t n = (int32_t)em_min(ADDED_ROWS, r->n - i), taken = 0;
+            for (int32_t j = i + ADDED_ROWS; j < r->n && j < i + 2 * ADDED_ROWS; j++)
+                for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(r->rows[j] + at + b);
+            for (int32_t t = from; t < n_tokens && t < from + ADDED_TOKENS; t++) {
+                bool any = false;
+                for (int32_t j = 0; j < n; j++) {
+                    float w = weights[t * weights_stride + i + j];
+                    weight[taken * ADDED_ROWS + j] = w;
+                    any |= w != 0; /* true of NaN */
+                }
                 tokens[taken] = t;
-                weight[taken] = w;
-                taken += w != 0; /* true of NaN */
+                taken += any;
             }
-            add_row(r->rows[i], dtype, r->plane, first, cols, weight, tokens, taken, out, stride);
+            const uint8_t *const *rows = r->rows + i;
+            if (n == ADDED_ROWS)
+                add_some(rows, ADDED_ROWS, dtype, r->plane, first, cols, weight, tokens, taken, out,
+                         stride);
+            else
+                for (int32_t j = 0; j < n; j++) {
+                    float one[ADDED_TOKENS * ADDED_ROWS];
+                    for (int32_t t = 0; t < taken; t++)
+                        one[t * ADDED_ROWS] = weight[t * ADDED_ROWS + j];
+                    add_some(rows + j, 1, dtype, r->plane, first, cols, one, tokens, taken, out,
+                             stride);
+                }
         }
-    }
 }
 
 static void add_rows(const em_gathered *r, int64_t first, int32_t cols, const float *weights,

@@ -328,7 +328,7 @@ static int64_t peak(int32_t dtype, float *sum) {
 const em_kernels JOIN(em_kernels_, EM_ISA) = {
     .name = TEXT(EM_ISA),
     .product = {product_f32, product_f16, product_bf16, product_q8, product_q4},
-    .dot_rows = dot_rows,
+    .gather_rows = gather_rows,
     .add_rows = add_rows,
     .quantize = quantize,
     .rms_norm = rms_norm,

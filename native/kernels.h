@@ -58,9 +58,8 @@ typedef void em_product(const uint8_t *weights, int32_t first_group, int32_t n_g
 typedef struct {
     const char *name;
     em_product *product[5]; /* by dtype code */
-    /* out[i] = sum over c < acts->cols of rows[i][c] * x[token][c]: up to EM_LANES rows, from their
-     * first column on; out has EM_LANES. As a product of a matrix does it. */
-    void (*dot_rows)(const em_gathered *rows, const em_acts *acts, int64_t token, float *out);
+    /* The first `cols` columns of up to EM_LANES rows as one group of a store matrix. */
+    void (*gather_rows)(const em_gathered *rows, int32_t cols, uint8_t *group);
     /* out[t * stride + c] += sum over i of weights[t * weights_stride + i] * rows[i][first + c],
      * for c < cols; in the order of i, where weights are not zero. Of block formats `first` and
      * `cols` are whole blocks. */

@@ -2,8 +2,6 @@
  * neither read nor multiplied. What they would add is zero, so that the sums are those of all
  * neurons, in their order. */
 #include "core.h"
-#include "rows.h"
-
 #include <string.h>
 
 /* Neurons that are activated and looked at together, and columns of `out` that are summed so. */
@@ -21,17 +19,22 @@ typedef struct {
     const uint8_t **rows; /* [active] */
     int32_t first, n;     /* the active ones of this round */
     int64_t plane;        /* bytes of a row's scales */
+    uint8_t *own;         /* [n_threads, own_bytes] */
     float *y;             /* [n_tokens, hidden] */
     float *out;
 } neurons_task;
 
 static int64_t chunks_of(const em_neurons *f) { return (f->intermediate + NEURONS - 1) / NEURONS; }
 
-uint64_t em_neurons_scratch(int32_t n_tokens, int32_t hidden, int32_t intermediate) {
+static uint64_t own_bytes(int32_t n_tokens, int32_t hidden);
+
+uint64_t em_neurons_scratch(int32_t n_threads, int32_t n_tokens, int32_t hidden,
+                            int32_t intermediate) {
     uint64_t n = (uint64_t)n_tokens, width = (uint64_t)intermediate;
-    return em_acts_bytes(n_tokens, hidden) + em_arena_cost(n * width * 4) +
-           em_arena_cost(n * (uint64_t)hidden * 4) + em_arena_cost(width * 4) +
-           em_arena_cost(width * sizeof(void *)) + em_arena_cost((width / NEURONS + 1) * 4);
+    return (uint64_t)n_threads * own_bytes(n_tokens, hidden) + em_acts_bytes(n_tokens, hidden) +
+           em_arena_cost(n * width * 4) + em_arena_cost(n * (uint64_t)hidden * 4) +
+           em_arena_cost(width * 4) + em_arena_cost(width * sizeof(void *)) +
+           em_arena_cost((width / NEURONS + 1) * 4);
 }
 
 static const float *vector_at(const neurons_task *t, int64_t offset) {
@@ -79,27 +82,56 @@ static int32_t decide(em_core *core, neurons_task *t) {
 
 /* ---- their rows ------------------------------------------------------------------------------ */
 
+/* What a thread has for itself: a group of rows, what they make, and of which tokens. */
+typedef struct {
+    uint8_t *group;
+    float *up;       /* [n_tokens, EM_LANES] */
+    int32_t *tokens; /* [n_tokens] */
+} own_scratch;
+
+static uint64_t own_bytes(int32_t n_tokens, int32_t hidden) {
+    uint64_t group = (uint64_t)em_group_bytes(EM_F32, hidden, EM_LANES), n = (uint64_t)n_tokens;
+    return em_arena_cost(group) + em_arena_cost(n * EM_LANES * 4) + em_arena_cost(n * 4);
+}
+
+static own_scratch scratch_of(const neurons_task *t, int32_t thread) {
+    uint64_t size = own_bytes(t->n_tokens, t->is->hidden);
+    em_arena arena = {t->own + (uint64_t)thread * size, 0, size};
+    own_scratch own = {
+        .group = em_arena_take(&arena, (uint64_t)em_group_bytes(EM_F32, t->is->hidden, EM_LANES)),
+        .up = em_arena_take(&arena, (uint64_t)t->n_tokens * EM_LANES * 4),
+        .tokens = em_arena_take(&arena, (uint64_t)t->n_tokens * 4)};
+    return own;
+}
+
 static em_gathered gathered(const neurons_task *t, int32_t first, int32_t n) {
     return (em_gathered){t->rows + first, n, t->is->dtype, t->plane};
 }
 
-/* h *= up(x), of up to 16 neurons. */
-static void multiply_up(void *arg, int64_t group, int32_t thread) {
-    (void)thread;
+/* h *= up(x), of up to 16 neurons: a product of tokens that take one of them. */
+static void multiply_up(void *arg, int64_t item, int32_t thread) {
     neurons_task *t = arg;
+    int64_t width = t->is->intermediate, first = t->first + item * EM_LANES;
+    int32_t n = (int32_t)em_min(EM_LANES, t->first + t->n - first), taken = 0;
+    em_gathered rows = gathered(t, (int32_t)(item * EM_LANES), n);
+    own_scratch own = scratch_of(t, thread);
     const float *bias = vector_at(t, t->is->up_bias);
-    int32_t first = (int32_t)group * EM_LANES, n = (int32_t)em_min(EM_LANES, t->n - first);
-    em_gathered rows = gathered(t, first, n);
-    float up[EM_LANES], lane[EM_LANES];
-    for (int64_t i = 0; i < t->n_tokens; i++) {
-        float *h = t->h + i * t->is->intermediate + t->first + first;
+    float biases[EM_LANES];
+    for (int32_t j = 0; bias && j < n; j++) biases[j] = bias[t->active[first + j]];
+    for (int32_t i = 0; i < t->n_tokens; i++) {
         bool any = false;
-        for (int32_t j = 0; j < n; j++) any |= h[j] != 0;
-        if (!any) continue;
-        t->kernels->dot_rows(&rows, &t->x, i, up);
-        for (int32_t j = 0; bias && j < n; j++) up[j] += bias[t->active[t->first + first + j]];
-        for (int32_t j = 0; j < n; j++) lane[j] = h[j] != 0 ? h[j] * up[j] : 0;
-        memcpy(h, lane, (size_t)n * 4);
+        for (int32_t j = 0; j < n; j++) any |= t->h[i * width + first + j] != 0;
+        own.tokens[taken] = i;
+        taken += any;
+    }
+    em_acts x = t->x;
+    x.rows = own.tokens;
+    em_out to_up = {own.up, bias ? biases : NULL, EM_LANES, n, 0};
+    t->kernels->gather_rows(&rows, t->is->hidden, own.group);
+    t->kernels->product[t->is->dtype](own.group, 0, 1, &x, taken, &to_up);
+    for (int32_t i = 0; i < taken; i++) {
+        float *h = t->h + own.tokens[i] * width + first;
+        for (int32_t j = 0; j < n; j++) h[j] = h[j] != 0 ? h[j] * own.up[i * EM_LANES + j] : 0;
     }
 }
 
@@ -183,7 +215,9 @@ int32_t em_neurons_run(em_core *core, const em_neurons *f, const void *bundle,
     t.active = em_arena_take(&arena, width * 4);
     t.rows = em_arena_take(&arena, width * sizeof *t.rows);
     t.counts = em_arena_take(&arena, (width / NEURONS + 1) * 4);
-    if (!fits || !t.h || !t.y || !t.active || !t.rows || !t.counts) return EM_NO_MEMORY;
+    t.own = em_arena_take(&arena,
+                          (uint64_t)em_pool_threads(core->pool) * own_bytes(n_tokens, f->hidden));
+    if (!fits || !t.own || !t.h || !t.y || !t.active || !t.rows || !t.counts) return EM_NO_MEMORY;
 
     const em_linear deciding = {.weights = t.bundle + f->deciding,
                                 .bias = vector_at(&t, f->deciding_bias),

@@ -1,27 +1,34 @@
-/* Rows that come and go one by one. The rows of a set that were used last stay: a window over the
- * last tokens, as many as memory holds (arXiv 2312.11514, section 3.1). What is absent is read in
- * one batch, neighbours together, by way of staging buffers: reads start and end at whole pages,
- * rows in memory lie close. One thread uses all this, and no lock. */
+/* Rows that come and go one by one. What was used often and of late stays: a window over the last
+ * tokens (arXiv 2312.11514, section 3.1), as wide as memory allows, that frequent rows outlast.
+ * What is absent is read in one batch, neighbours together, by way of staging buffers: reads start
+ * and end at whole pages, rows in memory lie close. One thread uses all this, and no lock. */
 #define _GNU_SOURCE /* O_DIRECT */
 
-#include "rows.h"
-
 #include "io.h"
+#include "stream.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-enum { ABSENT = -1, EMPTY = -1, MAX_RETRIES = 1000, PAGE = 4096, BATCH = 16, AGES = 256 };
+enum { ABSENT = -1, EMPTY = -1, MAX_RETRIES = 1000, PAGE = 4096, BATCH = 16 };
+
+/* Uses count half as much after so many takes (bench/LOG.md). */
+#define HALF_LIFE 64
+/* Ages are told apart in steps of 1/64 of that, up to 9 of them. */
+enum { AGES = 1024, AGES_PER_LIFE = 64, YOUNGEST = 7, MOST_TAKES = HALF_LIFE << 10 };
 
 typedef struct {
     em_row_set is;
     int32_t *slot_of;  /* [n_rows], or ABSENT */
     int32_t *occupant; /* [room at open], or EMPTY */
-    uint32_t *used;    /* [room at open]: when it was used last */
-    uint32_t now;
+    float *heat;       /* [n_rows]: log2 of all uses, a use counting 2^(when / HALF_LIFE) */
+    int32_t *used;     /* [n_rows]: when it was used last */
+    int32_t now;       /* takes so far */
+    uint32_t base;     /* of its rows among those of all sets */
 } row_set;
 
 /* One read: `missing` rows [first, end) lie in it. */
@@ -45,6 +52,7 @@ struct em_rows {
     uint64_t stage_bytes;
     em_row_stats stats;
     em_row_failure failure;
+    em_demand_log *log;
     int fd;
     bool buffered;
     pid_t owner;
@@ -70,26 +78,43 @@ static void vacate(row_set *s, int32_t id) {
     s->slot_of[id] = ABSENT;
 }
 
-/* How long ago a slot was used, empty ones longest; 0 for the present take. */
-static int32_t age_of(const row_set *s, int32_t slot) {
-    if (s->occupant[slot] == EMPTY) return AGES - 1;
-    uint32_t age = s->now - s->used[slot];
-    return age < AGES - 1 ? (int32_t)age : AGES - 2;
+/* Counts a use of a row now. */
+static void warm(row_set *s, int32_t id) {
+    float now = (float)s->now / HALF_LIFE, before = s->heat[id];
+    s->heat[id] = now + log2f(1 + exp2f(before - now));
+    s->used[id] = s->now;
 }
 
-/* Gives each of n rows a slot: empty ones, then those that were used longest ago. */
+/* Lets time begin again, so that floats stay exact enough. */
+static void start_over(row_set *s) {
+    for (int32_t i = 0; i < s->is.n_rows; i++) {
+        s->heat[i] -= (float)s->now / HALF_LIFE;
+        s->used[i] -= s->now;
+    }
+    s->now = 0;
+}
+
+/* The colder a slot's row, the higher; highest for empty slots, 0 for rows of the present take. */
+static int32_t age_of(const row_set *s, int32_t slot) {
+    int32_t id = s->occupant[slot];
+    if (id == EMPTY) return AGES - 1;
+    if (s->used[id] == s->now) return 0;
+    float age = ((float)s->now / HALF_LIFE - s->heat[id] + YOUNGEST) * AGES_PER_LIFE;
+    return age < 1 ? 1 : age > AGES - 2 ? AGES - 2 : (int32_t)age;
+}
+
+/* Gives each of n rows a slot: empty ones, then those of the coldest rows. */
 static void place(row_set *s, const int32_t *ids, int32_t n) {
-    int32_t counts[AGES] = {0}, room = s->is.room, oldest = AGES - 1, older = 0, placed = 0;
+    int32_t counts[AGES] = {0}, room = s->is.room, least = AGES - 1, colder = 0, placed = 0;
     for (int32_t slot = 0; slot < room; slot++) counts[age_of(s, slot)]++;
-    while (older + counts[oldest] < n && oldest > 1) older += counts[oldest--];
-    int32_t of_oldest = n - older; /* what the youngest that must leave still have to give */
+    while (colder + counts[least] < n && least > 1) colder += counts[least--];
+    int32_t of_least = n - colder; /* how many of the warmest that must leave do so */
     for (int32_t slot = 0; slot < room && placed < n; slot++) {
         int32_t age = age_of(s, slot);
-        if (age < oldest || (age == oldest && of_oldest-- <= 0)) continue;
+        if (age < least || (age == least && of_least-- <= 0)) continue;
         if (s->occupant[slot] != EMPTY) vacate(s, s->occupant[slot]);
         s->occupant[slot] = ids[placed];
         s->slot_of[ids[placed++]] = slot;
-        s->used[slot] = s->now;
     }
 }
 
@@ -199,18 +224,13 @@ int32_t em_rows_take(em_rows *r, int32_t set, const int32_t *ids, int32_t n, con
     row_set *s = &r->sets[set];
     int32_t missing = 0;
     r->failure.failed = 0;
-    if (s->now == UINT32_MAX) { /* all that is there is as old */
-        memset(s->used, 0, (size_t)s->is.most_room * sizeof *s->used);
-        s->now = 0;
-    }
+    if (s->now == MOST_TAKES) start_over(s);
     s->now++;
     for (int32_t i = 0; i < n; i++) {
-        int32_t slot = s->slot_of[ids[i]];
-        if (slot == ABSENT)
-            r->missing[missing++] = ids[i];
-        else
-            s->used[slot] = s->now;
+        if (s->slot_of[ids[i]] == ABSENT) r->missing[missing++] = ids[i];
+        warm(s, ids[i]);
     }
+    if (r->log) em_demand_write(r->log, (const uint32_t *)ids, n, s->base);
     r->stats.hits += n - missing;
     r->stats.misses += missing;
     if (missing > 0) {
@@ -230,7 +250,7 @@ int32_t em_rows_take(em_rows *r, int32_t set, const int32_t *ids, int32_t n, con
  */
 
 int32_t em_rows_room(const em_rows *r, int32_t set) { return r->sets[set].is.room; }
-uint64_t em_rows_row_bytes(const em_rows *r, int32_t set) { return r->sets[set].is.row_bytes; }
+void em_rows_log(em_rows *r, em_demand_log *log) { r->log = log; }
 em_row_stats em_rows_statistics(const em_rows *r) { return r->stats; }
 
 em_row_failure em_rows_failure(const em_rows *r) { return r->failure; }
@@ -260,6 +280,7 @@ void em_rows_close(em_rows *r) {
     for (int32_t i = 0; r->sets && i < r->n_sets; i++) {
         free(r->sets[i].slot_of);
         free(r->sets[i].occupant);
+        free(r->sets[i].heat);
         free(r->sets[i].used);
     }
     free(r->sets);
@@ -285,9 +306,13 @@ static bool open_set(row_set *s, const em_row_set *is) {
     s->is = *is;
     s->slot_of = malloc((size_t)is->n_rows * sizeof *s->slot_of);
     s->occupant = malloc((size_t)is->most_room * sizeof *s->occupant);
-    s->used = calloc((size_t)is->most_room, sizeof *s->used);
-    if (!s->slot_of || !s->occupant || !s->used) return false;
-    for (int32_t i = 0; i < is->n_rows; i++) s->slot_of[i] = ABSENT;
+    s->heat = malloc((size_t)is->n_rows * sizeof *s->heat);
+    s->used = calloc((size_t)is->n_rows, sizeof *s->used);
+    if (!s->slot_of || !s->occupant || !s->heat || !s->used) return false;
+    for (int32_t i = 0; i < is->n_rows; i++) {
+        s->slot_of[i] = ABSENT;
+        s->heat[i] = -MOST_TAKES;
+    }
     for (int32_t i = 0; i < is->most_room; i++) s->occupant[i] = EMPTY;
     return true;
 }
@@ -300,6 +325,7 @@ static bool allocate(em_rows *r, const em_row_set *sets) {
     if (!r->sets) return false;
     for (int32_t i = 0; i < r->n_sets; i++) {
         if (!open_set(&r->sets[i], &sets[i])) return false;
+        r->sets[i].base = i ? r->sets[i - 1].base + (uint32_t)sets[i - 1].n_rows : 0;
         if (sets[i].row_bytes > longest) longest = sets[i].row_bytes;
         if (sets[i].most_room > most) most = sets[i].most_room;
     }

@@ -196,9 +196,10 @@ static int32_t observe(em_stream *s, int32_t turn, const em_turn *t) {
     return s->observe(s->user, turn, s->indices, t->n, t->uses, t->tokens);
 }
 
-static void write_down(em_demand_log *log, const uint32_t *indices, int32_t n) {
+void em_demand_write(em_demand_log *log, const uint32_t *indices, int32_t n, uint32_t base) {
     if (log->n_turns < log->turns_room && log->n_indices + n <= log->indices_room) {
-        memcpy(log->indices + log->n_indices, indices, (size_t)n * sizeof *indices);
+        uint32_t *to = log->indices + log->n_indices;
+        for (int32_t i = 0; i < n; i++) to[i] = base + indices[i];
         log->counts[log->n_turns] = (uint32_t)n;
     }
     log->n_turns++;
@@ -221,7 +222,7 @@ static int32_t take_turn(em_core *core, em_stream *s, em_turn *t) {
     int32_t turn = s->turn_of[s->indices[0]];
     int32_t status = observe(s, turn, t);
     if (status == EM_OK) status = run_rounds(core, s, turn, t);
-    if (status == EM_OK && s->log) write_down(s->log, s->indices, t->n);
+    if (status == EM_OK && s->log) em_demand_write(s->log, s->indices, t->n, 0);
     if (status == EM_OK && s->record)
         status = s->record(s->user, turn, s->indices, t->n, t->uses, t->tokens);
     return status;

@@ -77,7 +77,7 @@ def core_scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:
         lib.em_attention_scratch(threads, spec.head_dim),
     ]
     if spec.neurons:
-        needs.append(lib.em_neurons_scratch(n_tokens, spec.hidden, spec.intermediate))
+        needs.append(lib.em_neurons_scratch(threads, n_tokens, spec.hidden, spec.intermediate))
     if any(spec.routed):
         pairs = n_tokens * spec.top_k
         needs.append(lib.em_ffn_scratch(n_tokens, pairs, spec.hidden, spec.expert_intermediate))

@@ -10,6 +10,7 @@ import streaming
 import tiny
 
 import edgemem
+from edgemem import converters
 from edgemem._native import lib
 
 ENGINES = ("threads", "io_uring")
@@ -23,7 +24,9 @@ def store(request, tmp_path_factory, convert_store) -> str:
         tiny.write(folder, "qwen3_moe", 77)
         return str(convert_store(folder, "q8_0"))
     tiny.write(folder, "opt", 77, activation="relu", intermediate=150)
-    return str(convert_store(folder, "f16"))
+    target = str(folder) + ".edgemem"
+    converters.convert(folder, target, dtype="f16", neurons=True)
+    return target
 
 
 def answer(session_or_engine) -> bytes:

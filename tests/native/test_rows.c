@@ -2,8 +2,6 @@
  * engine and whatever reads do; those that were used last stay. */
 #include "check.h"
 
-#include "rows.h"
-
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -82,53 +80,56 @@ static void takes_are_right(const char *engine, int32_t depth, const em_faults *
     world w;
     make_world(&w);
     em_rows *r = open_rows(&w, engine, depth, faults);
-    int64_t last[SETS][ROWS] = {{0}}, hits = 0, misses = 0; /* when a row was used, 0: absent */
     int32_t room[SETS] = {ROOM, ROOM, ROOM};
     uint32_t seed = 5;
     for (int64_t step = 1; r && step < 400; step++) {
         int32_t set = (int32_t)(random_bits(&seed) % SETS), ids[ROOM];
-        if (step % 50 == 0) { /* fewer rows, or as many again */
-            int32_t to = 1 + (int32_t)(random_bits(&seed) % ROOM);
-            CHECK(em_rows_resize(r, set, to) == EM_OK, "to %d", to);
-            if (to < room[set]) {
-                em_rows_clear(r);
-                memset(last, 0, sizeof last);
-            }
-            room[set] = to;
+        if (step % 20 == 0) { /* fewer rows, or as many again */
+            room[set] = 1 + (int32_t)(random_bits(&seed) % ROOM);
+            CHECK(em_rows_resize(r, set, room[set]) == EM_OK, "to %d", room[set]);
         }
+        if (step % 90 == 0) em_rows_clear(r);
         int32_t n = 1 + (int32_t)(random_bits(&seed) % (uint32_t)room[set]);
         const uint8_t *at[ROOM];
         int64_t waited = 0;
         draw(ids, n, &seed);
+        em_row_stats before = em_rows_statistics(r);
         CHECK(em_rows_take(r, set, ids, n, at, &waited) == EM_OK, "step %ld", (long)step);
         check_bytes(&w, set, ids, n, at, seed);
-        int32_t held = 0;
-        for (int32_t i = 0; i < n; i++) {
-            hits += last[set][ids[i]] > 0;
-            misses += last[set][ids[i]] == 0;
-            last[set][ids[i]] = step;
-        }
-        for (int32_t i = 0; i < ROWS; i++) held += last[set][i] > 0;
-        em_row_stats stats = em_rows_statistics(r);
-        CHECK(stats.hits == hits && stats.misses == misses, "%ld hits, expected %ld",
-              (long)stats.hits, (long)hits);
-        /* Which of those that were last used together leave is not said: start over at such. */
-        while (held > room[set]) {
-            int64_t oldest = INT64_MAX;
-            int32_t of_oldest = 0;
-            for (int32_t i = 0; i < ROWS; i++)
-                if (last[set][i] > 0 && last[set][i] < oldest) oldest = last[set][i];
-            for (int32_t i = 0; i < ROWS; i++) of_oldest += last[set][i] == oldest;
-            if (held - of_oldest < room[set] || oldest == step) {
-                em_rows_clear(r);
-                memset(last, 0, sizeof last);
-                break;
-            }
-            for (int32_t i = 0; i < ROWS; i++)
-                if (last[set][i] == oldest) last[set][i] = 0;
-            held -= of_oldest;
-        }
+        em_row_stats after = em_rows_statistics(r);
+        CHECK(after.hits + after.misses - before.hits - before.misses == n, "step %ld", (long)step);
+        CHECK(step % 90 || after.misses - before.misses == n, "%s", "nothing is left");
+        CHECK(em_rows_take(r, set, ids, n, at, &waited) == EM_OK, "step %ld", (long)step);
+        check_bytes(&w, set, ids, n, at, seed);
+        CHECK(em_rows_statistics(r).hits - after.hits == n, "step %ld: all are there", (long)step);
     }
+    em_rows_close(r);
+    end_world(&w);
+}
+
+static int64_t misses_of(em_rows *r, const int32_t *ids, int32_t n) {
+    const uint8_t *at[ROOM];
+    int64_t waited = 0, before = em_rows_statistics(r).misses;
+    CHECK(em_rows_take(r, 0, ids, n, at, &waited) == EM_OK, "%d rows", n);
+    return em_rows_statistics(r).misses - before;
+}
+
+/* Time is long enough to begin again. */
+static void what_is_used_often_or_of_late_stays(void) {
+    world w;
+    make_world(&w);
+    em_rows *r = open_rows(&w, NULL, 8, NULL);
+    int32_t often[10], once[5], last[5];
+    for (int32_t i = 0; i < 10; i++) often[i] = 3 * i;
+    CHECK(misses_of(r, often, 10) == 10, "%s", "at first");
+    for (int32_t step = 0; step < 70000; step++) {
+        if (step % 4 == 0) CHECK(misses_of(r, often, 10) == 0, "at step %d", step);
+        if (step > 2000 && step < 69000) continue; /* all the same */
+        for (int32_t i = 0; i < 5; i++) once[i] = 100 + step * 5 % 150 + i;
+        CHECK(misses_of(r, once, 5) == 5, "at step %d", step);
+        memcpy(last, once, sizeof last);
+    }
+    CHECK(misses_of(r, last, 5) == 0, "%s", "the last ones");
     em_rows_close(r);
     end_world(&w);
 }
@@ -210,6 +211,7 @@ int main(void) {
         faults_are_told(engines[e], EM_FAULT_FLIP, 0);
         faults_are_told(engines[e], EM_FAULT_SHORT, -1);
     }
+    what_is_used_often_or_of_late_stays();
     a_file_that_ends_early_is_told();
     arguments_are_checked();
     return check_report();

@@ -127,7 +127,7 @@ def test_only_active_neurons_are_read_and_multiplied(trained):
         with engine.session() as session:
             for i in ids:
                 session.feed([i])
-        taken = engine._streamer._rows.statistics()
+        taken = engine._streamer.rows.statistics()
     neurons = len(ids) * engine.spec.n_layers * engine.spec.intermediate
     assert taken["hits"] + taken["misses"] == pytest.approx(active, rel=0.02)
     assert active < 0.6 * neurons
@@ -143,9 +143,6 @@ def test_what_cannot_be_taken_apart_is_refused(shared, tmp_path):
     ).folder  # fmt: skip
     with pytest.raises(UnsupportedError, match="rows of 40"):
         converters.convert(odd, tmp_path / "b.edgemem", dtype="q8_0", neurons=True)
-    report = converters.convert(odd, tmp_path / "c.edgemem", dtype="q8_0")
-    with Store.open(report.target) as store:
-        assert not store.spec.neurons, "by default it is left as it is"
     assert not (tmp_path / "a.edgemem").exists() and not (tmp_path / "b.edgemem").exists()
 
 
@@ -158,5 +155,24 @@ def test_a_missing_matrix_is_named_once(tmp_path):
 
     safetensors.numpy.save_file(tensors, model.folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="fc2.weight") as error:
-        converters.convert(model.folder, tmp_path / "a.edgemem")
+        converters.convert(model.folder, tmp_path / "a.edgemem", neurons=True)
     assert str(error.value).count("0.fc2.weight") == 1
+
+
+@pytest.mark.parametrize("dtype", ("keep", "q8_0", "q4_0"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_arrives(kind, dtype, tmp_path, seed_base):
+    model = relu(tmp_path / "model", kind, seed_base + 9, hidden=64, n_heads=4, n_kv_heads=4,
+                 head_dim=16)  # fmt: skip
+    report = converters.convert(model.folder, tmp_path / "a", dtype=dtype, neurons=True)
+    step = {"keep": 0, "q8_0": 1 / 200, "q4_0": 1 / 7.5}[dtype]
+    with Store.open(tmp_path / "a") as store:
+        assert store.verify().ok and report.bundles == len(store.entries)
+        weights = StoreWeights(store)
+        for layer in range(store.spec.n_layers):
+            found = weights.ffn(layer)
+            expected = model.weights.ffn(layer)
+            assert set(found) == set(expected)
+            for name, value in expected.items():
+                tolerance = 0 if value.ndim == 1 else step * np.abs(value).max()
+                assert np.abs(found[name].reshape(value.shape) - value).max() <= tolerance, name
