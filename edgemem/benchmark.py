@@ -271,8 +271,9 @@ def _rows_room(engine: Engine, steps: Sequence[int]) -> tuple[int, int]:
     rows = engine._streamer.rows
     if rows is None:
         return 0, 0
-    # A turn of which there are more than its set may hold takes several rounds.
-    turns = sum(-(-n // room) for n, room in zip(rows.row_counts, rows.rooms, strict=True))
+    # A turn asks in a few parts, and of more than its set may hold in rounds.
+    rounds = (-(-n // room) for n, room in zip(rows.row_counts, rows.rooms, strict=True))
+    turns = sum(rounds) + 4 * len(rows.rooms)
     return min(sum(rows.row_counts) * len(steps), ROWS_WRITTEN), turns * len(steps)
 
 

@@ -19,7 +19,7 @@ from .errors import CorruptError, EdgeMemError, FlashError
 from .format import Kind, Segment
 from .store import Store, open_direct
 
-DEPTH = 64
+DEPTH = 128
 """Reads in flight: they are small (bench/LOG.md)."""
 _PAGE = 4096
 

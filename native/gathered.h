@@ -50,26 +50,18 @@ static void gather_rows(const em_gathered *r, int32_t cols, uint8_t *to) {
     interleave_uint32_t(words, n, (uint32_t *)(to + em_scale_bytes(r->dtype, cols, EM_LANES)));
 }
 
-/* Rows that are added together, and tokens at a time that look which of them take one. */
+/* Rows that are added together: a sum is loaded and stored once for all of them. */
 #define ADDED_ROWS 4
-#define ADDED_TOKENS 64
 
-/* A sum waits for nothing but itself, in the order of rows. A token that does not take one of them
- * has zero for it. */
 EM_INLINE void add_some(const uint8_t *const *rows, const int n_rows, const int dtype,
-                        int64_t plane, int64_t first, int32_t cols, const float *weight,
-                        const int32_t *tokens, int32_t n_tokens, float *out, int64_t stride) {
+                        int64_t plane, int64_t first, int32_t cols, const float *weights,
+                        float *sum) {
     for (int32_t c = 0; c < cols; c += EM_LANES) {
-        vf w[ADDED_ROWS];
+        vf s = load_part(sum + c, cols - c, 0);
         for (int i = 0; i < n_rows; i++)
-            w[i] = row_part(rows[i], dtype, plane, first + c, cols - c);
-        for (int32_t t = 0; t < n_tokens; t++) {
-            float *p = out + tokens[t] * stride + c;
-            vf sum = load_part(p, cols - c, 0);
-            for (int i = 0; i < n_rows; i++)
-                sum = vf_fma(w[i], vf_set1(weight[t * ADDED_ROWS + i]), sum);
-            store_part(p, cols - c, sum);
-        }
+            s = vf_fma(row_part(rows[i], dtype, plane, first + c, cols - c), vf_set1(weights[i]),
+                       s);
+        store_part(sum + c, cols - c, s);
     }
 }
 
@@ -78,51 +70,24 @@ EM_INLINE int64_t quants_bytes(const int dtype, int64_t cols) {
 }
 
 EM_INLINE void add_rows_as(const em_gathered *r, const int dtype, int64_t first, int32_t cols,
-                           const float *weights, int64_t weights_stride, int32_t n_tokens,
-                           float *out, int64_t stride) {
+                           const float *weights, float *sum) {
     const int64_t at = r->plane + quants_bytes(dtype, first), bytes = quants_bytes(dtype, cols);
-    int32_t tokens[ADDED_TOKENS];
-    float weight[ADDED_TOKENS * ADDED_ROWS];
-    for (int32_t from = 0; from < n_tokens; from += ADDED_TOKENS)
-        for (int32_t i = 0; i < r->n; i += ADDED_ROWS) {
-            int32_t n = (int32_t)em_min(ADDED_ROWS, r->n - i), taken = 0;
-            for (int32_t j = i + ADDED_ROWS; j < r->n && j < i + 2 * ADDED_ROWS; j++)
-                for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(r->rows[j] + at + b);
-            for (int32_t t = from; t < n_tokens && t < from + ADDED_TOKENS; t++) {
-                bool any = false;
-                for (int32_t j = 0; j < n; j++) {
-                    float w = weights[t * weights_stride + i + j];
-                    weight[taken * ADDED_ROWS + j] = w;
-                    any |= w != 0; /* true of NaN */
-                }
-                tokens[taken] = t;
-                taken += any;
-            }
-            const uint8_t *const *rows = r->rows + i;
-            if (n == ADDED_ROWS)
-                add_some(rows, ADDED_ROWS, dtype, r->plane, first, cols, weight, tokens, taken, out,
-                         stride);
-            else
-                for (int32_t j = 0; j < n; j++) {
-                    float one[ADDED_TOKENS * ADDED_ROWS];
-                    for (int32_t t = 0; t < taken; t++)
-                        one[t * ADDED_ROWS] = weight[t * ADDED_ROWS + j];
-                    add_some(rows + j, 1, dtype, r->plane, first, cols, one, tokens, taken, out,
-                             stride);
-                }
-        }
+    int32_t i = 0;
+    for (; i + ADDED_ROWS <= r->n; i += ADDED_ROWS) {
+        for (int32_t j = i + ADDED_ROWS; j < r->n && j < i + 2 * ADDED_ROWS; j++)
+            for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(r->rows[j] + at + b);
+        add_some(r->rows + i, ADDED_ROWS, dtype, r->plane, first, cols, weights + i, sum);
+    }
+    for (; i < r->n; i++) add_some(r->rows + i, 1, dtype, r->plane, first, cols, weights + i, sum);
 }
 
 static void add_rows(const em_gathered *r, int64_t first, int32_t cols, const float *weights,
-                     int64_t weights_stride, int32_t n_tokens, float *out, int64_t stride) {
-#define ADD_ROWS(dtype)                                                                            \
-    add_rows_as(r, dtype, first, cols, weights, weights_stride, n_tokens, out, stride)
+                     float *sum) {
     switch (r->dtype) {
-    case EM_F32: ADD_ROWS(EM_F32); break;
-    case EM_F16: ADD_ROWS(EM_F16); break;
-    case EM_BF16: ADD_ROWS(EM_BF16); break;
-    case EM_Q8_0: ADD_ROWS(EM_Q8_0); break;
-    default: ADD_ROWS(EM_Q4_0);
+    case EM_F32: add_rows_as(r, EM_F32, first, cols, weights, sum); break;
+    case EM_F16: add_rows_as(r, EM_F16, first, cols, weights, sum); break;
+    case EM_BF16: add_rows_as(r, EM_BF16, first, cols, weights, sum); break;
+    case EM_Q8_0: add_rows_as(r, EM_Q8_0, first, cols, weights, sum); break;
+    default: add_rows_as(r, EM_Q4_0, first, cols, weights, sum);
     }
-#undef ADD_ROWS
 }

@@ -60,11 +60,10 @@ typedef struct {
     em_product *product[5]; /* by dtype code */
     /* The first `cols` columns of up to EM_LANES rows as one group of a store matrix. */
     void (*gather_rows)(const em_gathered *rows, int32_t cols, uint8_t *group);
-    /* out[t * stride + c] += sum over i of weights[t * weights_stride + i] * rows[i][first + c],
-     * for c < cols; in the order of i, where weights are not zero. Of block formats `first` and
-     * `cols` are whole blocks. */
+    /* sum[c] += weights[i] * rows[i][first + c] for c < cols, in the order of i. `first` is a
+     * multiple of 16; of block formats it and `cols` are whole blocks. */
     void (*add_rows)(const em_gathered *rows, int64_t first, int32_t cols, const float *weights,
-                     int64_t weights_stride, int32_t n_tokens, float *out, int64_t stride);
+                     float *sum);
     /* One row of `cols` floats into int8 blocks of 32: q = round(x * 127 / amax), and for scale
      * amax / 127 rounded to 11 significant bits. */
     void (*quantize)(const float *x, int32_t cols, int8_t *q, float *scale, int32_t *sum);

@@ -2,10 +2,12 @@
  * neither read nor multiplied. What they would add is zero, so that the sums are those of all
  * neurons, in their order. */
 #include "core.h"
+#include "rows.h"
 #include <string.h>
 
-/* Neurons that are activated and looked at together, and columns of `out` that are summed so. */
-enum { NEURONS = 1024, COLUMNS = 256 };
+/* Neurons that are activated and looked at together, and columns of `out` that are summed so; in
+ * how many parts it is decided which are active, where each part's reads run while the next is. */
+enum { NEURONS = 1024, COLUMNS = 256, PARTS = 4 };
 
 typedef struct {
     const em_kernels *kernels;
@@ -16,6 +18,7 @@ typedef struct {
     float *h;             /* [n_tokens, intermediate]: of active neurons, once they are found */
     int32_t *active;      /* their ids, ascending */
     int32_t *counts;      /* of each chunk */
+    int64_t first_chunk;  /* of those that are looked at now */
     const uint8_t **rows; /* [active] */
     int32_t first, n;     /* the active ones of this round */
     int64_t plane;        /* bytes of a row's scales */
@@ -26,35 +29,44 @@ typedef struct {
 
 static int64_t chunks_of(const em_neurons *f) { return (f->intermediate + NEURONS - 1) / NEURONS; }
 
-static uint64_t own_bytes(int32_t n_tokens, int32_t hidden);
+static uint64_t own_bytes(int32_t n_tokens, int32_t hidden, int32_t intermediate);
 
 uint64_t em_neurons_scratch(int32_t n_threads, int32_t n_tokens, int32_t hidden,
                             int32_t intermediate) {
     uint64_t n = (uint64_t)n_tokens, width = (uint64_t)intermediate;
-    return (uint64_t)n_threads * own_bytes(n_tokens, hidden) + em_acts_bytes(n_tokens, hidden) +
-           em_arena_cost(n * width * 4) + em_arena_cost(n * (uint64_t)hidden * 4) +
-           em_arena_cost(width * 4) + em_arena_cost(width * sizeof(void *)) +
-           em_arena_cost((width / NEURONS + 1) * 4);
+    return (uint64_t)n_threads * own_bytes(n_tokens, hidden, intermediate) +
+           em_acts_bytes(n_tokens, hidden) + em_arena_cost(n * width * 4) +
+           em_arena_cost(n * (uint64_t)hidden * 4) + em_arena_cost(width * 4) +
+           em_arena_cost(width * sizeof(void *)) + em_arena_cost((width / NEURONS + 1) * 4);
 }
 
 static const float *vector_at(const neurons_task *t, int64_t offset) {
     return offset < 0 ? NULL : (const float *)(t->bundle + offset);
 }
 
+static void note_taking(em_core *core, int64_t all_ns, int64_t waited_ns) {
+    core->times.stall_ns += waited_ns;
+    core->times.taking_ns += all_ns - waited_ns;
+    core->aside_ns += all_ns;
+}
+
 /* ---- which neurons are active --------------------------------------------------------------- */
 
-static void find_active(void *arg, int64_t chunk, int32_t thread) {
+static void find_active(void *arg, int64_t item, int32_t thread) {
     (void)thread;
     neurons_task *t = arg;
-    int64_t width = t->is->intermediate, first = chunk * NEURONS, found = 0;
+    int64_t chunk = t->first_chunk + item, width = t->is->intermediate, first = chunk * NEURONS,
+            found = 0;
     int64_t n = em_min(NEURONS, width - first);
-    for (int64_t i = 0; i < t->n_tokens; i++)
-        t->kernels->gate(t->h + i * width + first, NULL, (int32_t)n, t->is->activation);
-    for (int64_t j = first; j < first + n; j++) {
-        bool active = false;
-        for (int64_t i = 0; i < t->n_tokens && !active; i++) active = t->h[i * width + j] != 0;
-        t->active[first + found] = (int32_t)j;
-        found += active;
+    bool active[NEURONS] = {false};
+    for (int64_t i = 0; i < t->n_tokens; i++) {
+        float *h = t->h + i * width + first;
+        t->kernels->gate(h, NULL, (int32_t)n, t->is->activation);
+        for (int64_t j = 0; j < n; j++) active[j] |= h[j] != 0; /* true of NaN */
+    }
+    for (int64_t j = 0; j < n; j++) {
+        t->active[first + found] = (int32_t)(first + j);
+        found += active[j];
     }
     t->counts[chunk] = (int32_t)found;
 }
@@ -67,40 +79,80 @@ static void gather_token(void *arg, int64_t token, int32_t thread) {
     for (int32_t i = 0; i < t->n; i++) h[i] = h[t->active[i]];
 }
 
-/* Gives how many neurons are active. */
-static int32_t decide(em_core *core, neurons_task *t) {
-    int64_t width = t->is->intermediate, chunks = chunks_of(t->is), cells = width * t->n_tokens;
-    em_core_run(core, find_active, t, chunks, cells * 8);
-    t->n = 0;
-    for (int64_t c = 0; c < chunks; c++) {
+/* Decides about the neurons of chunks [first, end): `n` grows by those that are active. */
+static int32_t decide_chunks(em_core *core, neurons_task *t, int64_t first, int64_t end) {
+    const em_neurons *f = t->is;
+    int64_t row = first * NEURONS, rows = em_min(end * NEURONS, f->intermediate) - row;
+    const float *bias = vector_at(t, f->deciding_bias);
+    const em_linear deciding = {
+        .weights = t->bundle + f->deciding +
+                   row / EM_LANES * em_group_bytes(f->deciding_dtype, f->hidden, EM_LANES),
+        .bias = bias ? bias + row : NULL,
+        .out = t->h + row,
+        .out_stride = f->intermediate,
+        .dtype = f->deciding_dtype,
+        .rows = (int32_t)rows,
+        .cols = f->hidden};
+    int32_t status = em_linears(core, &deciding, 1, t->x.x, t->n_tokens);
+    if (status != EM_OK) return status;
+    t->first_chunk = first;
+    em_core_run(core, find_active, t, end - first, rows * t->n_tokens * 8);
+    for (int64_t c = first; c < end; c++) {
         memmove(t->active + t->n, t->active + c * NEURONS, (size_t)t->counts[c] * 4);
         t->n += t->counts[c];
     }
+    return EM_OK;
+}
+
+/* Finds what is active, and starts reading it as far as there is room: `*wanted` of them. */
+static int32_t decide(em_core *core, neurons_task *t, const em_neuron_rows *from, int32_t *wanted) {
+    int64_t chunks = chunks_of(t->is), parts = from->rows ? em_min(PARTS, chunks) : 1;
+    int32_t room = from->rows ? em_rows_room(from->rows, from->set) : 0;
+    bool fits = from->rows != NULL;
+    for (int64_t p = 0; p < parts; p++) {
+        int32_t before = t->n;
+        int32_t status = decide_chunks(core, t, p * chunks / parts, (p + 1) * chunks / parts);
+        if (status != EM_OK) return status;
+        fits = fits && t->n <= room;
+        if (!fits || t->n == before) continue;
+        int64_t started = em_now_ns();
+        em_rows_want(from->rows, t->active + before, t->n - before);
+        *wanted = t->n;
+        note_taking(core, em_now_ns() - started, 0);
+    }
     em_core_run(core, gather_token, t, t->n_tokens, (int64_t)t->n * t->n_tokens * 4);
-    return t->n;
+    return EM_OK;
 }
 
 /* ---- their rows ------------------------------------------------------------------------------ */
 
-/* What a thread has for itself: a group of rows, what they make, and of which tokens. */
+/* What a thread has for itself: a group of rows, what they make, and of which tokens; or a token's
+ * rows and their weights. */
 typedef struct {
     uint8_t *group;
-    float *up;       /* [n_tokens, EM_LANES] */
-    int32_t *tokens; /* [n_tokens] */
+    float *up;            /* [n_tokens, EM_LANES] */
+    int32_t *tokens;      /* [n_tokens] */
+    const uint8_t **rows; /* [intermediate] */
+    float *weights;       /* [intermediate] */
 } own_scratch;
 
-static uint64_t own_bytes(int32_t n_tokens, int32_t hidden) {
+static uint64_t own_bytes(int32_t n_tokens, int32_t hidden, int32_t intermediate) {
     uint64_t group = (uint64_t)em_group_bytes(EM_F32, hidden, EM_LANES), n = (uint64_t)n_tokens;
-    return em_arena_cost(group) + em_arena_cost(n * EM_LANES * 4) + em_arena_cost(n * 4);
+    uint64_t width = (uint64_t)intermediate;
+    return em_arena_cost(group) + em_arena_cost(n * EM_LANES * 4) + em_arena_cost(n * 4) +
+           em_arena_cost(width * sizeof(void *)) + em_arena_cost(width * 4);
 }
 
 static own_scratch scratch_of(const neurons_task *t, int32_t thread) {
-    uint64_t size = own_bytes(t->n_tokens, t->is->hidden);
+    uint64_t n = (uint64_t)t->n_tokens, width = (uint64_t)t->is->intermediate;
+    uint64_t size = own_bytes(t->n_tokens, t->is->hidden, t->is->intermediate);
     em_arena arena = {t->own + (uint64_t)thread * size, 0, size};
-    own_scratch own = {
-        .group = em_arena_take(&arena, (uint64_t)em_group_bytes(EM_F32, t->is->hidden, EM_LANES)),
-        .up = em_arena_take(&arena, (uint64_t)t->n_tokens * EM_LANES * 4),
-        .tokens = em_arena_take(&arena, (uint64_t)t->n_tokens * 4)};
+    own_scratch own;
+    own.group = em_arena_take(&arena, (uint64_t)em_group_bytes(EM_F32, t->is->hidden, EM_LANES));
+    own.up = em_arena_take(&arena, n * EM_LANES * 4);
+    own.tokens = em_arena_take(&arena, n * 4);
+    own.rows = em_arena_take(&arena, width * sizeof *own.rows);
+    own.weights = em_arena_take(&arena, width * 4);
     return own;
 }
 
@@ -135,15 +187,29 @@ static void multiply_up(void *arg, int64_t item, int32_t thread) {
     }
 }
 
-/* y += down(h), of some columns. */
-static void add_down(void *arg, int64_t part, int32_t thread) {
+/* y += down(h) of one token, in so many columns that each thread has some. */
+static void add_columns(void *arg, int64_t part, int32_t thread) {
     (void)thread;
     const neurons_task *t = arg;
     int64_t hidden = t->is->hidden, first = part * COLUMNS;
     em_gathered rows = gathered(t, 0, t->n);
     t->kernels->add_rows(&rows, (t->is->gated ? hidden : 0) + first,
-                         (int32_t)em_min(COLUMNS, hidden - first), t->h + t->first,
-                         t->is->intermediate, t->n_tokens, t->y + first, hidden);
+                         (int32_t)em_min(COLUMNS, hidden - first), t->h + t->first, t->y + first);
+}
+
+/* y += down(h), where there are many tokens, of which each takes some of the rows. */
+static void add_down(void *arg, int64_t token, int32_t thread) {
+    const neurons_task *t = arg;
+    const float *h = t->h + token * t->is->intermediate + t->first;
+    own_scratch own = scratch_of(t, thread);
+    em_gathered rows = {own.rows, 0, t->is->dtype, t->plane};
+    for (int32_t i = 0; i < t->n; i++) {
+        own.rows[rows.n] = t->rows[i];
+        own.weights[rows.n] = h[i];
+        rows.n += h[i] != 0; /* true of NaN */
+    }
+    t->kernels->add_rows(&rows, t->is->gated ? t->is->hidden : 0, t->is->hidden, own.weights,
+                         t->y + token * t->is->hidden);
 }
 
 static void add_token(void *arg, int64_t token, int32_t thread) {
@@ -156,7 +222,8 @@ static void add_token(void *arg, int64_t token, int32_t thread) {
     t->kernels->axpy(t->out + token * hidden, 1, y, hidden);
 }
 
-static int32_t take_rows(em_core *core, neurons_task *t, const em_neuron_rows *from) {
+/* `wanted`: these rows were asked for already. */
+static int32_t take_rows(em_core *core, neurons_task *t, const em_neuron_rows *from, bool wanted) {
     const int32_t *ids = t->active + t->first;
     int64_t row_bytes = em_neuron_bytes(t->is), waited = 0, started = em_now_ns();
     if (!from->rows) {
@@ -164,26 +231,28 @@ static int32_t take_rows(em_core *core, neurons_task *t, const em_neuron_rows *f
             t->rows[i] = (const uint8_t *)from->resident + ids[i] * row_bytes;
         return EM_OK;
     }
-    int32_t status = em_rows_take(from->rows, from->set, ids, t->n, t->rows, &waited);
-    int64_t all = em_now_ns() - started;
-    core->times.stall_ns += waited;
-    core->times.taking_ns += all - waited;
-    core->aside_ns += all;
+    int32_t status = wanted ? em_rows_finish(from->rows, ids, t->n, t->rows, &waited)
+                            : em_rows_take(from->rows, from->set, ids, t->n, t->rows, &waited);
+    note_taking(core, em_now_ns() - started, waited);
     return status;
 }
 
-/* With as many active neurons at a time as there is room for. */
+/* With as many active neurons at a time as there is room for; at first with the `wanted` ones. */
 static int32_t run_rounds(em_core *core, neurons_task *t, const em_neuron_rows *from,
-                          int32_t active) {
+                          int32_t active, int32_t wanted) {
     int32_t room = from->rows ? em_rows_room(from->rows, from->set) : active;
     int64_t hidden = t->is->hidden, parts = (hidden + COLUMNS - 1) / COLUMNS;
     for (t->first = 0; t->first < active; t->first += t->n) {
-        t->n = (int32_t)em_min(room, active - t->first);
-        int32_t status = take_rows(core, t, from);
+        bool asked = t->first < wanted;
+        t->n = asked ? wanted : (int32_t)em_min(room, active - t->first);
+        int32_t status = take_rows(core, t, from, asked);
         if (status != EM_OK) return status;
         int64_t work = t->n * hidden * t->n_tokens;
         if (t->is->gated) em_core_run(core, multiply_up, t, (t->n + EM_LANES - 1) / EM_LANES, work);
-        em_core_run(core, add_down, t, parts, work);
+        if (t->n_tokens == 1)
+            em_core_run(core, add_columns, t, parts, work);
+        else
+            em_core_run(core, add_down, t, t->n_tokens, work);
     }
     return EM_OK;
 }
@@ -215,23 +284,21 @@ int32_t em_neurons_run(em_core *core, const em_neurons *f, const void *bundle,
     t.active = em_arena_take(&arena, width * 4);
     t.rows = em_arena_take(&arena, width * sizeof *t.rows);
     t.counts = em_arena_take(&arena, (width / NEURONS + 1) * 4);
-    t.own = em_arena_take(&arena,
-                          (uint64_t)em_pool_threads(core->pool) * own_bytes(n_tokens, f->hidden));
+    t.own = em_arena_take(&arena, (uint64_t)em_pool_threads(core->pool) *
+                                      own_bytes(n_tokens, f->hidden, f->intermediate));
     if (!fits || !t.own || !t.h || !t.y || !t.active || !t.rows || !t.counts) return EM_NO_MEMORY;
 
-    const em_linear deciding = {.weights = t.bundle + f->deciding,
-                                .bias = vector_at(&t, f->deciding_bias),
-                                .out = t.h,
-                                .out_stride = f->intermediate,
-                                .dtype = f->deciding_dtype,
-                                .rows = f->intermediate,
-                                .cols = f->hidden};
-    int32_t status = em_linears(core, &deciding, 1, x, n_tokens);
-    if (status != EM_OK) return status;
-    if (f->gated && em_dtype_is_block(f->dtype)) em_acts_quantize(core, &t.x, NULL, n_tokens);
-    int32_t active = decide(core, &t);
     memset(t.y, 0, n * (uint64_t)f->hidden * 4);
-    status = run_rounds(core, &t, rows, active);
+    int32_t wanted = 0, status = rows->rows ? em_rows_begin(rows->rows, rows->set) : EM_OK;
+    if (status == EM_OK) status = decide(core, &t, rows, &wanted);
+    if (status != EM_OK) {
+        int64_t waited;
+        if (wanted > 0) em_rows_finish(rows->rows, NULL, 0, NULL, &waited);
+        return status;
+    }
+    int32_t active = t.n;
+    if (f->gated && em_dtype_is_block(f->dtype)) em_acts_quantize(core, &t.x, NULL, n_tokens);
+    status = run_rounds(core, &t, rows, active, wanted);
     if (status != EM_OK) return status;
     em_core_run(core, add_token, &t, n_tokens, (int64_t)n_tokens * f->hidden * 2);
     *used = active;

@@ -4,6 +4,8 @@
  * and end at whole pages, rows in memory lie close. One thread uses all this, and no lock. */
 #define _GNU_SOURCE /* O_DIRECT */
 
+#include "rows.h"
+
 #include "io.h"
 #include "stream.h"
 
@@ -44,9 +46,11 @@ struct em_rows {
     em_io *io;
     row_set *sets;
     int32_t n_sets, depth;
-    int32_t *missing; /* of one take: row ids */
-    flight *flights;  /* [2 depth] */
-    int32_t *spare;   /* flights that are free */
+    int32_t set, *missing;              /* of one take: row ids */
+    int32_t n_missing, next, in_flight; /* reads cover those before `next` */
+    int64_t busy_since_ns;
+    flight *flights; /* [2 depth] */
+    int32_t *spare;  /* flights that are free */
     int32_t n_spare;
     uint8_t *staging;
     uint64_t stage_bytes;
@@ -178,72 +182,85 @@ static bool resumes(em_rows *r, flight *f, int64_t result, int32_t *error) {
     return again && f->retries++ < MAX_RETRIES;
 }
 
-/* Reads `missing` [n] of a set to their slots. The device goes on while what came is checked. */
-static void read_missing(em_rows *r, int32_t set, int32_t n) {
-    int32_t next = 0, in_flight = 0, ended, errors[BATCH];
+/* Starts what the device has room for. */
+static void start_reads(em_rows *r) {
     em_read batch[BATCH];
+    int32_t n = BATCH;
+    while (n == BATCH) {
+        for (n = 0; n < BATCH && r->next < r->n_missing && r->in_flight < r->depth; n++) {
+            if (r->n_spare == 0) break;
+            flight *f = plan(r, &r->sets[r->set].is, r->next, r->n_missing);
+            if (r->in_flight++ == 0) r->busy_since_ns = em_now_ns();
+            r->next = f->end;
+            batch[n] = read_of(r, f);
+        }
+        if (n > 0) r->engine->submit(r->io, batch, n);
+    }
+}
+
+/* Waits until some reads end. The device goes on while what they brought is checked. */
+static void end_reads(em_rows *r) {
     em_done done[BATCH];
     flight *whole[BATCH];
-    for (ended = 0;; ended = 0) {
-        while (next < n && in_flight < r->depth && r->n_spare > 0) {
-            int32_t k = 0;
-            while (k < BATCH && next < n && in_flight < r->depth && r->n_spare > 0) {
-                flight *f = plan(r, &r->sets[set].is, next, n);
-                next = f->end;
-                batch[k++] = read_of(r, f);
-                in_flight++;
-            }
-            r->engine->submit(r->io, batch, k);
+    int32_t ended = 0, errors[BATCH], n = r->engine->reap(r->io, done, BATCH);
+    for (int32_t i = 0; i < n; i++) {
+        flight *f = &r->flights[done[i].tag];
+        if (resumes(r, f, done[i].result, &errors[ended])) {
+            em_read rest = read_of(r, f);
+            r->engine->submit(r->io, &rest, 1);
+        } else {
+            whole[ended++] = f;
+            if (--r->in_flight == 0) r->stats.busy_us += (em_now_ns() - r->busy_since_ns) / 1000;
         }
-        if (in_flight == 0) return;
-        int32_t k = r->engine->reap(r->io, done, BATCH);
-        for (int32_t i = 0; i < k; i++) {
-            flight *f = &r->flights[done[i].tag];
-            if (resumes(r, f, done[i].result, &errors[ended])) {
-                em_read rest = read_of(r, f);
-                r->engine->submit(r->io, &rest, 1);
-            } else {
-                whole[ended++] = f;
-                in_flight--;
-            }
-        }
-        if (next < n && r->n_spare > 0 && in_flight < r->depth) {
-            flight *f = plan(r, &r->sets[set].is, next, n);
-            next = f->end;
-            batch[0] = read_of(r, f);
-            in_flight++;
-            r->engine->submit(r->io, batch, 1);
-        }
-        for (int32_t i = 0; i < ended; i++) land(r, set, whole[i], errors[i]);
     }
+    start_reads(r);
+    for (int32_t i = 0; i < ended; i++) land(r, r->set, whole[i], errors[i]);
+}
+
+int32_t em_rows_begin(em_rows *r, int32_t set) {
+    if (r->owner != getpid()) return EM_UNSUPPORTED;
+    row_set *s = &r->sets[set];
+    r->failure.failed = 0;
+    r->set = set;
+    r->next = r->n_missing = 0;
+    if (s->now == MOST_TAKES) start_over(s);
+    s->now++;
+    return EM_OK;
+}
+
+void em_rows_want(em_rows *r, const int32_t *ids, int32_t n) {
+    row_set *s = &r->sets[r->set];
+    int32_t *missing = r->missing + r->n_missing, absent = 0;
+    for (int32_t i = 0; i < n; i++) {
+        if (s->slot_of[ids[i]] == ABSENT) missing[absent++] = ids[i];
+        warm(s, ids[i]);
+    }
+    if (r->log) em_demand_write(r->log, (const uint32_t *)ids, n, s->base);
+    r->stats.hits += n - absent;
+    r->stats.misses += absent;
+    if (absent == 0) return;
+    place(s, missing, absent);
+    r->n_missing += absent;
+    start_reads(r);
+}
+
+int32_t em_rows_finish(em_rows *r, const int32_t *ids, int32_t n, const uint8_t **at,
+                       int64_t *waited_ns) {
+    const row_set *s = &r->sets[r->set];
+    int64_t since = em_now_ns();
+    for (start_reads(r); r->in_flight > 0; start_reads(r)) end_reads(r);
+    *waited_ns += em_now_ns() - since;
+    if (r->failure.failed) return EM_FLASH;
+    for (int32_t i = 0; i < n; i++) at[i] = slot_address(&s->is, s->slot_of[ids[i]]);
+    return EM_OK;
 }
 
 int32_t em_rows_take(em_rows *r, int32_t set, const int32_t *ids, int32_t n, const uint8_t **at,
                      int64_t *waited_ns) {
-    if (r->owner != getpid()) return EM_UNSUPPORTED;
-    row_set *s = &r->sets[set];
-    int32_t missing = 0;
-    r->failure.failed = 0;
-    if (s->now == MOST_TAKES) start_over(s);
-    s->now++;
-    for (int32_t i = 0; i < n; i++) {
-        if (s->slot_of[ids[i]] == ABSENT) r->missing[missing++] = ids[i];
-        warm(s, ids[i]);
-    }
-    if (r->log) em_demand_write(r->log, (const uint32_t *)ids, n, s->base);
-    r->stats.hits += n - missing;
-    r->stats.misses += missing;
-    if (missing > 0) {
-        place(s, r->missing, missing);
-        int64_t since = em_now_ns();
-        read_missing(r, set, missing);
-        int64_t waited = em_now_ns() - since;
-        r->stats.busy_us += waited / 1000;
-        *waited_ns += waited;
-        if (r->failure.failed) return EM_FLASH;
-    }
-    for (int32_t i = 0; i < n; i++) at[i] = slot_address(&s->is, s->slot_of[ids[i]]);
-    return EM_OK;
+    int32_t status = em_rows_begin(r, set);
+    if (status != EM_OK) return status;
+    em_rows_want(r, ids, n);
+    return em_rows_finish(r, ids, n, at, waited_ns);
 }
 
 /* ---- opening, changing, closing ---------------------------------------------------------------
@@ -343,7 +360,7 @@ static bool allocate(em_rows *r, const em_row_set *sets) {
 }
 
 uint64_t em_row_stage_bytes(uint64_t row_bytes) {
-    const uint64_t least = 64 << 10, spans = page_ceil(row_bytes) + PAGE;
+    const uint64_t least = 32 << 10, spans = page_ceil(row_bytes) + PAGE;
     return spans > least ? spans : least;
 }
 

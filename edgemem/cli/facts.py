@@ -67,7 +67,8 @@ def _ffn(spec: dict) -> str:
     """The feed-forward parts; with how many layers have each where layers differ."""
     n_routed = sum(spec["routed"])
     n_dense = spec["n_layers"] - n_routed
-    parts = {f"FFN {spec['intermediate']}": n_dense, _experts(spec): n_routed}
+    apart = " by neuron" if spec.get("neurons") else ""
+    parts = {f"FFN {spec['intermediate']}{apart}": n_dense, _experts(spec): n_routed}
     mixed = n_dense and n_routed
     texts = [f"{count} × {text}" if mixed else text for text, count in parts.items() if count]
     return ", ".join([*texts, spec["activation"]])

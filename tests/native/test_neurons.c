@@ -200,7 +200,7 @@ static void rows_of_any_length(const em_kernels *k) {
             }
             em_gathered rows = {(const uint8_t *const *)row, 3, dtype, 0};
             k->gather_rows(&rows, cols, group);
-            k->add_rows(&rows, 0, cols, weights, 3, 1, sum, cols);
+            k->add_rows(&rows, 0, cols, weights, sum);
             for (int32_t i = 0; i < 3; i++)
                 for (int32_t c = 0; c < cols; c++)
                     CHECK(matrix_element(group, dtype, cols, i, c) ==
