@@ -23,7 +23,7 @@ def parse() -> argparse.Namespace:
 def measure(path: str, args: argparse.Namespace) -> None:
     import edgemem
     from bench.harness import rates
-    from edgemem.benchmark import resident_weights
+    from edgemem.rates import resident_weights
     from edgemem.sequence import TokenSequence
 
     with edgemem.load(path, context=512, threads=args.threads) as engine:

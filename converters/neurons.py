@@ -99,8 +99,10 @@ def format_of(tensors: list[Tensor], target: DType | None) -> DType:
 
 def obstacle(spec: ModelSpec, tensors: list[Tensor], target: DType | None) -> str | None:
     """Why an FFN of these tensors cannot be taken apart; None if it can."""
-    if spec.activation not in ("relu", "relu2") or all(spec.routed):
-        return f"only dense FFNs with relu or relu2 have neurons that rest, not {spec.activation}"
+    if all(spec.routed):
+        return "all layers have experts; only FFNs that every token takes are taken apart"
+    if spec.activation not in ("relu", "relu2"):
+        return f"only FFNs with relu or relu2 have neurons that rest, not {spec.activation}"
     block = next((t for t in tensors if t.dtype.is_block), None)
     if block is not None:
         return f"tensor {block.name} is in blocks of {block.dtype.name}, which lie across neurons"

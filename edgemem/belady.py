@@ -42,6 +42,35 @@ def hits(
     return found
 
 
+def row_hits(
+    starts: np.ndarray, ids: np.ndarray, set_of: np.ndarray, room: np.ndarray
+) -> np.ndarray:
+    """Likewise of rows, each event of one set: `set_of` [rows], `room` int64 [events, sets].
+
+    Rows of an event need not be there together, and what is used may leave at once: no order of
+    rounds has more of them.
+    """
+    following, found = next_uses(starts, ids, len(set_of)), np.empty(len(ids), bool)
+    upcoming = np.full(len(set_of), NEVER, np.int64)
+    resident = np.zeros(len(set_of), bool)
+    held = [np.empty(0, np.int64)] * room.shape[1]
+    for event, now in enumerate(room):
+        where = slice(starts[event], starts[event + 1])
+        wanted = ids[where]
+        if not len(wanted):
+            continue
+        of = int(set_of[wanted[0]])
+        resident[held[of]] = True
+        found[where] = resident[wanted]
+        resident[held[of]] = False
+        upcoming[wanted] = following[where]
+        there = np.union1d(held[of], wanted)
+        if len(there) > now[of]:
+            there = there[np.argpartition(upcoming[there], now[of])[: now[of]]]
+        held[of] = there
+    return found
+
+
 class _Cache:
     """Which bundles are there. `last` int64 [bundles]: the larger, the later it is used."""
 

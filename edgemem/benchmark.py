@@ -30,20 +30,16 @@ from . import belady, inventory
 from ._native import isa_names
 from .budget import Item, machine_bytes, peak_bytes, usable_cpus
 from .format import Kind
+from .rates import dram_rate, flash_rate, layout_classes, row_rate
 from .sequence import TokenSequence
 
 if TYPE_CHECKING:
     from .demand import DemandLog
     from .engine import Engine
-    from .residency import Residency
 
 PROMPT_TOKENS, NEW_TOKENS, REPETITIONS = 512, 128, 3
 ROWS_WRITTEN = 16 << 20
 """Rows whose demand is written down for Belady, at most."""
-
-FLASH_SECONDS = 1.0
-DRAM_SECONDS, DRAM_BYTES = 0.1, 1 << 30
-"""Plain reads go over as many resident bytes, for as long in each of five runs."""
 
 
 @dataclass(frozen=True)
@@ -243,6 +239,10 @@ class _Stretch:
         self._counted.append(counts)
 
     @property
+    def n_steps(self) -> int:
+        return len(self._ends)
+
+    @property
     def is_whole(self) -> bool:
         """Whether there was room for all; without it Belady is not asked, and η is at least what is
         said."""
@@ -271,10 +271,8 @@ def _rows_room(engine: Engine, steps: Sequence[int]) -> tuple[int, int]:
     rows = engine._streamer.rows
     if rows is None:
         return 0, 0
-    # A turn asks in a few parts, and of more than its set may hold in rounds.
-    rounds = (-(-n // room) for n, room in zip(rows.row_counts, rows.rooms, strict=True))
-    turns = sum(rounds) + 4 * len(rows.rooms)
-    return min(sum(rows.row_counts) * len(steps), ROWS_WRITTEN), turns * len(steps)
+    counts = rows.row_counts
+    return min(sum(counts) * len(steps), ROWS_WRITTEN), len(counts) * len(steps)
 
 
 def _demand_room(engine: Engine, steps: Sequence[int]) -> tuple[int, int]:
@@ -304,7 +302,8 @@ def _report(
     decode = _phase(summary["decode"], new_tokens / seconds)
     dram = dram_rate(engine)
     record, flash = flash_rate(engine) if len(plan.streamed) else (None, None)
-    of_rows = row_rate(engine) if engine._streamer.rows is not None else None
+    turns = [stretch for demand in demands for stretch in demand.stretches[1:]]
+    of_rows = row_rate(engine, _mean_share(engine, turns)) if turns else None
     missed = best.missed_bytes / flash if flash else 0.0
     missed += best.missed_row_bytes / of_rows if of_rows else 0.0
     ideal = max(decode.demand_bytes_per_token / dram, missed / (new_tokens * len(times)))
@@ -355,12 +354,14 @@ class _Best:
     def hit_rate(self) -> float | None:
         return self.hits / self.demanded if self.demanded else None
 
-    def add(self, stretch: _Stretch, classes: np.ndarray, sizes: np.ndarray) -> int:
+    def add(
+        self, stretch: _Stretch, classes: np.ndarray, sizes: np.ndarray, hits=belady.hits
+    ) -> int:
         """Bytes that it misses of a stretch of demand: it began with empty slots, and the prompt
         filled them."""
         if not stretch.is_whole or not len(stretch.ids):
             return 0
-        there = belady.hits(stretch.starts, stretch.ids, classes, stretch.slots)
+        there = hits(stretch.starts, stretch.ids, classes, stretch.slots)
         counts = np.repeat(stretch.counted, np.diff(stretch.starts))
         self.hits += int(there[counts].sum())
         self.demanded += int(counts.sum())
@@ -369,7 +370,7 @@ class _Best:
 
 def _belady(engine: Engine, demands: list[_Demand]) -> _Best:
     residency, rows = engine._streamer._residency, engine._streamer.rows
-    best, classes = _Best(), _classes(engine)
+    best, classes = _Best(), layout_classes(engine)
     sizes = residency.sizes[residency.streamed]
     for demand in demands:
         bundles, *apart = demand.stretches
@@ -377,96 +378,18 @@ def _belady(engine: Engine, demands: list[_Demand]) -> _Best:
         for stretch in apart:
             sets = np.repeat(np.arange(len(rows.row_counts)), rows.row_counts)
             row_sizes = np.repeat(rows.row_sizes, rows.row_counts)
-            best.missed_row_bytes += best.add(stretch, sets, row_sizes)
+            best.missed_row_bytes += best.add(stretch, sets, row_sizes, belady.row_hits)
     return best
 
 
-def resident_weights(engine: Engine) -> tuple[int, int]:
-    """Where the resident weights lie, one after another: address and bytes."""
-    residency = engine._streamer._residency
-    resident = residency.resident
-    return int(residency.addresses[resident].min()), int(residency.sizes[resident].sum())
-
-
-def dram_rate(engine: Engine) -> float:
-    """Bytes per second at which all threads read the resident weights and do nothing with them."""
-    start, size = resident_weights(engine)
-    size, rates = min(size, DRAM_BYTES), []
-    engine._core.read_bytes(start, size)
-    for _ in range(5):
-        started, done = perf_counter(), 0
-        while perf_counter() - started < DRAM_SECONDS:
-            engine._core.read_bytes(start, size)
-            done += size
-        rates.append(done / (perf_counter() - started))
-    return statistics.median(rates)
-
-
-def flash_rate(engine: Engine, seconds: float = FLASH_SECONDS) -> tuple[int, float]:
-    """Read streamed bundles in random order, flat out: their size, and bytes per second.
-
-    Of the layout class that has most of the bytes; the slots are empty afterwards.
-    """
-    residency, classes = engine._streamer._residency, _classes(engine)
-    sizes = residency.sizes[residency.streamed]
-    largest = int(np.bincount(classes, sizes).argmax())
-    slots, ids = engine._streamer.slots[largest], np.flatnonzero(classes == largest).tolist()
-    random.Random(0).shuffle(ids)
-    ids = np.array(ids, np.uint32)
-    size = max(1, slots // 2)
-    parts = [ids[start : start + size] for start in range(0, len(ids), size)]
-    # What was read first leaves first: in a cycle longer than the slots, that never hits.
-    ranks, held, turn = np.zeros(len(sizes), np.float32), [], 0
-    residency.clear()
-    before, started = residency.statistics()["read_bytes"], perf_counter()
-    try:
-        while perf_counter() - started < seconds and (turn < len(parts) or len(ids) > slots):
-            part = parts[turn % len(parts)]
-            turn += 1
-            ranks[part] = turn
-            residency.acquire(part, ranks)
-            held.append(part)
-            if len(held) == 2:
-                _finish(residency, held)
-        while held:
-            _finish(residency, held)
-        elapsed = perf_counter() - started
-    finally:
-        for part in held:
-            residency.release(part)
-    read = residency.statistics()["read_bytes"] - before
-    engine.clear()
-    return int(sizes[ids[0]]), read / elapsed
-
-
-def row_rate(engine: Engine, seconds: float = FLASH_SECONDS) -> float:
-    """Bytes per second of rows that are read in random order, none of them there before, as many at
-    once as fit; no rows are held afterwards."""
-    rows, draw = engine._streamer.rows, random.Random(0)
-    done, busy = 0, 0.0
-    while busy < seconds:
-        for number, (count, room) in enumerate(zip(rows.row_counts, rows.rooms, strict=True)):
-            rows.clear()
-            ids = np.array(sorted(draw.sample(range(count), room)), np.int32)
-            started = perf_counter()
-            rows.take(number, ids)
-            busy += perf_counter() - started
-            done += room * rows.row_sizes[number]
-            if busy >= seconds:
-                break
-    engine.clear()
-    return done / busy
-
-
-def _finish(residency: Residency, held: list[np.ndarray]) -> None:
-    residency.wait(held[0])
-    residency.release(held.pop(0))
-
-
-def _classes(engine: Engine) -> np.ndarray:
-    """The layout class of each streamed bundle, as `Streamer.slots` counts classes."""
-    residency = engine._streamer._residency
-    return np.searchsorted(list(residency.slots), residency.classes)
+def _mean_share(engine: Engine, stretches: list[_Stretch]) -> float:
+    """Of a set's rows, those that a turn wants."""
+    whole = [stretch for stretch in stretches if stretch.is_whole]
+    if not whole:
+        return inventory.NEURON_USE
+    wanted = sum(len(stretch.ids) for stretch in whole)
+    steps = sum(stretch.n_steps for stretch in whole)
+    return wanted / steps / sum(engine._streamer.rows.row_counts)
 
 
 def host() -> dict:

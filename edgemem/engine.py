@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -30,7 +31,7 @@ from .kvcache import KvCache, cache_bytes, token_bytes
 from .models.workspace import ScratchLoan, scratch_bytes
 from .recorder import Recorder, header
 from .residency import Residency, Slots
-from .rows import RowCache, overhead_bytes
+from .rows import RowCache
 from .sequence import TokenSequence, check_room
 from .session import DEFAULT_TOKENS, Session, check_ids, checked
 from .store import Store
@@ -169,7 +170,6 @@ class Engine:
         """
         spare = self.budget.limit - sum(item.bytes for item in base)
         reserve = STREAMING_RESERVE_BYTES
-        rows_bytes = overhead_bytes(self.store)
         small, large = (self._scratch_bytes(n) for n in (CHUNK_TOKENS, LARGE_CHUNK_TOKENS))
         for streams, head, chunk, kept in (
             (False, False, LARGE_CHUNK_TOKENS, 0), (False, False, CHUNK_TOKENS, 0),
@@ -179,7 +179,7 @@ class Engine:
         ):  # fmt: skip
             size = self._scratch_bytes(chunk)
             bundles = inventory.plannable(self.store, head)
-            self._plan = planner.plan(bundles, spare - size - kept - streams * rows_bytes)
+            self._plan = planner.plan(bundles, spare - size - kept)
             if self._plan is not None and streams == (len(self._plan.streamed) > 0):
                 break
         self.chunk_tokens = min(chunk, self.context)
@@ -199,11 +199,11 @@ class Engine:
             return [Item("weights that every token needs, and one step's bundles", least)]
         items = [Item("weights", self._plan.resident_bytes)]
         if len(self._plan.streamed):
-            count, of = int(self._plan.least.sum()), len(self._plan.streamed)
-            label = f"slab (at least {count} slots for {of} bundles)"
+            plan = self._plan
+            label = f"slab (at least {plan.least.sum()} slots for {plan.counts.sum()} bundles)"
             items.append(Item(label, self._plan.least_bytes))
         if len(self._plan.apart):
-            items.append(Item("reading neurons", overhead_bytes(self.store)))
+            items.append(Item("reading neurons", self._plan.aside_bytes))
         return items
 
     def _slab_room(self) -> int:
@@ -255,20 +255,21 @@ class Engine:
         self.slots = self._plan.slots(room)
         streamed, apart, how, writer = self._plan.streamed, self._plan.apart, self._streaming, None
         whole = np.unique(self.store.entries["layout"][streamed]).tolist()
-        slots = [Slots(layout, self.slots[layout]) for layout in whole]
+        held = {layout: self.slots[layout] for layout in whole}
         policy = self._new_policy()
         turns = inventory.turns(self.store)
         if how.trace is not None:
-            said = header(self.store, streamed, turns, self.slots, how.policy, how.lookahead)
+            said = header(self.store, streamed, turns, held, how.policy, how.lookahead)
             writer = TraceWriter(how.trace, said)
         reading = how.io_engine, how.faults
+        slots = [Slots(*item) for item in held.items()]
         residency = Residency(self.store, streamed, slots, progress, *reading, apart)
         rows = RowCache(self.store, apart, self.slots, *reading) if len(apart) else None
         self._counted = dict.fromkeys(COUNTERS, 0)
         self._stepping, self._withheld, self._fitted = False, 0, room
         self._streamer = Streamer(residency, policy, turns, how.lookahead, rows)
         if writer is not None:
-            self._streamer.recorder = Recorder(writer, self._statistics)
+            self._streamer.recorder = Recorder(writer, partial(self._statistics, rows=False))
         self._model = models.build(self.store, self._streamer, self._core, self.chunk_tokens)
         self._streamer.take_demand()  # of nobody's step
         self.load_seconds = perf_counter() - started
@@ -385,9 +386,9 @@ class Engine:
         then, self._counted = self._counted, self._statistics()
         return {name: self._counted[name] - then[name] for name in COUNTERS}
 
-    def _statistics(self) -> dict[str, int]:
-        """What streaming has done since open."""
-        now = self._streamer.statistics() or dict.fromkeys(COUNTERS, 0)
+    def _statistics(self, rows: bool = True) -> dict[str, int]:
+        """What streaming has done since open, of bundles and of `rows`."""
+        now = self._streamer.statistics(rows) or dict.fromkeys(COUNTERS, 0)
         return now | {"stall_us": now["stall_us"] + int(self._core.clocks()["stall"] * 1e6)}
 
     def clear(self) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from .dtypes import BY_NAME, LANES, U32, DType, matrix_bytes
 from .format import Kind, Segment
 from .planner import Bundles
+from .rows import overhead_bytes
 from .store import Store
 
 STREAMABLE = (Kind.EMBED, Kind.FFN, Kind.EXPERT, Kind.NEURONS)
@@ -90,7 +91,8 @@ def plannable(store: Store, head: bool = False) -> Bundles:
         may_stream=np.isin(kinds, (*STREAMABLE, Kind.HEAD) if head else STREAMABLE),
         at_once=np.where(experts, max(spec.top_k, 1), 1),
         use=use,
-        rows=np.where(neurons, spec.intermediate, 1),
+        rows=np.where(neurons, spec.intermediate, 0),
+        aside_bytes=overhead_bytes(store),
     )
 
 

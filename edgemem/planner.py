@@ -18,7 +18,8 @@ class Bundles:
 
     Their layout class, bytes in memory, whether they may stream, how many of their kind one token
     wants of a layer, and the share of tokens that want each. What streams comes apart into so many
-    `rows`, each then a part of its own; 1 for what is read whole.
+    `rows`, each then a part of its own; 0 for what is read whole. `aside_bytes` is what rows that
+    come and go take beside themselves.
     """
 
     layouts: np.ndarray
@@ -27,6 +28,7 @@ class Bundles:
     at_once: np.ndarray
     use: np.ndarray
     rows: np.ndarray
+    aside_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Plan:
     counts: np.ndarray
     least: np.ndarray
     demand: np.ndarray
+    aside_bytes: int = 0
 
     @property
     def least_bytes(self) -> int:
@@ -82,9 +85,7 @@ def plan(bundles: Bundles, room: int) -> Plan | None:
         none, ids = np.empty(0, np.int64), np.empty(0, np.uint32)
         return Plan(ids, ids, int(bundles.sizes.sum()), none, none, none, none, none)
     found = _least(bundles)
-    if not len(found.classes) or found.resident_bytes + found.least_bytes > room:
-        return None
-    return found
+    return found if len(found.classes) and _bytes(found) <= room else None
 
 
 def round_size(classes: np.ndarray, room: np.ndarray) -> int:
@@ -104,7 +105,11 @@ def round_size(classes: np.ndarray, room: np.ndarray) -> int:
 def floor_bytes(bundles: Bundles) -> int:
     """The least that `plan` can work with."""
     found = _least(bundles)
-    return min(int(bundles.sizes.sum()), found.resident_bytes + found.least_bytes)
+    return min(int(bundles.sizes.sum()), _bytes(found))
+
+
+def _bytes(plan: Plan) -> int:
+    return plan.resident_bytes + plan.least_bytes + plan.aside_bytes
 
 
 def _least(bundles: Bundles) -> Plan:
@@ -115,7 +120,7 @@ def _least(bundles: Bundles) -> Plan:
     for i, layout in enumerate(classes):
         mine = may_stream & (bundles.layouts == layout)
         rows = int(bundles.rows[mine][0])
-        if rows > 1:
+        if rows > 0:
             each[i], counts[i] = -(-int(sizes[mine].sum()) // rows), rows
             least[i], demand[i] = min(MIN_ROWS, rows), bundles.use[mine].max() * rows
             continue
@@ -124,7 +129,8 @@ def _least(bundles: Bundles) -> Plan:
         demand[i] = bundles.use[mine].sum()
     whole, apart = (
         np.flatnonzero(may_stream & is_so).astype(np.uint32)
-        for is_so in (bundles.rows == 1, bundles.rows > 1)
+        for is_so in (bundles.rows == 0, bundles.rows > 0)
     )
     resident_bytes = int(sizes[~may_stream].sum())
-    return Plan(whole, apart, resident_bytes, classes, each, counts, least, demand)
+    aside = bundles.aside_bytes if len(apart) else 0
+    return Plan(whole, apart, resident_bytes, classes, each, counts, least, demand, aside)

@@ -185,13 +185,13 @@ class Streamer:
         self.stream.demand_bytes = self._resident_demand = 0
         return demand
 
-    def statistics(self) -> dict[str, int]:
-        """The counters of bundles and rows that stream."""
+    def statistics(self, rows: bool = True) -> dict[str, int]:
+        """The counters of bundles that stream, and of `rows`."""
         counted = self._residency.statistics()
-        if self.rows is None:
+        if self.rows is None or not rows:
             return counted
-        rows = self.rows.statistics()  # both may read at once: then their busy times overlap
-        return counted | {name: n + counted.get(name, 0) for name, n in rows.items()}
+        more = self.rows.statistics()  # both may read at once: then their busy times overlap
+        return counted | {name: n + counted.get(name, 0) for name, n in more.items()}
 
     def close(self) -> None:
         """Wait for reads in flight and let go of the store's file."""

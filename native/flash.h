@@ -161,10 +161,11 @@ typedef struct {
     uint32_t *indices, *counts; /* of all turns; of each turn */
     int64_t n_indices, n_turns, indices_room, turns_room;
 } em_demand_log;
-/* Writes every take into the log (NULL: none): rows of all sets are numbered one after another. */
+/* Lets turns write their demand into the log (NULL: none): rows of all sets are numbered one after
+ * another. */
 void em_rows_log(em_rows *rows, em_demand_log *log);
 em_row_stats em_rows_statistics(const em_rows *rows);
-em_row_failure em_rows_failure(const em_rows *rows);
+em_row_failure em_rows_failure(em_rows *rows); /* tells it once */
 
 /* end cdef */
 

@@ -108,7 +108,8 @@ static int32_t decide_chunks(em_core *core, neurons_task *t, int64_t first, int6
 static int32_t decide(em_core *core, neurons_task *t, const em_neuron_rows *from, int32_t *wanted) {
     int64_t chunks = chunks_of(t->is), parts = from->rows ? em_min(PARTS, chunks) : 1;
     int32_t room = from->rows ? em_rows_room(from->rows, from->set) : 0;
-    bool fits = from->rows != NULL;
+    /* Where a turn before had more than there is room for, this one will too. */
+    bool fits = from->rows && !em_rows_crowded(from->rows, from->set);
     for (int64_t p = 0; p < parts; p++) {
         int32_t before = t->n;
         int32_t status = decide_chunks(core, t, p * chunks / parts, (p + 1) * chunks / parts);
@@ -119,6 +120,10 @@ static int32_t decide(em_core *core, neurons_task *t, const em_neuron_rows *from
         em_rows_want(from->rows, t->active + before, t->n - before);
         *wanted = t->n;
         note_taking(core, em_now_ns() - started, 0);
+    }
+    if (from->rows) {
+        em_rows_crowd(from->rows, from->set, t->n > room);
+        em_rows_write_down(from->rows, from->set, t->active, t->n);
     }
     em_core_run(core, gather_token, t, t->n_tokens, (int64_t)t->n * t->n_tokens * 4);
     return EM_OK;
@@ -237,16 +242,28 @@ static int32_t take_rows(em_core *core, neurons_task *t, const em_neuron_rows *f
     return status;
 }
 
-/* With as many active neurons at a time as there is room for; at first with the `wanted` ones. */
+/* What a turn cannot have at once it takes in rounds. Rows that are there stay all the while, and
+ * the others go through what room is left: else each round would throw out what the next ones, and
+ * those of the next turn, want. */
+static int32_t next_round(neurons_task *t, const em_neuron_rows *from, int32_t active,
+                          int32_t wanted) {
+    const int32_t *ids = t->active + t->first;
+    int32_t left = active - t->first;
+    if (!from->rows) return left;
+    if (t->first < wanted) return wanted;
+    if (t->first == wanted) em_rows_keep(from->rows, from->set, ids, left);
+    return em_rows_fit(from->rows, from->set, ids, left);
+}
+
+/* At first with the `wanted` ones of the active neurons, which are on their way. */
 static int32_t run_rounds(em_core *core, neurons_task *t, const em_neuron_rows *from,
                           int32_t active, int32_t wanted) {
-    int32_t room = from->rows ? em_rows_room(from->rows, from->set) : active;
     int64_t hidden = t->is->hidden, parts = (hidden + COLUMNS - 1) / COLUMNS;
-    for (t->first = 0; t->first < active; t->first += t->n) {
-        bool asked = t->first < wanted;
-        t->n = asked ? wanted : (int32_t)em_min(room, active - t->first);
-        int32_t status = take_rows(core, t, from, asked);
-        if (status != EM_OK) return status;
+    int32_t status = EM_OK;
+    for (t->first = 0; t->first < active && status == EM_OK; t->first += t->n) {
+        t->n = next_round(t, from, active, wanted);
+        status = take_rows(core, t, from, t->first < wanted);
+        if (status != EM_OK) break;
         int64_t work = t->n * hidden * t->n_tokens;
         if (t->is->gated) em_core_run(core, multiply_up, t, (t->n + EM_LANES - 1) / EM_LANES, work);
         if (t->n_tokens == 1)
@@ -254,7 +271,8 @@ static int32_t run_rounds(em_core *core, neurons_task *t, const em_neuron_rows *
         else
             em_core_run(core, add_down, t, t->n_tokens, work);
     }
-    return EM_OK;
+    if (from->rows && active > wanted) em_rows_keep(from->rows, from->set, NULL, 0);
+    return status;
 }
 
 static bool valid(const em_neurons *f) {

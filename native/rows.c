@@ -29,8 +29,11 @@ typedef struct {
     int32_t *occupant; /* [room at open], or EMPTY */
     float *heat;       /* [n_rows]: log2 of all uses, a use counting 2^(when / HALF_LIFE) */
     int32_t *used;     /* [n_rows]: when it was used last */
-    int32_t now;       /* takes so far */
-    uint32_t base;     /* of its rows among those of all sets */
+    bool *kept;        /* [n_rows]: may not leave */
+    int32_t n_kept;
+    bool crowded;
+    int32_t now;   /* takes so far */
+    uint32_t base; /* of its rows among those of all sets */
 } row_set;
 
 /* One read: `missing` rows [first, end) lie in it. */
@@ -98,11 +101,12 @@ static void start_over(row_set *s) {
     s->now = 0;
 }
 
-/* The colder a slot's row, the higher; highest for empty slots, 0 for rows of the present take. */
+/* The colder a slot's row, the higher; highest for empty slots, 0 for rows of the present take and
+ * those that are kept. */
 static int32_t age_of(const row_set *s, int32_t slot) {
     int32_t id = s->occupant[slot];
     if (id == EMPTY) return AGES - 1;
-    if (s->used[id] == s->now) return 0;
+    if (s->used[id] == s->now || s->kept[id]) return 0;
     float age = ((float)s->now / HALF_LIFE - s->heat[id] + YOUNGEST) * AGES_PER_LIFE;
     return age < 1 ? 1 : age > AGES - 2 ? AGES - 2 : (int32_t)age;
 }
@@ -217,6 +221,34 @@ static void end_reads(em_rows *r) {
     for (int32_t i = 0; i < ended; i++) land(r, r->set, whole[i], errors[i]);
 }
 
+void em_rows_keep(em_rows *r, int32_t set, const int32_t *ids, int32_t n) {
+    row_set *s = &r->sets[set];
+    int32_t most = s->is.room - (s->is.room + 3) / 4;
+    memset(s->kept, 0, (size_t)s->is.n_rows * sizeof *s->kept);
+    s->n_kept = 0;
+    for (int32_t i = 0; i < n && s->n_kept < most; i++) {
+        s->kept[ids[i]] = s->slot_of[ids[i]] != ABSENT;
+        s->n_kept += s->kept[ids[i]];
+    }
+}
+
+int32_t em_rows_fit(const em_rows *r, int32_t set, const int32_t *ids, int32_t n) {
+    const row_set *s = &r->sets[set];
+    int32_t left = s->is.room - s->n_kept, fit = 0;
+    for (; fit < n; fit++) {
+        if (s->kept[ids[fit]]) continue;
+        if (left-- == 0) break;
+    }
+    return fit;
+}
+
+void em_rows_crowd(em_rows *r, int32_t set, bool crowded) { r->sets[set].crowded = crowded; }
+bool em_rows_crowded(const em_rows *r, int32_t set) { return r->sets[set].crowded; }
+
+void em_rows_write_down(em_rows *r, int32_t set, const int32_t *ids, int32_t n) {
+    if (r->log) em_demand_write(r->log, (const uint32_t *)ids, n, r->sets[set].base);
+}
+
 int32_t em_rows_begin(em_rows *r, int32_t set) {
     if (r->owner != getpid()) return EM_UNSUPPORTED;
     row_set *s = &r->sets[set];
@@ -235,7 +267,6 @@ void em_rows_want(em_rows *r, const int32_t *ids, int32_t n) {
         if (s->slot_of[ids[i]] == ABSENT) missing[absent++] = ids[i];
         warm(s, ids[i]);
     }
-    if (r->log) em_demand_write(r->log, (const uint32_t *)ids, n, s->base);
     r->stats.hits += n - absent;
     r->stats.misses += absent;
     if (absent == 0) return;
@@ -257,6 +288,9 @@ int32_t em_rows_finish(em_rows *r, const int32_t *ids, int32_t n, const uint8_t 
 
 int32_t em_rows_take(em_rows *r, int32_t set, const int32_t *ids, int32_t n, const uint8_t **at,
                      int64_t *waited_ns) {
+    if (set < 0 || set >= r->n_sets || n < 0 || n > r->sets[set].is.room) return EM_INVALID;
+    for (int32_t i = 0; i < n; i++)
+        if (ids[i] <= (i ? ids[i - 1] : -1) || ids[i] >= r->sets[set].is.n_rows) return EM_INVALID;
     int32_t status = em_rows_begin(r, set);
     if (status != EM_OK) return status;
     em_rows_want(r, ids, n);
@@ -270,7 +304,11 @@ int32_t em_rows_room(const em_rows *r, int32_t set) { return r->sets[set].is.roo
 void em_rows_log(em_rows *r, em_demand_log *log) { r->log = log; }
 em_row_stats em_rows_statistics(const em_rows *r) { return r->stats; }
 
-em_row_failure em_rows_failure(const em_rows *r) { return r->failure; }
+em_row_failure em_rows_failure(em_rows *r) {
+    em_row_failure failure = r->failure;
+    r->failure.failed = 0;
+    return failure;
+}
 
 int32_t em_rows_resize(em_rows *r, int32_t set, int32_t room) {
     if (r->owner != getpid()) return EM_UNSUPPORTED;
@@ -285,10 +323,19 @@ int32_t em_rows_resize(em_rows *r, int32_t set, int32_t room) {
     return EM_OK;
 }
 
+/* As at first: nothing is known of what was used. */
+static void forget(row_set *s) {
+    s->now = 0;
+    for (int32_t i = 0; i < s->is.n_rows; i++) s->heat[i] = -MOST_TAKES;
+    for (int32_t i = 0; i < s->is.n_rows; i++) s->used[i] = -1;
+    memset(s->kept, 0, (size_t)s->is.n_rows * sizeof *s->kept);
+    s->n_kept = 0;
+    for (int32_t i = 0; i < s->is.n_rows; i++) s->slot_of[i] = ABSENT;
+    for (int32_t i = 0; i < s->is.most_room; i++) s->occupant[i] = EMPTY;
+}
+
 void em_rows_clear(em_rows *r) {
-    for (int32_t i = 0; r->owner == getpid() && i < r->n_sets; i++)
-        for (int32_t slot = 0; slot < r->sets[i].is.room; slot++)
-            if (r->sets[i].occupant[slot] != EMPTY) vacate(&r->sets[i], r->sets[i].occupant[slot]);
+    for (int32_t i = 0; r->owner == getpid() && i < r->n_sets; i++) forget(&r->sets[i]);
 }
 
 void em_rows_close(em_rows *r) {
@@ -299,6 +346,7 @@ void em_rows_close(em_rows *r) {
         free(r->sets[i].occupant);
         free(r->sets[i].heat);
         free(r->sets[i].used);
+        free(r->sets[i].kept);
     }
     free(r->sets);
     free(r->missing);
@@ -320,17 +368,15 @@ static bool valid(const em_row_set *sets, int32_t n_sets, int32_t depth) {
 }
 
 static bool open_set(row_set *s, const em_row_set *is) {
+    size_t n = (size_t)is->n_rows;
     s->is = *is;
-    s->slot_of = malloc((size_t)is->n_rows * sizeof *s->slot_of);
+    s->slot_of = malloc(n * sizeof *s->slot_of);
     s->occupant = malloc((size_t)is->most_room * sizeof *s->occupant);
-    s->heat = malloc((size_t)is->n_rows * sizeof *s->heat);
-    s->used = calloc((size_t)is->n_rows, sizeof *s->used);
-    if (!s->slot_of || !s->occupant || !s->heat || !s->used) return false;
-    for (int32_t i = 0; i < is->n_rows; i++) {
-        s->slot_of[i] = ABSENT;
-        s->heat[i] = -MOST_TAKES;
-    }
-    for (int32_t i = 0; i < is->most_room; i++) s->occupant[i] = EMPTY;
+    s->heat = malloc(n * sizeof *s->heat);
+    s->used = malloc(n * sizeof *s->used);
+    s->kept = malloc(n * sizeof *s->kept);
+    if (!s->slot_of || !s->occupant || !s->heat || !s->used || !s->kept) return false;
+    forget(s);
     return true;
 }
 

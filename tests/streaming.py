@@ -11,14 +11,19 @@ from edgemem.store import Store
 
 @contextmanager
 def opened(path, share: float, chunk: int | None = None, **options):
-    """An engine with slots for `share` of its streamed bundles' bytes beyond the floor."""
-    with Store.open(path) as store:
+    """An engine with slots for `share` of its streamed bundles' bytes beyond the floor.
+
+    What reading rows takes counts as nothing: small models would rather be resident.
+    """
+    no_aside = mock.patch.object(inventory, "overhead_bytes", lambda store: 0)
+    with Store.open(path) as store, no_aside:
         bundles = inventory.plannable(store)
     floor, whole = planner.floor_bytes(bundles), int(bundles.sizes.sum())
     room = floor + int(share * (whole - 1 - floor))
     slab = room - int(bundles.sizes[~bundles.may_stream].sum())
     plan = planner.plan
     with (
+        no_aside,
         mock.patch.object(planner, "plan", lambda bundles, _: plan(bundles, room)),
         mock.patch.object(Engine, "_slab_room", lambda self: slab),
     ):

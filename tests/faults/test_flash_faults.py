@@ -12,6 +12,7 @@ import tiny
 import edgemem
 from edgemem import converters
 from edgemem._native import lib
+from edgemem.format import Kind
 
 ENGINES = ("threads", "io_uring")
 WHERE = re.compile(r"(expert|ffn|neuron \d+ of neurons|embed) bundle.*( of layer \d+|)")
@@ -98,3 +99,31 @@ def test_a_store_deleted_under_the_engine(store, expected, tmp_path):
     with streaming.opened(copy, 0.0) as engine:
         copy.unlink()
         assert answer(engine) == expected, "an open file stays readable"
+
+
+def test_the_failure_that_is_told_is_the_one_that_was_met(tmp_path):
+    """A row fails, and later, before any other row is read, a bundle does."""
+    tiny.write(tmp_path / "model", "opt", 77, activation="relu", intermediate=150)
+    path = tmp_path / "a.edgemem"
+    converters.convert(tmp_path / "model", path, neurons=True)
+    whole = path.read_bytes()
+
+    def damage(store, kind: Kind) -> None:
+        data = bytearray(whole)
+        for layer in range(store.spec.n_layers):
+            entry = store.entries[int(store.find(kind, layer)[0])]
+            start = int(entry["page_first"]) * store.page_size
+            for i in range(start, start + int(entry["payload_bytes"])):
+                data[i] ^= 1
+        with path.open("r+b") as file:
+            file.write(data)
+
+    with streaming.opened(path, 0.0) as engine:
+        for kind, said in ((Kind.NEURONS, "neuron"), (Kind.FFN, "ffn bundle")):
+            damage(engine.store, kind)
+            with pytest.raises(edgemem.CorruptError, match=f"reading {said}"):
+                answer(engine)
+            path.open("r+b").write(whole)
+            engine.clear()
+        with edgemem.load(path) as resident:
+            assert answer(engine) == answer(resident)

@@ -8,7 +8,7 @@ and the old ones must go on opening.
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,9 @@ from edgemem.converters import naming
 from edgemem.converters.configuration import describe
 
 from edgemem import converters
+from edgemem.dtypes import U32
 from edgemem.format import Kind, bundle_order, bundle_parts
+from edgemem.spec import ModelSpec
 
 FOLDER = Path(__file__).resolve().parent
 _BOTH = {
@@ -35,6 +37,10 @@ _CONFIGS = {
             "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
         },
+    },
+    "neurons": {
+        "model_type": "llama", "num_hidden_layers": 2, "hidden_act": "relu", "hidden_size": 64,
+        "mlp_bias": True,
     },
     "routed": {
         "model_type": "qwen2_moe", "num_hidden_layers": 2, "mlp_only_layers": [1], "num_experts": 3,
@@ -61,10 +67,26 @@ class Golden:
     def config(self) -> dict:
         return _BOTH | _CONFIGS[self.shape]
 
+    @property
+    def neurons(self) -> bool:
+        """Whether its FFNs are taken apart."""
+        return self.shape == "neurons"
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What its store says of the model, but for what generation defaults add."""
+        return replace(describe(self.config, {}).spec, neurons=self.neurons)
+
+    def convert(self, source: Path, target: Path) -> None:
+        """As the golden store was made."""
+        converters.convert(source, target, self.dtype, neurons=self.neurons)
+
 
 GOLDEN = (
     Golden("dense", "F32", "keep"),
     Golden("dense", "F16", "keep"),
+    Golden("neurons", "F16", "keep"),
+    Golden("neurons", "F16", "q8_0"),
     Golden("routed", "BF16", "keep"),
     Golden("routed", "BF16", "q8_0"),
     Golden("routed", "BF16", "q4_0"),
@@ -85,7 +107,7 @@ def paint(seed: int, rows: int, cols: int, steps: int) -> np.ndarray:
 
 def weights(golden: Golden) -> dict[tuple[Kind, int, int], dict[str, np.ndarray]]:
     """Every weight by bundle and segment; the vocabulary tables under (EMBED or HEAD, 0, 0)."""
-    spec, biases = (described := describe(golden.config, {})).spec, described.biases
+    spec, biases = golden.spec, describe(golden.config, {}).biases
     steps = 8 if golden.dtype == "q4_0" else 128
     found: dict = {}
     for kind, layer, index in bundle_order(spec, range(spec.n_layers + 1)):
@@ -93,7 +115,7 @@ def weights(golden: Golden) -> dict[tuple[Kind, int, int], dict[str, np.ndarray]
         found[kind, layer, index] = {
             part.name: paint(100 * layer + 10 * index + position, part.rows, part.cols, steps)
             for position, part in enumerate(parts)
-            if not part.optional or part.name in biases
+            if part.dtype is not U32 and (not part.optional or part.name in biases)
         }
     for kind in (Kind.EMBED, Kind.HEAD)[spec.tied :]:
         found[kind, 0, 0] = {"rows": paint(7 + kind, spec.vocab_size, spec.hidden, 128)}
@@ -105,6 +127,9 @@ def write_checkpoint(golden: Golden, folder: Path) -> None:
     spec = describe(golden.config, {}).spec
     tensors = {}
     for (kind, layer, index), bundle in weights(golden).items():
+        if kind == Kind.NEURONS:
+            up, down = np.split(bundle["neurons"], 2, axis=1)
+            kind, bundle = Kind.FFN, {"up": up, "down": down.T}
         for name, value in bundle.items():
             if name == "rows":
                 output = kind == Kind.HEAD and not spec.tied
@@ -130,7 +155,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             write_checkpoint(golden, Path(folder) / "painted")
-            converters.convert(Path(folder) / "painted", golden.path, golden.dtype)
+            golden.convert(Path(folder) / "painted", golden.path)
         print(f"made  {golden.path.name}")
 
 

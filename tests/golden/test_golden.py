@@ -9,9 +9,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import make
-from edgemem.converters.configuration import describe
 
-from edgemem import converters
+from edgemem._native import crc32c
+from edgemem.dtypes import U32
 from edgemem.format import NO_LAYER, Kind
 from edgemem.kernels.reference import unpack
 from edgemem.store import Store
@@ -30,6 +30,7 @@ def segments(store: Store, bundle_id: int) -> dict[str, np.ndarray]:
     return {
         s.name: unpack(data[s.offset : s.end], s.dtype, s.rows, s.cols, s.lanes)
         for s in layout.segments
+        if s.dtype is not U32
     }
 
 
@@ -51,7 +52,7 @@ def test_opens_and_decodes_to_what_was_painted(golden):
 @golden_stores
 def test_says_what_it_said(golden):
     with Store.open(golden.path) as store:
-        expected = replace(describe(golden.config, {}).spec, eos_ids=(1, 2))
+        expected = replace(golden.spec, eos_ids=(1, 2))
         assert store.spec == expected and store.page_size == 4096
         assert store.chat_template == "{{ messages[0].content }}"
         assert store.generation == {"top_k": 20} and store.recipe["dtype"] == golden.dtype
@@ -62,7 +63,20 @@ def test_says_what_it_said(golden):
 def test_the_converter_still_writes_the_same_bundles(golden, tmp_path):
     """Stores made by different versions are interchangeable, byte for byte of their payloads."""
     make.write_checkpoint(golden, tmp_path / "painted")
-    converters.convert(tmp_path / "painted", tmp_path / "a", golden.dtype)
+    golden.convert(tmp_path / "painted", tmp_path / "a")
     with Store.open(golden.path) as old, Store.open(tmp_path / "a") as new:
         np.testing.assert_array_equal(new.entries, old.entries)
         assert new.layouts == old.layouts
+
+
+@pytest.mark.parametrize("golden", [g for g in make.GOLDEN if g.neurons], ids=lambda g: g.path.stem)
+def test_rows_of_neurons_have_their_checksums(golden):
+    with Store.open(golden.path) as store:
+        for bundle_id in (i for n in range(2) for i in store.find(Kind.NEURONS, n).tolist()):
+            layout = store.layout_of(bundle_id)
+            rows, sums = (
+                store.read_segment(bundle_id, layout[s]) for s in ("neurons", "checksums")
+            )
+            each = len(rows) // layout["neurons"].rows
+            found = [crc32c(rows[i : i + each]) for i in range(0, len(rows), each)]
+            assert np.frombuffer(sums, "<u4").tolist() == found

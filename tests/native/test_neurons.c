@@ -51,15 +51,17 @@ static void turn(uint8_t *to, const uint8_t *turned, int32_t dtype) {
                    (size_t)size);
 }
 
-static void make_problem(problem *p, int32_t dtype, int32_t gated, int32_t activation) {
-    size_t matrix = matrix_bytes(dtype, INNER, HIDDEN), vector = INNER * sizeof(float);
+static void make_problem(problem *p, int32_t deciding, int32_t dtype, int32_t gated,
+                         int32_t activation) {
+    /* F32 is the largest. */
+    size_t matrix = matrix_bytes(EM_F32, INNER, HIDDEN), vector = INNER * sizeof(float);
     size_t down = matrix_bytes(dtype, HIDDEN, INNER);
-    p->decide = random_matrix(dtype, INNER, HIDDEN, 1);
+    p->decide = random_matrix(deciding, INNER, HIDDEN, 1);
     p->up = random_matrix(dtype, INNER, HIDDEN, 2);
     p->turned = random_matrix(dtype, INNER, HIDDEN, 3);
     p->bundle = exact(2 * matrix + down + 3 * vector);
-    memcpy(p->bundle, p->decide, matrix);
-    memcpy(p->bundle + matrix, p->up, matrix);
+    memcpy(p->bundle, p->decide, matrix_bytes(deciding, INNER, HIDDEN));
+    memcpy(p->bundle + matrix, p->up, matrix_bytes(dtype, INNER, HIDDEN));
     if (dtype < EM_Q8_0) turn(p->bundle + 2 * matrix, p->turned, dtype);
     int64_t biases = (int64_t)(2 * matrix + down);
     for (int32_t i = 0; i < 3; i++)
@@ -67,7 +69,7 @@ static void make_problem(problem *p, int32_t dtype, int32_t gated, int32_t activ
     int64_t decide_bias = biases, up_bias = biases + (int64_t)vector;
     int64_t down_bias = up_bias + (int64_t)vector;
     p->neurons = (em_neurons){
-        0,     decide_bias, gated ? up_bias : -1, down_bias, dtype, dtype, gated, HIDDEN,
+        0,     decide_bias, gated ? up_bias : -1, down_bias, deciding, dtype, gated, HIDDEN,
         INNER, activation};
     p->whole = (em_ffn){gated ? 0 : -1,
                         gated ? (int64_t)matrix : 0,
@@ -132,7 +134,8 @@ static void it_is_right(const problem *p, double bound) {
         for (int i = 0; i < INNER; i++) {
             double g = vector(p, f->deciding_bias, i), u = vector(p, f->up_bias, i);
             for (int c = 0; c < HIDDEN; c++) {
-                g += p->x[t * HIDDEN + c] * matrix_element(p->decide, f->dtype, HIDDEN, i, c);
+                g += p->x[t * HIDDEN + c] *
+                     matrix_element(p->decide, f->deciding_dtype, HIDDEN, i, c);
                 u += p->x[t * HIDDEN + c] * matrix_element(p->up, f->dtype, HIDDEN, i, c);
             }
             double h = g > 0 ? (f->activation == EM_RELU2 ? g * g : g) * (f->gated ? u : 1) : 0;
@@ -151,12 +154,14 @@ static void it_is_right(const problem *p, double bound) {
 }
 
 static void the_bytes_are_those_of_the_whole(const problem *p) {
-    float apart[TOKENS * HIDDEN] = {0}, whole[TOKENS * HIDDEN] = {0}, weights[TOKENS];
+    float apart[TOKENS * HIDDEN], whole[TOKENS * HIDDEN], weights[TOKENS];
     int32_t tokens[TOKENS];
     const int32_t first[] = {0, TOKENS};
     const uint64_t address = (uint64_t)(uintptr_t)p->bundle;
     for (int32_t t = 0; t < TOKENS; t++) tokens[t] = t;
     for (int32_t t = 0; t < TOKENS; t++) weights[t] = 1;
+    fill_unit(apart, TOKENS * HIDDEN, 34);
+    fill_unit(whole, TOKENS * HIDDEN, 34);
     em_core *core = open_core(1, NULL);
     CHECK(em_ffn_run(core, &p->whole, 1, &address, NULL, NULL, first, tokens, weights, p->x, TOKENS,
                      whole) == EM_OK,
@@ -250,18 +255,23 @@ static void arguments_are_checked(const problem *p) {
     em_core_close(core);
 }
 
+static void all_of(int32_t deciding, int32_t dtype, int32_t gated) {
+    static problem p;
+    make_problem(&p, deciding, dtype, gated, gated ? EM_RELU2 : EM_RELU);
+    it_is_right(&p, deciding >= EM_Q8_0 || dtype >= EM_Q8_0 ? 0.02 : 1e-5);
+    if (deciding == dtype && dtype < EM_Q8_0) the_bytes_are_those_of_the_whole(&p);
+    there_is_one_answer(&p);
+    arguments_are_checked(&p);
+    overflow_is_not_hidden(&p);
+    free_problem(&p);
+}
+
 int main(void) {
     for_each_isa(rows_of_any_length);
-    for (int32_t dtype = EM_F32; dtype <= EM_Q4_0; dtype++)
-        for (int32_t gated = 0; gated <= 1; gated++) {
-            static problem p;
-            make_problem(&p, dtype, gated, gated ? EM_RELU2 : EM_RELU);
-            it_is_right(&p, dtype >= EM_Q8_0 ? 0.02 : 1e-5);
-            if (dtype < EM_Q8_0) the_bytes_are_those_of_the_whole(&p);
-            there_is_one_answer(&p);
-            arguments_are_checked(&p);
-            overflow_is_not_hidden(&p);
-            free_problem(&p);
-        }
+    for (int32_t gated = 0; gated <= 1; gated++) {
+        for (int32_t dtype = EM_F32; dtype <= EM_Q4_0; dtype++) all_of(dtype, dtype, gated);
+        all_of(EM_BF16, EM_Q8_0, gated);
+        all_of(EM_Q4_0, EM_F16, gated);
+    }
     return check_report();
 }

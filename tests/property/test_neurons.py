@@ -1,5 +1,9 @@
 """FFNs taken apart: the answer is that of the whole FFN, at every budget, whatever reads do."""
 
+import re
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import streaming
@@ -82,6 +86,69 @@ def test_every_budget_gives_one_answer(trained, io_engine):
                 assert answer(engine) == expected, share
         except UnsupportedError as error:
             pytest.skip(f"no {io_engine} here: {error}")
+
+
+@pytest.mark.parametrize("share", (0.01, 0.1, 0.25))
+def test_turns_that_want_more_than_there_is_room_for_find_some(trained, share):
+    """What is there stays for the next token; ascending rounds would throw all of it out."""
+    with streaming.opened(trained, share) as engine:
+        rows, ids = engine._streamer.rows, list(range(5, 45))
+        with engine.session() as session:
+            for i in ids:
+                session.feed([i])
+        found = rows.statistics()
+    active = (found["hits"] + found["misses"]) / len(ids) / engine.spec.n_layers
+    room = rows.rooms[0]
+    assert room < active
+    assert found["hits"] / (found["hits"] + found["misses"]) > 0.3 * room / active
+
+
+def test_ffns_of_one_neuron_stream(tmp_path):
+    relu(tmp_path / "model", "llama", 5, intermediate=1)
+    _, apart = both(tmp_path / "model", tmp_path / "store", "keep")
+    expected = loaded(apart)
+    with streaming.opened(apart, 0.0) as engine:
+        assert len(engine._plan.apart) > 0 and answer(engine) == expected
+
+
+RUN = """
+import sys, edgemem
+with edgemem.load(sys.argv[1], sys.argv[2], context=64) as engine:
+    print(len(engine._plan.apart), engine.budget.limit)
+    engine.generate("Once upon a time", max_tokens=8)
+from edgemem.budget import peak_bytes
+print(peak_bytes())
+"""
+
+
+def test_what_is_advised_runs_and_what_runs_keeps_its_budget(trained):
+    """The floor is honest: no size is refused with an advice that does not run, nor breaks."""
+
+    def run(mebibytes: int) -> tuple[str, str]:
+        argv = [sys.executable, "-c", RUN, trained, f"{mebibytes}M"]
+        done = subprocess.run(argv, capture_output=True, text=True)
+        assert done.returncode == 0 or "does not fit" in done.stderr, done.stderr
+        return done.stdout, done.stderr
+
+    _, refused = run(45)
+    advised = int(re.search(r"--memory (\d+)M", refused)[1])
+    ran = 0
+    for more in (0, 2, 5, 9):
+        out, _ = run(advised + more)
+        if out:
+            ran += 1
+            (_, limit), peak = out.split("\n")[0].split(), int(out.split("\n")[1])
+            assert peak <= int(limit)
+    assert ran >= 3, "an advice may be too small by what a process starts with, not by more"
+
+
+def test_a_trace_of_its_bundles_can_be_replayed(trained, tmp_path):
+    from bench.replay_traces import read
+
+    with streaming.opened(trained, 0.4, trace=tmp_path / "a.trace") as engine:
+        answer(engine)
+    found = read(tmp_path / "a.trace")
+    assert len(found.slots) == len(set(found.class_of.tolist()))
 
 
 def test_room_that_comes_and_goes_changes_no_answer(trained, seed_base):

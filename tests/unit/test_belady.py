@@ -100,3 +100,27 @@ def test_slots_may_change(demands, slots):
     resized = {event: [(slots[event],)] for event in range(events)}
     expected = simulate(routing, Belady(routing), (slots[0],), resized).tolist()
     assert hits(demands, [0] * 20, np.array(slots[:events])[:, None]) == expected
+
+
+def most_row_hits(demands, room: int) -> int:
+    """The best that any choice gives where what is used may leave at once."""
+    states = {frozenset(): 0}
+    for wanted in map(frozenset, demands):
+        following: dict[frozenset, int] = {}
+        for state, count in states.items():
+            there = state | wanted
+            for choice in combinations(sorted(there), min(len(there), room)):
+                new = frozenset(choice)
+                following[new] = max(following.get(new, 0), count + len(state & wanted))
+        states = following
+    return max(states.values())
+
+
+@settings(max_examples=200, deadline=None)
+@given(small, st.integers(1, 4))
+def test_no_choice_of_rows_hits_more(demands, room):
+    ids = np.array([i for wanted in demands for i in wanted], np.int64)
+    starts = np.cumsum([0, *map(len, demands)])
+    rooms = np.full((len(demands), 1), room)
+    found = belady.row_hits(starts, ids, np.zeros(6, np.int64), rooms)
+    assert found.sum() == most_row_hits(demands, room)

@@ -15,7 +15,7 @@ import pytest
 import streaming
 
 import edgemem
-from edgemem import belady, benchmark, inventory, policies, recorder, tracefile
+from edgemem import belady, benchmark, inventory, policies, rates, recorder, tracefile
 from edgemem.cli import options
 
 ENVIRONMENT = {**os.environ, "PYTHONIOENCODING": "utf-8"}
@@ -24,8 +24,9 @@ COUNTS = {"prompt_tokens": 20, "new_tokens": 6, "repetitions": 2}
 
 @pytest.fixture(autouse=True)
 def short_measurements(monkeypatch):
-    monkeypatch.setattr(benchmark, "DRAM_SECONDS", 0.002)
-    monkeypatch.setattr(benchmark.flash_rate, "__defaults__", (0.02,))
+    monkeypatch.setattr(rates, "DRAM_SECONDS", 0.002)
+    for rate in (rates.flash_rate, rates.row_rate):
+        monkeypatch.setattr(rate, "__defaults__", (0.02,))
 
 
 def assert_sane(report: benchmark.Report, repetitions: int = 2) -> None:
@@ -181,7 +182,7 @@ def test_a_header_counts_classes_as_slots_do(tiny_moe_store):
         header = recorder.header(
             engine.store, streamed, inventory.turns(engine.store), slots, "lru", False
         )
-        assert np.array_equal(header.class_of, benchmark._classes(engine))
+        assert np.array_equal(header.class_of, rates.layout_classes(engine))
     assert header.slots == tuple(slots.values())
     assert set(header.class_of) == set(range(len(header.slots))) and header.read_ahead == ()
     assert len(header.layer_of) == inventory.by_kind(engine.store)["expert"]["bundle_count"]

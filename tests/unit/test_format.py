@@ -372,3 +372,57 @@ def test_a_huge_claimed_model_costs_nothing(directory):
     spec = replace(painted.ROUTED, n_experts=1 << 24, top_k=1)
     with pytest.raises(CorruptError):
         fmt.check_directory(entries, replace(meta, spec=spec), 4096, end)
+
+
+# ---- neurons -----------------------------------------------------------------------------------
+
+APART = replace(painted.SPEC, hidden=32, head_dim=16, activation="relu", neurons=True)
+
+
+def test_a_store_of_neurons_is_read_back(tmp_path):
+    path = painted.write(tmp_path / "a", APART)
+    with Store.open(path) as store:
+        layout = store.layout_of(int(store.find(Kind.NEURONS, 0)[0]))
+        assert store.spec == APART and store.verify().ok
+        assert [s.name for s in layout.segments] == ["neurons", "checksums"]
+        assert (layout["neurons"].rows, layout["neurons"].cols) == (24, 64)
+
+
+def _meta(change):
+    def changed(data: bytes) -> bytes:
+        found = json.loads(data)
+        change(found)
+        return json.dumps(found, sort_keys=True, separators=(",", ":")).encode()
+
+    return changed
+
+
+def _segment(meta: dict, name: str) -> dict:
+    return next(s for layout in meta["layouts"] for s in layout if s["name"] == name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: _segment(m, "neurons").update(dtype="u32"),
+        lambda m: _segment(m, "checksums").update(dtype="f32"),
+        lambda m: _segment(m, "checksums").update(cols=23),
+        lambda m: _segment(m, "neurons").update(rows=23),
+        lambda m: _segment(m, "neurons").update(lanes=16),
+        lambda m: _segment(m, "gate").update(dtype="u32"),
+        lambda m: _segment(m, "rows").update(dtype="u32"),
+        lambda m: m["spec"].update(activation="silu"),
+        lambda m: m["spec"].update(neurons=False),
+        lambda m: m["spec"].update(gated=False),
+    ],
+)
+def test_neurons_that_do_not_fit_their_model_are_refused(tmp_path, change):
+    path = painted.write(tmp_path / "a", APART, dtypes.F32)
+    painted.rewrite(path, meta=_meta(change))
+    with pytest.raises((CorruptError, UnsupportedError)):
+        Store.open(path)
+
+
+def test_neurons_are_whole_blocks(tmp_path):
+    with pytest.raises(CorruptError, match="whole blocks"):
+        painted.write(tmp_path / "a", replace(APART, hidden=48, head_dim=24), dtypes.Q8_0)

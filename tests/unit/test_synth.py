@@ -142,13 +142,14 @@ def test_embeddings_share_one_vector(dtype):
     assert np.abs(common).mean() == pytest.approx(COMMON, rel=0.05)
 
 
-def test_few_neurons_of_an_opt_are_active_and_mostly_the_same_ones(tmp_path):
+@pytest.mark.parametrize("neurons", (False, True))
+def test_few_neurons_of_an_opt_are_active_and_mostly_the_same_ones(tmp_path, neurons):
     """Of OPT-6.7B 97 % are zero (arXiv 2312.11514)."""
     small = {
         "hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 1024, "vocab_size": 512,
         "num_attention_heads": 4, "num_hidden_layers": 4, "max_position_embeddings": 64,
     }  # fmt: skip
-    write(SHAPES["opt-6.7b"] | small, tmp_path / "opt.edgemem", "q8_0", seed=3)
+    write(SHAPES["opt-6.7b"] | small, tmp_path / "opt.edgemem", "q8_0", seed=3, neurons=neurons)
     active = []
 
     def watch(layer: int, name: str, value: np.ndarray) -> None:
@@ -157,6 +158,7 @@ def test_few_neurons_of_an_opt_are_active_and_mostly_the_same_ones(tmp_path):
             active.append(value @ ffn["up"].T + ffn["up_bias"] > 0)
 
     with Store.open(tmp_path / "opt.edgemem") as store:
+        assert store.verify().ok and store.spec.neurons == neurons
         weights = StoreWeights(store)
         ids = np.random.default_rng(1).integers(2, 512, 48)
         logits = Forward(store.spec, weights, watch=watch).feed(ids)

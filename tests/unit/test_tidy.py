@@ -18,10 +18,10 @@ MAX_COLUMNS = 100
 
 FLOORS = {
     "engine": 7, "server": 7, "perplexity": 7, "benchmark": 7,
-    "session": 6,
-    "streamer": 5, "generation": 5,
+    "session": 6, "rates": 6,
+    "streamer": 5, "generation": 5, "inventory": 5,
     "residency": 4, "budget": 4, "governor": 4, "kvcache": 4, "models": 4, "sequence": 4,
-    "inventory": 4, "arguments": 4, "recorder": 4, "belady": 4, "rows": 4,
+    "arguments": 4, "recorder": 4, "belady": 4, "rows": 4,
     "store": 3, "writer": 3, "kernels": 3, "tokenizer": 3, "chat": 3, "sampler": 3,
     "demand": 3, "window": 3, "predictors": 3, "lookahead": 3, "planner": 3, "policies": 3,
     "format": 2, "_native": 2,
