@@ -116,10 +116,10 @@ static int32_t decide(em_core *core, neurons_task *t, const em_neuron_rows *from
         if (status != EM_OK) return status;
         fits = fits && t->n <= room;
         if (!fits || t->n == before) continue;
-        int64_t started = em_now_ns();
-        em_rows_want(from->rows, t->active + before, t->n - before);
+        int64_t started = em_now_ns(), waited = 0;
+        em_rows_want(from->rows, t->active + before, t->n - before, &waited);
         *wanted = t->n;
-        note_taking(core, em_now_ns() - started, 0);
+        note_taking(core, em_now_ns() - started, waited);
     }
     if (from->rows) {
         em_rows_crowd(from->rows, from->set, t->n > room);

@@ -260,7 +260,7 @@ int32_t em_rows_begin(em_rows *r, int32_t set) {
     return EM_OK;
 }
 
-void em_rows_want(em_rows *r, const int32_t *ids, int32_t n) {
+void em_rows_want(em_rows *r, const int32_t *ids, int32_t n, int64_t *waited_ns) {
     row_set *s = &r->sets[r->set];
     int32_t *missing = r->missing + r->n_missing, absent = 0;
     for (int32_t i = 0; i < n; i++) {
@@ -272,7 +272,9 @@ void em_rows_want(em_rows *r, const int32_t *ids, int32_t n) {
     if (absent == 0) return;
     place(s, missing, absent);
     r->n_missing += absent;
+    int64_t since = em_now_ns();
     start_reads(r);
+    *waited_ns += em_now_ns() - since;
 }
 
 int32_t em_rows_finish(em_rows *r, const int32_t *ids, int32_t n, const uint8_t **at,
@@ -293,7 +295,7 @@ int32_t em_rows_take(em_rows *r, int32_t set, const int32_t *ids, int32_t n, con
         if (ids[i] <= (i ? ids[i - 1] : -1) || ids[i] >= r->sets[set].is.n_rows) return EM_INVALID;
     int32_t status = em_rows_begin(r, set);
     if (status != EM_OK) return status;
-    em_rows_want(r, ids, n);
+    em_rows_want(r, ids, n, waited_ns);
     return em_rows_finish(r, ids, n, at, waited_ns);
 }
 

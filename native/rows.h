@@ -8,8 +8,8 @@
 
 int32_t em_rows_begin(em_rows *rows, int32_t set);
 /* More rows, after all before them, and all together no more than there is room for: starts reading
- * what is absent, and does not wait. */
-void em_rows_want(em_rows *rows, const int32_t *ids, int32_t n);
+ * what is absent, and does not wait for it. `*waited_ns` grows by what asking the system took. */
+void em_rows_want(em_rows *rows, const int32_t *ids, int32_t n, int64_t *waited_ns);
 /* Waits for all that was wanted, which is `ids` [n]. */
 int32_t em_rows_finish(em_rows *rows, const int32_t *ids, int32_t n, const uint8_t **at,
                        int64_t *waited_ns);
