@@ -72,8 +72,10 @@ class PhaseReport:
 class Report:
     """What was measured on one engine; sizes in bytes, times in seconds, rates per second.
 
-    `slots`, as many as there were at the end, are for `streamed_bundles`. The rates of flash (at
-    reads of `record_bytes`) and DRAM are those that `ideal_seconds_per_token` of decode is made of;
+    `slots`, as many as there were at the end, are for `streamed_bundles`, and `neuron_room` is for
+    the `neurons` of a layer, where its FFN comes apart (else 0). The rates of flash (at reads of
+    `record_bytes`, and of neurons) and DRAM are those that `ideal_seconds_per_token` of decode is
+    made of;
     `efficiency` is η, of the median repetition. Of flash, and of Belady, there is nothing to say
     (None) where nothing streams. `breakdown` tells what the seconds of a decoded token went into,
     all of them: "all else" is what no counter has, most of it Python's. What native code calls back
@@ -98,6 +100,8 @@ class Report:
     streamed_bytes: int
     streamed_bundles: int
     slots: int
+    neurons: int
+    neuron_room: int
     slab_bytes: int
     prefill: PhaseReport
     decode: PhaseReport
@@ -105,6 +109,7 @@ class Report:
     belady_hit_rate: float | None
     record_bytes: int | None
     flash_bytes_per_second: float | None
+    neurons_bytes_per_second: float | None
     dram_bytes_per_second: float
     ideal_seconds_per_token: float
     efficiency: float
@@ -318,10 +323,13 @@ def _report(
         resident_bytes=plan.resident_bytes,
         streamed_bytes=int(residency.sizes[plan.streamed].sum()),
         streamed_bundles=len(plan.streamed), slots=sum(engine._streamer.slots),
+        neurons=engine.spec.intermediate if turns else 0,
+        neuron_room=max(engine._streamer.rows.rooms) if turns else 0,
         slab_bytes=int(sum(plan.each * list(engine.slots.values()))),
         prefill=_phase(summary["prefill"], prompt_tokens / times[:, 0]), decode=decode,
         first_token_seconds=_spread(times[:, 0]), belady_hit_rate=best.hit_rate,
-        record_bytes=record, flash_bytes_per_second=flash, dram_bytes_per_second=dram,
+        record_bytes=record, flash_bytes_per_second=flash,
+        neurons_bytes_per_second=of_rows, dram_bytes_per_second=dram,
         ideal_seconds_per_token=ideal,
         efficiency=ideal / (statistics.median(seconds) / new_tokens),
         peak_rss_bytes=peak,

@@ -53,7 +53,7 @@ and ends in exit code 1.
 @click.option("--breakdown", is_flag=True, help="Show what the time of a decoded token goes into.")
 @options.streaming_options
 @options.JSON
-def bench(model, dtype, cache_dir, memory, trace, breakdown, as_json, **more):
+def bench(model, dtype, neurons, cache_dir, memory, trace, breakdown, as_json, **more):
     from ..store import Store
     from .cache import as_store
 
@@ -61,7 +61,7 @@ def bench(model, dtype, cache_dir, memory, trace, breakdown, as_json, **more):
         raise click.UsageError("--trace records one budget; give --memory once")
     _check_sizes(memory)
     with options.usage_errors():
-        store = as_store(model, cache_dir, dtype)
+        store = as_store(model, cache_dir, dtype, neurons)
     with Store.open(store) as opened:
         facts = _facts(opened)
     one = measured if len(memory) == 1 else measured_apart

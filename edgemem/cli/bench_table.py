@@ -57,7 +57,7 @@ def _row(result: dict) -> tuple[str, ...]:
     decode, streams = result["decode"], result["streamed_bundles"] > 0
     return (
         result["memory"],
-        f"{result['slots']}/{result['streamed_bundles']}" if streams else "all resident",
+        _slots(result) if streams else "all resident",
         _rate(result["prefill"]["tokens_per_second"]),
         _seconds(result["first_token_seconds"]["median"]),
         _rate(decode["tokens_per_second"]),
@@ -65,10 +65,17 @@ def _row(result: dict) -> tuple[str, ...]:
         _share(decode["hit_rate"]),
         _share(result["belady_hit_rate"]),
         _share(decode["stall_share"] if streams else None),
-        _share(decode["device_share"] if streams else None),
+        _share(min(1, decode["device_share"]) if streams else None),
         f"{result['efficiency']:.2f}",
         show_size(result["peak_rss_bytes"]),
     )
+
+
+def _slots(result: dict) -> str:
+    slots = f"{result['slots']}/{result['streamed_bundles']}"
+    if not result["neurons"]:
+        return slots
+    return f"{slots}, {result['neuron_room']}/{result['neurons']} neurons"
 
 
 def legend(results: list[dict]) -> str:
@@ -89,8 +96,11 @@ def legend(results: list[dict]) -> str:
         one = streaming[0]
         parts[1] += (
             f", flash {_span(streaming, 'flash_bytes_per_second')} at reads of "
-            f"{show_size(one['record_bytes'])}; {one['io_engine']}, policy {one['policy']}"
+            f"{show_size(one['record_bytes'])}"
         )
+        if one["neurons"]:
+            parts[1] += f", {_span(streaming, 'neurons_bytes_per_second')} of neurons"
+        parts[1] += f"; {one['io_engine']}, policy {one['policy']}"
     return "\n".join(parts) + "."
 
 

@@ -43,24 +43,26 @@ _NAME_LETTERS = 40
 
 
 def as_store(
-    path: str | os.PathLike, cache_dir: str | os.PathLike | None = None, dtype: str | None = None
-) -> Path:
+    path: str | os.PathLike, cache_dir: str | os.PathLike | None = None, dtype: str | None = None,
+    neurons: bool = False,
+) -> Path:  # fmt: skip
     """The store of a model: of a checkpoint that of the cache, made if it is not there.
 
     A checkpoint is a folder with a config.json, or a file that starts as GGUF does; any other path
     is returned as it is, for the engine to open or to refuse. `cache_dir` is by default that of
-    `default_folder`, `dtype` "keep", as in `converters.convert`.
+    `default_folder`, `dtype` "keep", as in `converters.convert`, which says what `neurons` are.
 
     Making the store takes the time and the disk space of `edgemem convert`, none of this process's
     memory, and is told on stderr. Others that ask for the same store wait for it. Raises ValueError
-    for a `dtype` with a store, StoreError for a folder that cannot be used, CheckpointError for a
+    for a `dtype` or `neurons` with a store, StoreError for a folder that cannot be used, CheckpointError for a
     source that changes meanwhile, click's Exit for a conversion that failed and said why.
     """
-    source = _Source(Path(path), dtype or "keep")
+    source = _Source(Path(path), dtype or "keep", neurons)
     if not source.files():
-        if dtype is not None and _starts_with(source.path, MAGIC):
+        given = "--neurons" if neurons else "--dtype" if dtype is not None else None
+        if given is not None and _starts_with(source.path, MAGIC):
             raise ValueError(
-                f"--dtype is for a checkpoint; {path} is a store, whose number formats are fixed"
+                f"{given} is for a checkpoint; {path} is a store, whose number formats are fixed"
             )
         return source.path
     folder = default_folder() if cache_dir is None else Path(cache_dir)
@@ -100,10 +102,11 @@ def default_folder() -> Path:
 
 @dataclass(frozen=True)
 class _Source:
-    """A path that may be a checkpoint's, and the number format that is wanted of it."""
+    """A path that may be a checkpoint's, and how its store is wanted."""
 
     path: Path
     dtype: str
+    neurons: bool = False
 
     def files(self) -> list[Path]:
         """All files whose change changes the store; none where the path is no checkpoint's."""
@@ -132,7 +135,8 @@ class _Source:
             split = _SPLIT_NAME.fullmatch(first)
             name = split[1] if split else first.removesuffix(".gguf")
             place = os.path.join(os.path.realpath(self.path.parent), first)
-        return f"{name[:_NAME_LETTERS]}-{self.dtype}-{_digest(place)}"
+        form = f"{self.dtype}-neurons" if self.neurons else self.dtype
+        return f"{name[:_NAME_LETTERS]}-{form}-{_digest(place)}"
 
     def store_name(self) -> str:
         state = [(path.name, *_size_and_time(path)) for path in self.files()]
@@ -244,7 +248,8 @@ def _convert(source: _Source, target: Path, lock: int) -> None:
     this process is passed on, and the converter's last words and exit code are those of both.
     """
     command = [sys.executable, "-c", main_code(), "convert"]
-    command += ["-o", target, "--dtype", source.dtype, "--", source.path]
+    command += ["-o", target, "--dtype", source.dtype]
+    command += [*(["--neurons"] if source.neurons else []), "--", source.path]
     arrived: list[int] = []
     process = None
 

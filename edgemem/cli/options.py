@@ -73,6 +73,7 @@ _MODEL = (
         "--dtype", type=DTYPE,
         help="Number format of the matrices, of a checkpoint.  [default: keep]",
     ),
+    click.option("--neurons", is_flag=True, help="Take the FFNs of a checkpoint apart (convert)."),
     click.option(
         "--cache-dir", type=PATH, metavar="DIR",
         help="Where stores of checkpoints are kept.  [default: $EDGEMEM_CACHE, or the system's "
@@ -116,7 +117,8 @@ def streaming_options(command: Callable) -> Callable:
 
 
 def model_options(command: Callable) -> Callable:
-    """MODEL, a store or a checkpoint, and how the latter is converted: --dtype and --cache-dir."""
+    """MODEL, a store or a checkpoint, and how the latter is converted: --dtype, --neurons and
+    --cache-dir."""
     return _apply(_MODEL, command)
 
 
@@ -142,7 +144,7 @@ def usage_errors() -> Iterator[None]:
 
 def load_engine(
     model: Path, memory: str, context: int | None, threads: int | None, ready: Callable,
-    cache_dir: Path | None = None, dtype: str | None = None, **more,
+    cache_dir: Path | None = None, dtype: str | None = None, neurons: bool = False, **more,
 ):  # fmt: skip
     """The engine that the options ask for, with a progress bar while weights are read.
 
@@ -155,7 +157,7 @@ def load_engine(
 
     with usage_errors():
         budget.Budget(memory)  # a wrong size is told before a long conversion
-        store = as_store(model, cache_dir, dtype)
+        store = as_store(model, cache_dir, dtype, neurons)
     kv = more.get("kv", KV_TYPES[0])
     if kv in _KV_COSTS:
         note(f"edgemem: --kv {kv} changes the answer: {_KV_COSTS[kv]}")

@@ -39,7 +39,7 @@ read_bytes_per_token, stall_share and device_share.
 @options.streaming_options
 @options.JSON
 def run(
-    model, dtype, cache_dir, prompt, file, max_tokens, stop, memory, context, kv, threads, policy,
+    model, dtype, neurons, cache_dir, prompt, file, max_tokens, stop, memory, context, kv, threads, policy,
     profile, lookahead, trace, as_json, **sampling,
 ):  # fmt: skip
     if prompt is not None and file is not None:
@@ -54,7 +54,7 @@ def run(
         engine.check(text, **arguments)
 
     opened = options.load_engine(
-        model, memory, context, threads, ready, cache_dir, dtype, kv=kv, policy=policy,
+        model, memory, context, threads, ready, cache_dir, dtype, neurons, kv=kv, policy=policy,
         profile=profile, lookahead=lookahead, trace=trace,
     )  # fmt: skip
     with opened as engine:

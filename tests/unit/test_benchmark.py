@@ -15,7 +15,7 @@ import pytest
 import streaming
 
 import edgemem
-from edgemem import belady, benchmark, inventory, policies, rates, recorder, tracefile
+from edgemem import belady, benchmark, converters, inventory, policies, rates, recorder, tracefile
 from edgemem.cli import options
 
 ENVIRONMENT = {**os.environ, "PYTHONIOENCODING": "utf-8"}
@@ -62,6 +62,18 @@ def test_a_streaming_model(share, warm, tiny_moe_store):
     plain = decode.demand_bytes_per_token / report.dram_bytes_per_second
     assert report.ideal_seconds_per_token == pytest.approx(max(missed, plain))
     assert 0 <= decode.stall_share <= 1 and 0 <= decode.device_share <= 1.1
+
+
+def test_a_model_whose_neurons_stream(shared, tmp_path):
+    path = tmp_path / "a.edgemem"
+    converters.convert(shared / "models" / "tiny-relu", path, neurons=True)
+    for share in (0.1, 0.7):
+        with streaming.opened(path, share) as engine:
+            report = benchmark.measure(engine, **COUNTS)
+        assert_sane(report)
+        assert 0 < report.neuron_room < report.neurons == 1536
+        assert 0 < report.decode.hit_rate <= report.belady_hit_rate + 1e-9 < 1.1
+        assert report.neurons_bytes_per_second > 0 and report.efficiency < 1.5
 
 
 def test_a_dense_model_that_streams(stories_store):

@@ -176,6 +176,15 @@ def test_equal_names_and_other_formats_live_side_by_side(gguf, cache, tmp_path):
     assert as_store(gguf, dtype="keep") in stores
 
 
+def test_neurons_are_another_store(folder, cache, tmp_path):
+    apart = tiny.write(tmp_path / "relu", "opt", 1, activation="relu", max_positions=64).folder
+    plain, _ = token_ids(apart)
+    assert token_ids(apart, "--neurons")[0] == plain and len(set(cache.iterdir())) == 2
+    with Store.open(as_store(apart, neurons=True)) as store:
+        assert store.spec.neurons
+    assert "leave --neurons out" in run("run", folder, "-p", "x", "--neurons", code=1)[1]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
 def test_a_damaged_store_is_converted_again(damage, gguf, cache, capfd):
     store = as_store(gguf)
@@ -244,6 +253,7 @@ def test_a_store_is_opened_where_it_is(stories_store, cache, tmp_path):
         assert as_store(store) == store
         assert token_ids(store)[1] == "" and not cache.exists()
         assert "is a store" in run("run", store, "-p", "x", "--dtype", "keep", code=2)[1]
+        assert "--neurons is for" in run("run", store, "-p", "x", "--neurons", code=2)[1]
 
 
 def test_what_is_neither_is_refused_as_ever(cache, tmp_path):
