@@ -31,6 +31,7 @@ ROUTED = replace(
     SPEC, model_type="qwen2_moe", n_layers=2, tied=False, windows=(0, 0), routed=(True, False),
     n_experts=3, top_k=2, expert_intermediate=20, shared_intermediate=18,
 )  # fmt: skip
+APART = replace(SPEC, hidden=32, head_dim=16, activation="relu", neurons=True)
 TOKENIZER = b'{"model": {"type": "none"}}'
 
 

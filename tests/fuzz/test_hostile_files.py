@@ -53,9 +53,9 @@ def change(value, rng) -> None:
             inner[path[-1]] = copy.deepcopy(VALUES[rng.integers(len(VALUES))])
 
 
-@pytest.fixture(scope="module", params=["dense", "routed"])
+@pytest.fixture(scope="module", params=["SPEC", "ROUTED", "APART"])
 def store_bytes(request, tmp_path_factory) -> bytes:
-    spec = painted.SPEC if request.param == "dense" else painted.ROUTED
+    spec = getattr(painted, request.param)
     return painted.write(tmp_path_factory.mktemp("store") / "a", spec).read_bytes()
 
 

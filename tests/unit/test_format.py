@@ -376,14 +376,12 @@ def test_a_huge_claimed_model_costs_nothing(directory):
 
 # ---- neurons -----------------------------------------------------------------------------------
 
-APART = replace(painted.SPEC, hidden=32, head_dim=16, activation="relu", neurons=True)
-
 
 def test_a_store_of_neurons_is_read_back(tmp_path):
-    path = painted.write(tmp_path / "a", APART)
+    path = painted.write(tmp_path / "a", painted.APART)
     with Store.open(path) as store:
         layout = store.layout_of(int(store.find(Kind.NEURONS, 0)[0]))
-        assert store.spec == APART and store.verify().ok
+        assert store.spec == painted.APART and store.verify().ok
         assert [s.name for s in layout.segments] == ["neurons", "checksums"]
         assert (layout["neurons"].rows, layout["neurons"].cols) == (24, 64)
 
@@ -417,7 +415,7 @@ def _segment(meta: dict, name: str) -> dict:
     ],
 )
 def test_neurons_that_do_not_fit_their_model_are_refused(tmp_path, change):
-    path = painted.write(tmp_path / "a", APART, dtypes.F32)
+    path = painted.write(tmp_path / "a", painted.APART, dtypes.F32)
     painted.rewrite(path, meta=_meta(change))
     with pytest.raises((CorruptError, UnsupportedError)):
         Store.open(path)
@@ -425,4 +423,4 @@ def test_neurons_that_do_not_fit_their_model_are_refused(tmp_path, change):
 
 def test_neurons_are_whole_blocks(tmp_path):
     with pytest.raises(CorruptError, match="whole blocks"):
-        painted.write(tmp_path / "a", replace(APART, hidden=48, head_dim=24), dtypes.Q8_0)
+        painted.write(tmp_path / "a", replace(painted.APART, hidden=48, head_dim=24), dtypes.Q8_0)
