@@ -54,8 +54,9 @@ def as_store(
 
     Making the store takes the time and the disk space of `edgemem convert`, none of this process's
     memory, and is told on stderr. Others that ask for the same store wait for it. Raises ValueError
-    for a `dtype` or `neurons` with a store, StoreError for a folder that cannot be used, CheckpointError for a
-    source that changes meanwhile, click's Exit for a conversion that failed and said why.
+    for a `dtype` or `neurons` with a store, StoreError for a folder that cannot be used,
+    CheckpointError for a source that changes meanwhile, click's Exit for a conversion that failed
+    and said why.
     """
     source = _Source(Path(path), dtype or "keep", neurons)
     if not source.files():
