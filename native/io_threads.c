@@ -6,6 +6,9 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+/* More bring little, and each has a stack (bench/LOG.md). */
+enum { MOST_THREADS = 32 };
+
 struct em_io {
     int fd;
     int32_t depth, n_threads;
@@ -54,8 +57,8 @@ static void threads_close(em_io *io) {
 }
 
 static int32_t threads_open(const em_io_setup *setup, em_io **out) {
-    int32_t depth = setup->depth;
-    em_io *io = calloc(1, sizeof *io + (size_t)depth * sizeof io->threads[0]);
+    int32_t depth = setup->depth, n_threads = (int32_t)em_min(depth, MOST_THREADS);
+    em_io *io = calloc(1, sizeof *io + (size_t)n_threads * sizeof io->threads[0]);
     if (!io) return EM_NO_MEMORY;
     io->fd = setup->fd;
     io->depth = depth;
@@ -65,7 +68,7 @@ static int32_t threads_open(const em_io_setup *setup, em_io **out) {
     pthread_cond_init(&io->more_work, NULL);
     pthread_cond_init(&io->more_done, NULL);
     int32_t status = io->queue && io->ended ? EM_OK : EM_NO_MEMORY;
-    while (status == EM_OK && io->n_threads < depth) {
+    while (status == EM_OK && io->n_threads < n_threads) {
         if (pthread_create(&io->threads[io->n_threads], NULL, work, io) == 0)
             io->n_threads++;
         else
