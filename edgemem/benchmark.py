@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 PROMPT_TOKENS, NEW_TOKENS, REPETITIONS = 512, 128, 3
-ROWS_WRITTEN = 16 << 20
+ROWS_WRITTEN = 4 << 20
 """Rows whose demand is written down for Belady, at most."""
 
 
