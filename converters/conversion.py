@@ -58,10 +58,10 @@ def convert(
     `dtype` is "keep" (weights as they are), "f16", "q8_0" or "q4_0": it applies to the matrices of
     attention and FFN; norms and biases become f32, routers stay as they are, vocabulary tables
     become f16 or q8_0. With `neurons` FFNs are taken apart, so that what ReLU lets rest is neither
-    read nor multiplied. `progress(done_bytes, total_bytes)`
-    is called as it goes. Everything that can be checked is checked before the first byte is
-    written, and a conversion that fails or is interrupted leaves nothing behind. Raises ValueError
-    for a bad argument, CheckpointError, UnsupportedError and StoreError.
+    read nor multiplied. `progress(done_bytes, total_bytes)` is called as it goes. Everything that
+    can be checked is checked before the first byte is written, and a conversion that fails or is
+    interrupted leaves nothing behind. Raises ValueError for a bad argument, CheckpointError,
+    UnsupportedError and StoreError.
     """
     started = time.perf_counter()
     source, target = Path(source), Path(target)

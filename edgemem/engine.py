@@ -199,8 +199,7 @@ class Engine:
             return [Item("weights that every token needs, and one step's bundles", least)]
         items = [Item("weights", self._plan.resident_bytes)]
         if len(self._plan.streamed):
-            plan = self._plan
-            label = f"slab (at least {plan.least.sum()} slots for {plan.counts.sum()} bundles)"
+            label = f"slab (at least {self._plan.least_text})"
             items.append(Item(label, self._plan.least_bytes))
         if len(self._plan.apart):
             items.append(Item("reading neurons", self._plan.aside_bytes))

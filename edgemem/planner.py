@@ -50,7 +50,20 @@ class Plan:
     counts: np.ndarray
     least: np.ndarray
     demand: np.ndarray
+    comes_apart: np.ndarray
     aside_bytes: int = 0
+
+    @property
+    def least_text(self) -> str:
+        """For people: how few slots there are at least, and for how many bundles."""
+        parts = []
+        for what, those in (
+            ("slots for {} bundles", ~self.comes_apart),
+            ("of {} neurons a layer", self.comes_apart),
+        ):
+            if those.any():
+                parts.append(f"{self.least[those].sum()} {what.format(self.counts[those].sum())}")
+        return ", ".join(parts)
 
     @property
     def least_bytes(self) -> int:
@@ -83,7 +96,8 @@ def plan(bundles: Bundles, room: int) -> Plan | None:
     """
     if int(bundles.sizes.sum()) <= room:
         none, ids = np.empty(0, np.int64), np.empty(0, np.uint32)
-        return Plan(ids, ids, int(bundles.sizes.sum()), none, none, none, none, none)
+        nothing = (none, none, none, none, none, none.astype(bool))
+        return Plan(ids, ids, int(bundles.sizes.sum()), *nothing)
     found = _least(bundles)
     return found if len(found.classes) and _bytes(found) <= room else None
 
@@ -116,13 +130,14 @@ def _least(bundles: Bundles) -> Plan:
     may_stream, sizes = bundles.may_stream, bundles.sizes
     classes = np.unique(bundles.layouts[may_stream])
     each, counts, least = np.empty((3, len(classes)), np.int64)
-    demand = np.empty(len(classes))
+    demand, comes_apart = np.empty(len(classes)), np.zeros(len(classes), bool)
     for i, layout in enumerate(classes):
         mine = may_stream & (bundles.layouts == layout)
         rows = int(bundles.rows[mine][0])
         if rows > 0:
             each[i], counts[i] = -(-int(sizes[mine].sum()) // rows), rows
             least[i], demand[i] = min(MIN_ROWS, rows), bundles.use[mine].max() * rows
+            comes_apart[i] = True
             continue
         each[i], counts[i] = int(sizes[mine][0]), int(mine.sum())
         least[i] = min(max(MIN_SLOTS, int(bundles.at_once[mine].max())), int(counts[i]))
@@ -133,4 +148,5 @@ def _least(bundles: Bundles) -> Plan:
     )
     resident_bytes = int(sizes[~may_stream].sum())
     aside = bundles.aside_bytes if len(apart) else 0
-    return Plan(whole, apart, resident_bytes, classes, each, counts, least, demand, aside)
+    arrays = (classes, each, counts, least, demand, comes_apart)
+    return Plan(whole, apart, resident_bytes, *arrays, aside)

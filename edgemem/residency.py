@@ -7,7 +7,6 @@ is its face, and the place where its failures become exceptions.
 
 from __future__ import annotations
 
-import errno
 import os
 import weakref
 from collections.abc import Callable
@@ -18,8 +17,8 @@ from time import perf_counter
 import numpy as np
 
 from ._native import Slab, check, ffi, lib, pointer
-from .errors import CorruptError, EdgeMemError, FlashError
-from .store import Store, open_direct
+from .errors import EdgeMemError, FlashError
+from .store import Store, open_direct, read_error
 
 DEPTHS = (4, 8)
 """Reads in flight that are tried while resident bundles are read; the knee serves from then on."""
@@ -257,12 +256,8 @@ class Residency:
 
     def _error_of(self, native, ids: np.ndarray) -> EdgeMemError:
         failure = lib.em_residency_failure(native)
-        what = f"reading {self._store.describe(int(ids[failure.bundle]))} of {self._store.path}"
-        if failure.error == 0:
-            return CorruptError(f"{what}: its checksum is wrong; copy or convert the store again")
-        if failure.error == errno.ENODATA:
-            return CorruptError(f"{what}: the file ends before it; copy or convert the store again")
-        return FlashError(f"{what}: {os.strerror(failure.error)}; check the device")
+        what = f"{self._store.describe(int(ids[failure.bundle]))} of {self._store.path}"
+        return read_error(what, failure.error)
 
 
 _COUNTERS = (

@@ -6,7 +6,6 @@ used last stay (native/rows.c); what reads them makes no difference to what is c
 
 from __future__ import annotations
 
-import errno
 import os
 import weakref
 
@@ -15,9 +14,9 @@ import numpy as np
 from ._native import Slab, check, ffi, lib, pointer
 from .demand import DemandLog
 from .dtypes import group_bytes, round_up
-from .errors import CorruptError, EdgeMemError, FlashError
+from .errors import EdgeMemError
 from .format import Kind, Segment
-from .store import Store, open_direct
+from .store import Store, open_direct, read_error
 
 DEPTH = 128
 """Reads in flight: they are small (bench/LOG.md)."""
@@ -99,7 +98,8 @@ class RowCache:
 
     def clear(self) -> None:
         """Let all rows leave."""
-        lib.em_rows_clear(self.native)
+        if self.native:
+            lib.em_rows_clear(self.native)
 
     def take(self, number: int, ids: np.ndarray) -> None:
         """Read what is absent of rows `ids` (int32, ascending) of a set, no more than its room.
@@ -127,21 +127,19 @@ class RowCache:
 
     def statistics(self) -> dict[str, int]:
         """Counters since open; see em_row_stats. What is waited for is counted by the core."""
+        if not self.native:
+            return {}
         stats = lib.em_rows_statistics(self.native)
         return {name: int(getattr(stats, name)) for name in _COUNTERS}
 
     def error(self) -> EdgeMemError | None:
         """The exception for the row that could not be read; None if the last take went well."""
-        failure = lib.em_rows_failure(self.native)
-        if not failure.failed:
+        failure = lib.em_rows_failure(self.native) if self.native else None
+        if failure is None or not failure.failed:
             return None
-        what = self._store.describe(self._ids[failure.set])
-        what = f"reading neuron {failure.row} of {what} of {self._store.path}"
-        if failure.error == 0:
-            return CorruptError(f"{what}: its checksum is wrong; copy or convert the store again")
-        if failure.error == errno.ENODATA:
-            return CorruptError(f"{what}: the file ends before it; copy or convert the store again")
-        return FlashError(f"{what}: {os.strerror(failure.error)}; check the device")
+        bundle = self._store.describe(self._ids[failure.set])
+        what = f"neuron {failure.row} of {bundle} of {self._store.path}"
+        return read_error(what, failure.error)
 
     def close(self) -> None:
         """Let go of the file. Closing twice is fine."""

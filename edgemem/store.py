@@ -6,6 +6,7 @@ exactly the bundles, segments and shapes of the model. Payloads are checked as t
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import threading
@@ -212,6 +213,15 @@ class Store:
 
     def _fault(self, bundle_id: int) -> str:
         return f"{self.describe(bundle_id)} of {self.path} does not match its checksum; {_AGAIN}"
+
+
+def read_error(what: str, error: int) -> CorruptError | FlashError:
+    """The exception for a read of `what` that failed: an errno, or 0 for a wrong checksum."""
+    if error == 0:
+        return CorruptError(f"reading {what}: its checksum is wrong; {_AGAIN}")
+    if error == errno.ENODATA:
+        return CorruptError(f"reading {what}: the file ends before it; {_AGAIN}")
+    return FlashError(f"reading {what}: {os.strerror(error)}; check the device")
 
 
 def open_direct(path) -> tuple[int, bool]:

@@ -30,7 +30,7 @@ typedef struct {
 /* Bytes of a block of EM_Q8_0 in the KV cache: an f16 scale and 32 quants. */
 #define EM_KV_BLOCK_BYTES 34
 
-/* Up to any number of rows of a store matrix of lanes 1, wherever they are. */
+/* Rows of a store matrix of lanes 1, wherever they are. */
 typedef struct {
     const uint8_t *const *rows;
     int32_t n, dtype;

@@ -3,6 +3,7 @@
  * neurons, in their order. */
 #include "core.h"
 #include "rows.h"
+
 #include <string.h>
 
 /* Neurons that are activated and looked at together, and columns of `out` that are summed so; in
@@ -29,7 +30,13 @@ typedef struct {
 
 static int64_t chunks_of(const em_neurons *f) { return (f->intermediate + NEURONS - 1) / NEURONS; }
 
-static uint64_t own_bytes(int32_t n_tokens, int32_t hidden, int32_t intermediate);
+/* Of what a thread has for itself (own_scratch). */
+static uint64_t own_bytes(int32_t n_tokens, int32_t hidden, int32_t intermediate) {
+    uint64_t group = (uint64_t)em_group_bytes(EM_F32, hidden, EM_LANES), n = (uint64_t)n_tokens;
+    uint64_t width = (uint64_t)intermediate;
+    return em_arena_cost(group) + em_arena_cost(n * EM_LANES * 4) + em_arena_cost(n * 4) +
+           em_arena_cost(width * sizeof(void *)) + em_arena_cost(width * 4);
+}
 
 uint64_t em_neurons_scratch(int32_t n_threads, int32_t n_tokens, int32_t hidden,
                             int32_t intermediate) {
@@ -55,9 +62,8 @@ static void note_taking(em_core *core, int64_t all_ns, int64_t waited_ns) {
 static void find_active(void *arg, int64_t item, int32_t thread) {
     (void)thread;
     neurons_task *t = arg;
-    int64_t chunk = t->first_chunk + item, width = t->is->intermediate, first = chunk * NEURONS,
-            found = 0;
-    int64_t n = em_min(NEURONS, width - first);
+    int64_t chunk = t->first_chunk + item, width = t->is->intermediate, found = 0;
+    int64_t first = chunk * NEURONS, n = em_min(NEURONS, width - first);
     bool active[NEURONS] = {false};
     for (int64_t i = 0; i < t->n_tokens; i++) {
         float *h = t->h + i * width + first;
@@ -140,13 +146,6 @@ typedef struct {
     const uint8_t **rows; /* [intermediate] */
     float *weights;       /* [intermediate] */
 } own_scratch;
-
-static uint64_t own_bytes(int32_t n_tokens, int32_t hidden, int32_t intermediate) {
-    uint64_t group = (uint64_t)em_group_bytes(EM_F32, hidden, EM_LANES), n = (uint64_t)n_tokens;
-    uint64_t width = (uint64_t)intermediate;
-    return em_arena_cost(group) + em_arena_cost(n * EM_LANES * 4) + em_arena_cost(n * 4) +
-           em_arena_cost(width * sizeof(void *)) + em_arena_cost(width * 4);
-}
 
 static own_scratch scratch_of(const neurons_task *t, int32_t thread) {
     uint64_t n = (uint64_t)t->n_tokens, width = (uint64_t)t->is->intermediate;

@@ -7,7 +7,6 @@
 #include "rows.h"
 
 #include "io.h"
-#include "stream.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -244,6 +243,16 @@ int32_t em_rows_fit(const em_rows *r, int32_t set, const int32_t *ids, int32_t n
 
 void em_rows_crowd(em_rows *r, int32_t set, bool crowded) { r->sets[set].crowded = crowded; }
 bool em_rows_crowded(const em_rows *r, int32_t set) { return r->sets[set].crowded; }
+
+void em_demand_write(em_demand_log *log, const uint32_t *indices, int32_t n, uint32_t base) {
+    if (log->n_turns < log->turns_room && log->n_indices + n <= log->indices_room) {
+        uint32_t *to = log->indices + log->n_indices;
+        for (int32_t i = 0; i < n; i++) to[i] = base + indices[i];
+        log->counts[log->n_turns] = (uint32_t)n;
+    }
+    log->n_turns++;
+    log->n_indices += n;
+}
 
 void em_rows_write_down(em_rows *r, int32_t set, const int32_t *ids, int32_t n) {
     if (r->log) em_demand_write(r->log, (const uint32_t *)ids, n, r->sets[set].base);

@@ -27,4 +27,7 @@ bool em_rows_crowded(const em_rows *rows, int32_t set);
 /* Writes a turn's whole demand into the log, if there is one. */
 void em_rows_write_down(em_rows *rows, int32_t set, const int32_t *ids, int32_t n);
 
+/* Writes down that a turn demanded `indices` [n], counted from `base`. */
+void em_demand_write(em_demand_log *log, const uint32_t *indices, int32_t n, uint32_t base);
+
 #endif

@@ -7,6 +7,7 @@
 
 #include "core.h"
 #include "residency.h"
+#include "rows.h"
 
 #include <string.h>
 
@@ -194,16 +195,6 @@ static int32_t observe(em_stream *s, int32_t turn, const em_turn *t) {
     if (s->policy)
         return em_next_use_observe(s->policy, turn, s->indices, t->n, t->uses, t->tokens);
     return s->observe(s->user, turn, s->indices, t->n, t->uses, t->tokens);
-}
-
-void em_demand_write(em_demand_log *log, const uint32_t *indices, int32_t n, uint32_t base) {
-    if (log->n_turns < log->turns_room && log->n_indices + n <= log->indices_room) {
-        uint32_t *to = log->indices + log->n_indices;
-        for (int32_t i = 0; i < n; i++) to[i] = base + indices[i];
-        log->counts[log->n_turns] = (uint32_t)n;
-    }
-    log->n_turns++;
-    log->n_indices += n;
 }
 
 static int32_t take_turn(em_core *core, em_stream *s, em_turn *t) {

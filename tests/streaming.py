@@ -3,10 +3,14 @@
 from contextlib import contextmanager
 from unittest import mock
 
+import numpy as np
+
 import edgemem
 from edgemem import inventory, planner
 from edgemem.engine import Engine
 from edgemem.store import Store
+
+LONGEST = 35
 
 
 @contextmanager
@@ -39,3 +43,14 @@ def opened(path, share: float, chunk: int | None = None, **options):
 
 def streams(engine) -> bool:
     return len(engine._plan.streamed) > 0
+
+
+def answer(engine, seed: int = 0) -> bytes:
+    """Logits of a prompt and of some tokens after it: what may not change."""
+    random = np.random.default_rng(seed)
+    ids = random.integers(0, engine.spec.vocab_size, min(LONGEST, engine.context))
+    prompt = 2 * len(ids) // 3
+    with engine.session() as session:
+        found = [session.feed(ids[:prompt]).tobytes()]
+        found += [session.feed(ids[i : i + 1]).tobytes() for i in range(prompt, len(ids))]
+    return b"".join(found)

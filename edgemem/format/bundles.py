@@ -52,7 +52,7 @@ def bundle_parts(spec: ModelSpec, kind: Kind, layer: int) -> tuple[Part, ...]:
         )
     if kind == Kind.NEURONS:
         return (
-            Part("neurons", spec.intermediate, neuron_cols(spec), lanes=1),
+            Part("neurons", spec.intermediate, _neuron_cols(spec), lanes=1),
             Part("checksums", 1, spec.intermediate, lanes=1, dtype=U32),
         )
     if layer == spec.n_layers:
@@ -95,7 +95,7 @@ def _bias(name: str, cols: int) -> Part:
     return Part(name, 1, cols, lanes=1, optional=True, dtype=F32)
 
 
-def neuron_cols(spec: ModelSpec) -> int:
+def _neuron_cols(spec: ModelSpec) -> int:
     """Columns of a neuron's row: where there is a gate its row of up, then its column of down."""
     return (2 if spec.gated else 1) * spec.hidden
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import streaming
 import tiny
+from streaming import answer
 
 import edgemem
 from edgemem import converters
@@ -35,16 +36,6 @@ def both(folder, target, dtype: str) -> tuple[str, str]:
         made.append(f"{target}-{dtype}-{apart}.edgemem")
         converters.convert(folder, made[-1], dtype=dtype, neurons=apart)
     return made[0], made[1]
-
-
-def answer(engine, seed: int = 0, most: int = 30) -> bytes:
-    random = np.random.default_rng(seed)
-    ids = random.integers(0, engine.spec.vocab_size, min(most, engine.context))
-    prompt = 2 * len(ids) // 3
-    with engine.session() as session:
-        found = [session.feed(ids[:prompt]).tobytes()]
-        found += [session.feed(ids[i : i + 1]).tobytes() for i in range(prompt, len(ids))]
-    return b"".join(found)
 
 
 def loaded(path, **options) -> bytes:

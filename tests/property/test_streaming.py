@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import streaming
 import tiny
+from streaming import answer
 from tiny_config import MODEL_TYPES
 
 import edgemem
@@ -20,7 +21,6 @@ from edgemem.streamer import Streamer
 
 POLICIES = [name for name in policies.POLICIES if name != "static"]
 ENGINES = ("threads", "io_uring")
-LONGEST = 35
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +31,6 @@ def stores(tmp_path_factory, convert_store, seed_base) -> dict[str, str]:
         tiny.write(folder / kind, kind, seed_base + 2000 + i)
         made[kind] = str(convert_store(folder / kind, ("keep", "q4_0")[i % 2]))
     return made
-
-
-def answer(engine, seed: int = 0) -> bytes:
-    """Logits of a prompt and of some tokens after it: what may not change."""
-    random = np.random.default_rng(seed)
-    ids = random.integers(0, engine.spec.vocab_size, min(LONGEST, engine.context))
-    prompt = 2 * len(ids) // 3
-    with engine.session() as session:
-        found = [session.feed(ids[:prompt]).tobytes()]
-        found += [session.feed(ids[i : i + 1]).tobytes() for i in range(prompt, len(ids))]
-    return b"".join(found)
 
 
 def engine_or_skip(io_engine: str, path) -> None:
