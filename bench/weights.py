@@ -6,7 +6,8 @@ projections (o, down) are scaled so that each of them adds a few per cent to the
 token embeddings share one common vector, so that each router has a static preference (popular
 experts), around which tokens vary. `bench/routing.py` holds the outcome to the routing of a real
 model. Where an FFN without a gate has ReLU, biases leave as few neurons active as real ones have:
-by that same common vector a few of them often, most of them hardly ever.
+by that same common vector a few of them often, most of them hardly ever; and what decides has most
+of its variance in few directions, so that thin predictors can tell, as they can of real models.
 
 Values are drawn in the number format and the order in which a store holds them, a tile of some rows
 at a time, each from its own seed, so any tile can be made on its own, and every form of a
@@ -24,10 +25,12 @@ from statistics import NormalDist
 import numpy as np
 
 from edgemem.converters.configuration import Description
+from edgemem.converters.quantize import pack
 from edgemem.dtypes import (
     BF16,
     BLOCK,
     F16,
+    F32,
     LANES,
     Q4_0,
     Q8_0,
@@ -51,6 +54,9 @@ TIED_LOGITS = 3.0
 THRESHOLD = 1.88
 """What ReLU asks of a neuron's input, which has a deviation of 1: 97 % of them are less, as in
 OPT-6.7B (arXiv 2312.11514)."""
+
+DIRECTIONS, FORETOLD = 64, 0.9
+"""Of what decides which neurons are active, so many directions have that share of the variance."""
 
 WEIGHTS = {"q4_0": Q4_0, "q8_0": Q8_0, "bf16": BF16, "f16": F16}
 TABLES = {"q4_0": Q8_0, "q8_0": Q8_0, "bf16": BF16, "f16": F16}
@@ -151,6 +157,8 @@ class Weights:
             return self._vector(tile).view(np.uint8)
         bits = np.random.SFC64(np.random.SeedSequence(tile.key))
         groups = -(-tile.rows // segment.lanes)
+        if segment.name == "up" and self._sparse:
+            return self._deciding(tile, bits)
         if segment.dtype.is_block:
             out = self._blocks(tile, bits, groups)
         else:
@@ -216,6 +224,22 @@ class Weights:
         halves = ((self._signs > 0) * np.uint16(256))[:, None]
         values[...] = both[picks.reshape(shape) + halves]
         return out
+
+    def _deciding(self, tile: Tile, bits: np.random.SFC64) -> np.ndarray:
+        """Rows that are mixtures of a layer's few directions, and noise."""
+        segment = tile.segment
+        normal, shape = _normal(1.0, 0.0), (tile.rows, segment.cols)
+        seeds = np.random.SFC64(np.random.SeedSequence((*tile.key[:-1], *b"directions")))
+        directions = normal[_random_bytes(seeds, DIRECTIONS * segment.cols)]
+        shares = normal[_random_bytes(bits, tile.rows * DIRECTIONS)].reshape(tile.rows, DIRECTIONS)
+        noise = normal[_random_bytes(bits, tile.rows * segment.cols)].reshape(shape)
+        values = shares @ directions.reshape(DIRECTIONS, segment.cols)
+        values *= np.float32(tile.std * sqrt(FORETOLD / DIRECTIONS))
+        values += noise * np.float32(tile.std * sqrt(1 - FORETOLD))
+        if segment.dtype != BF16:
+            return pack(values.view(np.uint32), F32, segment.dtype, segment.lanes)
+        halves = (values.view(np.uint32) >> 16).astype(np.uint16)
+        return pack(halves, BF16, BF16, segment.lanes)
 
     def _blocks(self, tile: Tile, bits: np.random.SFC64, groups: int) -> np.ndarray:
         """Raw bits masked into quants, and scales that vary by 6 %."""

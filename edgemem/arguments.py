@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from numbers import Integral
+from typing import TYPE_CHECKING
 
 from . import policies
 from ._native import isa_names
 from .dtypes import KV_TYPES
 from .errors import UnsupportedError
 from .spec import ModelSpec
+
+if TYPE_CHECKING:
+    from .store import Store
 
 MAX_THREADS = 1024
 """The core starts no more."""
@@ -41,6 +45,15 @@ def check_kv(kv: str) -> None:
     """Raises ValueError for a type of the KV cache that is none."""
     if kv not in KV_TYPES:
         raise ValueError(f"kv {kv!r} is none of {', '.join(KV_TYPES)}")
+
+
+def check_predict(store: Store, predict: bool) -> None:
+    """Raises UnsupportedError where there is nothing to predict by."""
+    if predict and not store.spec.ranks:
+        raise UnsupportedError(
+            f"predicting which neurons of {store.path} are active: the store has no predictors; "
+            "make them with 'edgemem calibrate', or leave --predict out"
+        )
 
 
 def context_limit(spec: ModelSpec) -> int:

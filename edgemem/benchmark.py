@@ -85,6 +85,7 @@ class Report:
     budget_bytes: int
     context: int
     kv: str
+    predict: bool
     threads: int
     isa: str
     io_engine: str
@@ -287,7 +288,7 @@ def _demand_room(engine: Engine, steps: Sequence[int]) -> tuple[int, int]:
     _, first, there = np.unique(turns, return_index=True, return_counts=True)
     head = engine.store.entries["kind"][streamed][first] == Kind.HEAD
     # All of the head's, and of others no more than the tokens want of the turn.
-    each = inventory.plannable(engine.store).at_once[streamed][first]
+    each = inventory.plannable(engine.store, predict=engine.predict).at_once[streamed][first]
     each = np.where(head, there, each)
     times = 1 + head * engine.spec.tied  # embeddings are rows of a tied head
     most = sum(int((times * np.minimum(there, each * tokens)).sum()) for tokens in steps)
@@ -315,6 +316,7 @@ def _report(
     spent["all else"] = float(seconds.sum()) - spent.total()
     return Report(
         budget_bytes=engine.budget.limit, context=engine.context, kv=engine.kv,
+        predict=engine.predict,
         threads=engine.threads, isa=engine.isa, io_engine=residency.engine, policy=how.policy,
         lookahead=how.lookahead, warm=warm,
         prompt_tokens=prompt_tokens, new_tokens=new_tokens, repetitions=len(times),

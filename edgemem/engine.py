@@ -19,6 +19,7 @@ from .arguments import (
     check_count,
     check_isa,
     check_kv,
+    check_predict,
     check_streaming,
     context_limit,
 )
@@ -67,7 +68,7 @@ def load(
     ready: Callable[[Engine], None] | None = None, *, kv: str = "f16",
     policy: str = policies.DEFAULT, profile: str | os.PathLike | None = None,
     lookahead: bool = True, io_engine: str | None = None, faults: dict | None = None,
-    trace: str | os.PathLike | None = None,
+    trace: str | os.PathLike | None = None, predict: bool = False,
 ) -> Engine:  # fmt: skip
     """Open a store and make its model ready to run.
 
@@ -80,7 +81,8 @@ def load(
     answer.
 
     `kv` is the type of the KV cache, and does change it: "f16", "q8_0" (about half the memory,
-    less exact) or "f32" (twice, exact); see kvcache.py.
+    less exact) or "f32" (twice, exact); see kvcache.py. So does `predict`: which neurons are
+    active is foretold by what `calibrate` trained, not computed.
 
     `memory` is the budget of the whole process: bytes, "4GiB", "50%" or "auto" (what is free here,
     less a reserve). `context` is the most tokens a session can hold, by default 4096 or what the
@@ -93,7 +95,7 @@ def load(
     weight is read; ValueError or TypeError for arguments.
     """
     how = Streaming(policy, profile, lookahead, io_engine, faults, trace)
-    return Engine(path, memory, context, threads, progress, ready, how, kv)
+    return Engine(path, memory, context, threads, progress, ready, how, kv, predict)
 
 
 class Engine:
@@ -107,18 +109,19 @@ class Engine:
         self, path: str | os.PathLike, memory: str | int, context: int | None,
         threads: int | None, progress: Progress | None = None,
         ready: Callable[[Engine], None] | None = None, streaming: Streaming = Streaming(),
-        kv: str = "f16",
+        kv: str = "f16", predict: bool = False,
     ):  # fmt: skip
         check_count("context", context)
         check_count("threads", threads, MAX_THREADS)
         check_isa()
         check_kv(kv)
         check_streaming(streaming)
-        self.kv, self._streaming = kv, streaming
+        self.kv, self.predict, self._streaming = kv, predict, streaming
         self.budget = Budget(memory)
         self.threads = min(fast_cpus(), MAX_THREADS) if threads is None else int(threads)
         self.store = Store.open(path)
         try:
+            check_predict(self.store, predict)
             self._prepare(context)
             if ready is not None:
                 ready(self)
@@ -178,9 +181,9 @@ class Engine:
             (True, True, CHUNK_TOKENS, reserve), (True, True, CHUNK_TOKENS, 0),
         ):  # fmt: skip
             size = self._scratch_bytes(chunk)
-            bundles = inventory.plannable(self.store, head)
+            bundles = inventory.plannable(self.store, head, self.predict)
             self._plan = planner.plan(bundles, spare - size - kept)
-            if self._plan is not None and streams == (len(self._plan.streamed) > 0):
+            if self._plan is not None and streams == self._plan.streams:
                 break
         self.chunk_tokens = min(chunk, self.context)
         self.logits_tokens = min(STREAMING_LOGITS_TOKENS if streams else CHUNK_TOKENS, self.context)
@@ -195,10 +198,10 @@ class Engine:
     def _weight_items(self) -> list[Item]:
         """What the plan takes at least; without one, the least that a plan would take."""
         if self._plan is None:
-            least = planner.floor_bytes(inventory.plannable(self.store, head=True))
+            least = planner.floor_bytes(inventory.plannable(self.store, True, self.predict))
             return [Item("weights that every token needs, and one step's bundles", least)]
         items = [Item("weights", self._plan.resident_bytes)]
-        if len(self._plan.streamed):
+        if self._plan.streams:
             label = f"slab (at least {self._plan.least_text})"
             items.append(Item(label, self._plan.least_bytes))
         if len(self._plan.apart):
@@ -215,7 +218,7 @@ class Engine:
 
     def _fit_slab(self) -> None:
         """Open or close slots so that they fill what nothing else needs. Not while a step runs."""
-        if not len(self._plan.streamed):
+        if not self._plan.streams:
             return
         with self._lock:
             if self._streamer is None:  # not loaded yet, or closed meanwhile
@@ -262,14 +265,17 @@ class Engine:
             writer = TraceWriter(how.trace, said)
         reading = how.io_engine, how.faults
         slots = [Slots(*item) for item in held.items()]
-        residency = Residency(self.store, streamed, slots, progress, *reading, apart)
+        elsewhere = [*apart, *inventory.left_out(self.store, self.predict)]
+        residency = Residency(self.store, streamed, slots, progress, *reading, elsewhere)
         rows = RowCache(self.store, apart, self.slots, *reading) if len(apart) else None
         self._counted = dict.fromkeys(COUNTERS, 0)
         self._stepping, self._withheld, self._fitted = False, 0, room
         self._streamer = Streamer(residency, policy, turns, how.lookahead, rows)
         if writer is not None:
             self._streamer.recorder = Recorder(writer, partial(self._statistics, rows=False))
-        self._model = models.build(self.store, self._streamer, self._core, self.chunk_tokens)
+        self._model = models.build(
+            self.store, self._streamer, self._core, self.chunk_tokens, self.predict
+        )
         self._streamer.take_demand()  # of nobody's step
         self.load_seconds = perf_counter() - started
 
@@ -359,7 +365,7 @@ class Engine:
             if self._stepping:  # the last step was interrupted, who knows where
                 self._settle()
             kv.touch(kv.position + len(ids))
-            if len(self._plan.streamed):
+            if self._plan.streams:
                 self._scratch_loan.expect(len(ids), self._model.trim)
             self._fit_slab()
             self._stepping = True
@@ -387,7 +393,7 @@ class Engine:
 
     def _statistics(self, rows: bool = True) -> dict[str, int]:
         """What streaming has done since open, of bundles and of `rows`."""
-        now = self._streamer.statistics(rows) or dict.fromkeys(COUNTERS, 0)
+        now = dict.fromkeys(COUNTERS, 0) | self._streamer.statistics(rows)
         return now | {"stall_us": now["stall_us"] + int(self._core.clocks()["stall"] * 1e6)}
 
     def clear(self) -> None:
@@ -411,7 +417,7 @@ class Engine:
             try:
                 self._fit_slab()  # only now: what the cache does not use yet is lent
                 # What slots borrow must be touched page by page.
-                huge = not len(self._plan.streamed)
+                huge = not self._plan.streams
                 cache = KvCache(self.spec, self.context, self.kv, huge=huge)
             except BaseException:
                 self.free_kv()

@@ -76,9 +76,21 @@ def _bytes_as(segment: Segment, dtype: DType) -> int:
     return matrix_bytes(dtype, segment.rows, segment.cols, segment.lanes)
 
 
-def plannable(store: Store, head: bool = False) -> Bundles:
+def left_out(store: Store, predict: bool) -> np.ndarray:
+    """Bundles that a run has no use for, uint32: where it predicts which neurons are active, what
+    decides it exactly, else the predictors."""
+    kinds, spec = store.entries["kind"], store.spec
+    unused = kinds == (Kind.FFN if predict else Kind.PREDICTOR)
+    return np.flatnonzero(unused & bool(spec.ranks)).astype(np.uint32)
+
+
+def plannable(store: Store, head: bool = False, predict: bool = False) -> Bundles:
     """The store's bundles as the planner sees them. `head`: the output head may stream too."""
     kinds, spec = store.entries["kind"], store.spec
+    sizes = store.entries["page_count"].astype(np.int64) * store.page_size
+    may_stream = np.isin(kinds, (*STREAMABLE, Kind.HEAD) if head else STREAMABLE)
+    unused = left_out(store, predict)
+    sizes[unused], may_stream[unused] = 0, False
     experts, embeds = kinds == Kind.EXPERT, kinds == Kind.EMBED
     use = np.ones(len(kinds))
     use[experts] = spec.top_k / max(spec.n_experts, 1)
@@ -87,8 +99,8 @@ def plannable(store: Store, head: bool = False) -> Bundles:
     use[neurons] = NEURON_USE
     return Bundles(
         layouts=store.entries["layout"].astype(np.int64),
-        sizes=store.entries["page_count"].astype(np.int64) * store.page_size,
-        may_stream=np.isin(kinds, (*STREAMABLE, Kind.HEAD) if head else STREAMABLE),
+        sizes=sizes,
+        may_stream=may_stream,
         at_once=np.where(experts, max(spec.top_k, 1), 1),
         use=use,
         rows=np.where(neurons, spec.intermediate, 0),

@@ -54,6 +54,11 @@ class Plan:
     aside_bytes: int = 0
 
     @property
+    def streams(self) -> bool:
+        """Whether anything comes and goes."""
+        return len(self.streamed) + len(self.apart) > 0
+
+    @property
     def least_text(self) -> str:
         """For people: how few slots there are at least, and for how many bundles."""
         parts = []

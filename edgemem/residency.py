@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from time import perf_counter
@@ -40,8 +40,8 @@ class Slots:
 
 
 class Residency:
-    """All bundles of a store but those that come `apart` (rows.py). `streamed` (uint32, ascending)
-    are those that live in `slots`.
+    """All bundles of a store but those that are `elsewhere`, or nowhere. `streamed` (uint32,
+    ascending) are those that live in `slots`.
 
     `addresses` is uint64 [n_bundles], 0 for the streamed; `index_of` int64 [n_bundles] numbers the
     streamed from 0 and is -1 for the others; `sizes` int64 [n_bundles] are bytes in memory. The
@@ -55,7 +55,7 @@ class Residency:
     def __init__(
         self, store: Store, streamed: np.ndarray, slots: list[Slots],
         progress: Callable[[int, int], None] | None = None, engine: str | None = None, faults=None,
-        apart: np.ndarray | None = None,
+        elsewhere: Sequence[int] = (),
     ):  # fmt: skip
         self._store, self._engine, self._faults = store, engine, faults
         self.sizes = store.entries["page_count"].astype(np.int64) * store.page_size
@@ -67,7 +67,6 @@ class Residency:
         self.slots = {entry.layout: entry.count for entry in slots}
         self.room = self._room()
         self.depth, self.read_rate = DEPTH, 0.0
-        elsewhere = [] if apart is None else apart
         self.resident = resident = np.setdiff1d(np.flatnonzero(self.index_of < 0), elsewhere)
         slot_sizes = [self._class_bytes(s.layout) for s in slots]
         total = int(self.sizes[resident].sum())

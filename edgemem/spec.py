@@ -62,6 +62,8 @@ class ModelSpec:
     FFN read the same residual stream; with a `shared_norm` also the same norm of it
     (no routed layer does). With `neurons` the store has FFNs taken apart: the matrix that decides
     which neurons are active, and the others' rows and columns by neuron; ReLU alone decides so.
+    With `ranks`, of each layer that of its predictor (0 where its FFN is not taken apart), neurons
+    also have what decides by neuron.
     """
 
     model_type: str
@@ -94,6 +96,7 @@ class ModelSpec:
     parallel: bool = False
     shared_norm: bool = False
     neurons: bool = False
+    ranks: tuple[int, ...] = ()
 
     def __post_init__(self):
         for name in _POSITIVE:
@@ -110,6 +113,7 @@ class ModelSpec:
         _check(shares or not self.shared_norm, "shared_norm", self.shared_norm)
         relu = self.activation in ("relu", "relu2") and not all(self.routed)
         _check(relu or not self.neurons, "neurons", self.neurons)
+        self._check_ranks()
         _check(0 <= self.norm_eps <= 1, "norm_eps", self.norm_eps)
         _check(0 <= self.clip_qkv <= 1e30, "clip_qkv", self.clip_qkv)
         _check(self.head_dim > 2 or self.rope.type != "dynamic", "head_dim", self.head_dim)
@@ -126,6 +130,13 @@ class ModelSpec:
         if not all(self.routed):
             _check(self.intermediate >= 1, "intermediate", self.intermediate)
 
+    def _check_ranks(self) -> None:
+        if not self.ranks:
+            return
+        _check(self.neurons and len(self.ranks) == self.n_layers, "ranks", len(self.ranks))
+        for rank, routed in zip(self.ranks, self.routed, strict=True):
+            _check(rank == 0 if routed else 1 <= rank <= self.hidden, "ranks", rank)
+
     def to_dict(self) -> dict:
         """Plain JSON types; `from_dict` takes it back. What came later and says what the stores
         before it meant is left out, so that readers of those can read this."""
@@ -141,7 +152,7 @@ class ModelSpec:
         return cls(**values)
 
 
-_LATER = ("norm", "positions", "gated", "parallel", "shared_norm", "neurons")
+_LATER = ("norm", "positions", "gated", "parallel", "shared_norm", "neurons", "ranks")
 _POSITIVE = (
     "n_layers", "hidden", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_positions",
 )  # fmt: skip

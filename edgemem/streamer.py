@@ -37,7 +37,7 @@ class Streamer:
 
     `turns` int64 [n_bundles] tell when in a step each bundle has its turn; policies number them as
     layers. With `lookahead` what a model foresees is read ahead. `rows` holds those of bundles that
-    come apart. `recorder`, where there is one, is
+    come apart, of which there may be no others. `recorder`, where there is one, is
     told of every streamed turn, every step and every change of slots. `stream` is the em_stream
     that native operations take.
     """
@@ -65,7 +65,7 @@ class Streamer:
         self._owners: dict[str, tuple] = {}
         for name, array in arrays.items():
             self._point(name, array)
-        self._lookahead = lookahead
+        self._lookahead, self._policy = lookahead, None
         if policy is not None:
             self._turns = turns[residency.streamed]
             self._point("turn_of", self._turns.astype(np.int32))
@@ -122,10 +122,11 @@ class Streamer:
 
     def resize(self, slots: dict[int, int]) -> None:
         """Change the slots of each layout class. Not while a step runs."""
-        self._residency.resize(slots, self._policy.ranks(0))
+        if self._policy is not None:
+            self._residency.resize(slots, self._policy.ranks(0))
+            self._fit()
         if self.rows is not None:
             self.rows.resize(slots)
-        self._fit()
         if self._log is not None:
             self._log.resized.append((self._log.n_turns, self.slots))
         if self._recorder is not None:

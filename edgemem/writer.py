@@ -17,7 +17,9 @@ import errno
 import itertools
 import os
 import re
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,15 +113,30 @@ class StoreWriter:
         tokenizer_config: dict | None = None,
         provenance: dict | None = None,
         recipe: dict | None = None,
+        judge: Callable[[Path], dict] | None = None,
     ) -> int:
         """Write what follows the bundles and give the store its name; return its size in bytes.
 
-        Raises CorruptError where the bundles written are not those of `spec`, or a section is
+        `judge(path)`, where it is given, may open the store before others can: what it returns
+        takes the place of `recipe`. Raises CorruptError where the bundles written are not those of `spec`, or a section is
         beyond the limits of the format: nothing is published that a reader would refuse.
         """
         assert not self._open_bundle and self._file is not None
         dicts = (generation or {}, tokenizer_config or {}, provenance or {}, recipe or {})
         meta = Meta(spec, tuple(self._layouts), chat_template, *dicts)
+        bundles_end, size = self._end, self._seal(meta, tokenizer_json)
+        if judge is not None:
+            recipe = judge(self._temp or Path(f"/proc/self/fd/{self._file.fileno()}"))
+            with _told(self.path):
+                self._file.seek(bundles_end)
+                self._file.truncate(bundles_end)
+            self._end = bundles_end
+            size = self._seal(replace(meta, recipe=recipe), tokenizer_json)
+        self._publish()
+        return size
+
+    def _seal(self, meta: Meta, tokenizer_json: bytes) -> int:
+        """What follows the bundles; the size of all."""
         entries = np.array(self._entries, fmt.ENTRY)
         fmt.check_directory(entries, meta, self.page_size, self._end)
         sections = [
@@ -132,7 +149,6 @@ class StoreWriter:
         self._sync()
         self._write(footer)
         self._sync()
-        self._publish()
         return size
 
     def abort(self) -> None:

@@ -35,7 +35,7 @@ void em_acts_quantize(em_core *core, const em_acts *acts, const int32_t *rows, i
 
 /* Bytes of a neuron's row. */
 EM_INLINE int64_t em_neuron_bytes(const em_neurons *n) {
-    return em_group_bytes(n->dtype, (n->gated ? 2 : 1) * n->hidden, 1);
+    return em_group_bytes(n->dtype, n->row_parts * n->hidden, 1);
 }
 
 #endif

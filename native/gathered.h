@@ -32,15 +32,24 @@ EM_INLINE vf row_part(const uint8_t *row, const int dtype, int64_t plane, int64_
 INTERLEAVE(uint16_t)
 INTERLEAVE(uint32_t)
 
-static void gather_rows(const em_gathered *r, int32_t cols, uint8_t *to) {
+EM_INLINE int64_t quants_bytes(const int dtype, int64_t cols) {
+    return em_group_bytes(dtype, (int32_t)cols, 1) - em_scale_bytes(dtype, (int32_t)cols, 1);
+}
+
+static void gather_rows(const em_gathered *r, int64_t first, int32_t cols, uint8_t *to) {
     const int64_t blocks = (cols + EM_BLOCK - 1) / EM_BLOCK;
+    const bool floats = r->dtype < EM_Q8_0;
+    const int64_t item = r->dtype == EM_F32 ? 4 : 2;
+    const int64_t scales = floats ? 0 : first / EM_BLOCK * 2;
+    const int64_t quants = floats ? first * item : r->plane + quants_bytes(r->dtype, first);
     const uint8_t *row[EM_LANES];
     /* What fills a group up is some row once more: nobody looks at what comes of it. */
     for (int i = 0; i < EM_LANES; i++) row[i] = r->rows[i < r->n ? i : 0];
     const uint16_t *halves[EM_LANES];
     const uint32_t *words[EM_LANES];
-    for (int i = 0; i < EM_LANES; i++) halves[i] = (const uint16_t *)row[i];
-    for (int i = 0; i < EM_LANES; i++) words[i] = (const uint32_t *)(row[i] + r->plane);
+    for (int i = 0; i < EM_LANES; i++)
+        halves[i] = (const uint16_t *)(row[i] + (floats ? quants : scales));
+    for (int i = 0; i < EM_LANES; i++) words[i] = (const uint32_t *)(row[i] + quants);
     if (r->dtype == EM_F16 || r->dtype == EM_BF16) {
         interleave_uint16_t(halves, cols, (uint16_t *)to);
         return;
@@ -63,10 +72,6 @@ EM_INLINE void add_some(const uint8_t *const *rows, const int n_rows, const int 
                        s);
         store_part(sum + c, cols - c, s);
     }
-}
-
-EM_INLINE int64_t quants_bytes(const int dtype, int64_t cols) {
-    return em_group_bytes(dtype, (int32_t)cols, 1) - em_scale_bytes(dtype, (int32_t)cols, 1);
 }
 
 EM_INLINE void add_rows_as(const em_gathered *r, const int dtype, int64_t first, int32_t cols,

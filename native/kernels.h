@@ -58,8 +58,9 @@ typedef void em_product(const uint8_t *weights, int32_t first_group, int32_t n_g
 typedef struct {
     const char *name;
     em_product *product[5]; /* by dtype code */
-    /* The first `cols` columns of up to EM_LANES rows as one group of a store matrix. */
-    void (*gather_rows)(const em_gathered *rows, int32_t cols, uint8_t *group);
+    /* Columns [first, first + cols) of up to EM_LANES rows as one group of a store matrix; of block
+     * formats `first` is at a block. */
+    void (*gather_rows)(const em_gathered *rows, int64_t first, int32_t cols, uint8_t *group);
     /* sum[c] += weights[i] * rows[i][first + c] for c < cols, in the order of i. `first` is a
      * multiple of 16; of block formats it and `cols` are whole blocks. */
     void (*add_rows)(const em_gathered *rows, int64_t first, int32_t cols, const float *weights,

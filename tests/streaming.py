@@ -21,7 +21,7 @@ def opened(path, share: float, chunk: int | None = None, **options):
     """
     no_aside = mock.patch.object(inventory, "overhead_bytes", lambda store: 0)
     with Store.open(path) as store, no_aside:
-        bundles = inventory.plannable(store)
+        bundles = inventory.plannable(store, predict=options.get("predict", False))
     floor, whole = planner.floor_bytes(bundles), int(bundles.sizes.sum())
     room = floor + int(share * (whole - 1 - floor))
     slab = room - int(bundles.sizes[~bundles.may_stream].sum())
@@ -42,7 +42,7 @@ def opened(path, share: float, chunk: int | None = None, **options):
 
 
 def streams(engine) -> bool:
-    return len(engine._plan.streamed) > 0
+    return engine._plan.streams
 
 
 def answer(engine, seed: int = 0) -> bytes:

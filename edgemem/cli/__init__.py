@@ -15,6 +15,7 @@ import click
 from .. import __version__
 from ..errors import EdgeMemError
 from .bench import bench
+from .calibrate import calibrate
 from .convert import convert
 from .demo import demo
 from .inspect import inspect
@@ -28,6 +29,7 @@ _ENOUGH_MEMORY = {
     "run": _LESS,
     "demo": "a smaller --context",
     "bench": _LESS,
+    "calibrate": "a smaller --limit",
     "perplexity": f"a shorter text (--limit), {_LESS}",
 }
 """What each command can do about a lack of memory."""
@@ -85,7 +87,7 @@ def cli() -> None:
     """Run language models inside a memory budget that you set; stores are ready for streaming."""
 
 
-for command in (convert, run, inspect, verify, perplexity, bench, demo):
+for command in (convert, run, inspect, verify, perplexity, bench, calibrate, demo):
     cli.add_command(command)
 
 

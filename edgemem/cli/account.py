@@ -29,6 +29,7 @@ def account(engine: Engine, generation: Generation) -> dict:
         },
         "peak_rss_bytes": peak_bytes(),
         "kv": engine.kv,
+        "predict": engine.predict,
         "threads": engine.threads,
         "isa": engine.isa,
     }

@@ -118,12 +118,14 @@ def measured(
 
 
 def measured_apart(
-    store: Path, memory: str, warm: bool, lookahead: bool, trace: None, **values: str | int | None
-) -> dict:
+    store: Path, memory: str, warm: bool, lookahead: bool, predict: bool, trace: None,
+    **values: str | int | None,
+) -> dict:  # fmt: skip
     """The same from a process of its own, whose memory is all that counts. It dies with us."""
     named = {name.replace("_", "-"): value for name, value in values.items() if value is not None}
     arguments = [word for name, value in named.items() for word in (f"--{name}", str(value))]
     arguments += ["--warm"] * warm + ["--no-lookahead"] * (not lookahead)
+    arguments += ["--predict"] * predict
     command = [sys.executable, "-c", main_code(), "bench", "--memory", memory, "--json", *arguments]
     # Ctrl-C is for this process to hear, and to pass on as it leaves.
     with (

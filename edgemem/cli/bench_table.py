@@ -54,7 +54,7 @@ def _aligned(rows: list[tuple[str, ...]]) -> str:
 def _row(result: dict) -> tuple[str, ...]:
     if "error" in result:
         return (result["memory"], result["error"], *[""] * (len(COLUMNS) - 2))
-    decode, streams = result["decode"], result["streamed_bundles"] > 0
+    decode, streams = result["decode"], _streams(result)
     return (
         result["memory"],
         _slots(result) if streams else "all resident",
@@ -71,11 +71,15 @@ def _row(result: dict) -> tuple[str, ...]:
     )
 
 
+def _streams(result: dict) -> bool:
+    return result["streamed_bundles"] > 0 or result["neurons"] > 0
+
+
 def _slots(result: dict) -> str:
-    slots = f"{result['slots']}/{result['streamed_bundles']}"
-    if not result["neurons"]:
-        return slots
-    return f"{slots}, {result['neuron_room']}/{result['neurons']} neurons"
+    parts = [f"{result['slots']}/{result['streamed_bundles']}"] * (result["streamed_bundles"] > 0)
+    if result["neurons"]:
+        parts.append(f"{result['neuron_room']}/{result['neurons']} neurons")
+    return ", ".join(parts)
 
 
 def legend(results: list[dict]) -> str:
@@ -91,15 +95,18 @@ def legend(results: list[dict]) -> str:
         f"{_count(one['threads'], 'thread')}, {one['isa']}, KV cache at {one['kv']}; "
         f"memory {_span(done, 'dram_bytes_per_second')}",
     ]
-    streaming = [result for result in done if result["streamed_bundles"]]
+    streaming = [result for result in done if _streams(result)]
     if streaming:
         one = streaming[0]
-        parts[1] += (
-            f", flash {_span(streaming, 'flash_bytes_per_second')} at reads of "
-            f"{show_size(one['record_bytes'])}"
-        )
-        if one["neurons"]:
-            parts[1] += f", {_span(streaming, 'neurons_bytes_per_second')} of neurons"
+        of_bundles = [result for result in streaming if result["record_bytes"]]
+        of_neurons = [result for result in streaming if result["neurons"]]
+        if of_bundles:
+            parts[1] += (
+                f", flash {_span(of_bundles, 'flash_bytes_per_second')} at reads of "
+                f"{show_size(of_bundles[0]['record_bytes'])}"
+            )
+        if of_neurons:
+            parts[1] += f", {_span(of_neurons, 'neurons_bytes_per_second')} at reads of neurons"
         parts[1] += f"; {one['io_engine']}, policy {one['policy']}"
     return "\n".join(parts) + "."
 

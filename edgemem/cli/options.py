@@ -30,10 +30,14 @@ _MORE_BYTES = 16
 """A byte order mark, a newline at the end and the part of a character leave more than `most`."""
 
 _MEMORY = "Memory budget of the whole process: 4GiB, 512M, 50%, or auto (what is free here)"
-_THREADS = click.option(
+THREADS = click.option(
     "--threads", type=click.IntRange(min=1), metavar="N",
     help="Threads to compute with.  [default: the process's cores, of mixed ones the fast]",
 )  # fmt: skip
+
+MEMORY = click.option(
+    "--memory", metavar="SIZE", default="auto", show_default=True, help=f"{_MEMORY}."
+)
 
 _KV_COSTS = {
     "q8_0": "perplexity by -0.01 % and +0.05 % where it was measured (tiny-moe, stories260k)",
@@ -75,6 +79,11 @@ _MODEL = (
     ),
     click.option("--neurons", is_flag=True, help="Take the FFNs of a checkpoint apart (convert)."),
     click.option(
+        "--predict", is_flag=True,
+        help="Use only neurons that are predicted to be active, of a store that was calibrated; "
+        "changes the answer.",
+    ),
+    click.option(
         "--cache-dir", type=PATH, metavar="DIR",
         help="Where stores of checkpoints are kept.  [default: $EDGEMEM_CACHE, or the system's "
         "folder for caches]",
@@ -102,13 +111,14 @@ def engine_options(
     several_budgets: bool = False,
 ) -> Callable:
     """--memory, --context, --kv and --threads; `help` is that of --context."""
-    memory = click.option(
-        "--memory", metavar="SIZE", multiple=several_budgets, show_default=not several_budgets,
-        default=("auto",) if several_budgets else "auto",
-        help=_MEMORY + ("; repeatable.  [default: auto]" if several_budgets else "."),
-    )  # fmt: skip
+    memory = MEMORY
+    if several_budgets:
+        memory = click.option(
+            "--memory", metavar="SIZE", multiple=True, default=("auto",),
+            help=f"{_MEMORY}; repeatable.  [default: auto]",
+        )  # fmt: skip
     context = click.option("--context", type=click.IntRange(min=1), metavar="N", help=help)
-    return lambda command: _apply((memory, context, _KV, _THREADS), command)
+    return lambda command: _apply((memory, context, _KV, THREADS), command)
 
 
 def streaming_options(command: Callable) -> Callable:
@@ -117,8 +127,8 @@ def streaming_options(command: Callable) -> Callable:
 
 
 def model_options(command: Callable) -> Callable:
-    """MODEL, a store or a checkpoint, and how the latter is converted: --dtype, --neurons and
-    --cache-dir."""
+    """MODEL, a store or a checkpoint, how the latter is converted (--dtype, --neurons and
+    --cache-dir), and --predict."""
     return _apply(_MODEL, command)
 
 
@@ -161,8 +171,30 @@ def load_engine(
     kv = more.get("kv", KV_TYPES[0])
     if kv in _KV_COSTS:
         note(f"edgemem: --kv {kv} changes the answer: {_KV_COSTS[kv]}")
+
+    def told(loading) -> None:
+        if loading.predict:
+            note(f"edgemem: --predict changes the answer: {prediction_cost(loading.store.recipe)}")
+        ready(loading)
+
     with usage_errors(), progress_bar("reading weights", "B") as progress:
-        return engine.load(store, memory, context, threads, progress, ready, **more)
+        return engine.load(store, memory, context, threads, progress, told, **more)
+
+
+def prediction_cost(recipe: dict) -> str:
+    """What `edgemem calibrate` found it to cost, and wrote into the store."""
+    try:
+        said = {name: float(value) for name, value in recipe["predictor"].items()}
+        cost = said["predicted_perplexity"] / said["perplexity"] - 1
+        return (
+            f"{100 * said['predicted']:.1f} % of neurons are predicted and have "
+            f"{100 * said['recall']:.1f} % of the activation ({100 * (1 - said['recall']):.1f} % is "
+            f"missed; precision {100 * said['precision']:.0f} %), perplexity changes by "
+            f"{100 * cost:+.2f} % ({said['perplexity']:.2f} to {said['predicted_perplexity']:.2f}) "
+            "on the text that it was calibrated with"
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+        return "the store does not say what that costs; calibrate it again"
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ read_bytes_per_token, stall_share and device_share.
 @options.streaming_options
 @options.JSON
 def run(
-    model, dtype, neurons, cache_dir, prompt, file, max_tokens, stop, memory, context, kv, threads,
+    model, dtype, neurons, predict, cache_dir, prompt, file, max_tokens, stop, memory, context, kv, threads,
     policy, profile, lookahead, trace, as_json, **sampling,
 ):  # fmt: skip
     if prompt is not None and file is not None:
@@ -55,7 +55,7 @@ def run(
 
     opened = options.load_engine(
         model, memory, context, threads, ready, cache_dir, dtype, neurons, kv=kv, policy=policy,
-        profile=profile, lookahead=lookahead, trace=trace,
+        profile=profile, lookahead=lookahead, trace=trace, predict=predict,
     )  # fmt: skip
     with opened as engine:
         generate(engine, text, as_json, **arguments)

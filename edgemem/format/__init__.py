@@ -7,7 +7,7 @@ before it is used, and what is wrong is said in a StoreError, CorruptError or Un
 without the file's name, which the caller adds.
 """
 
-from .bundles import Part, bundle_order, bundle_parts, table_rows
+from .bundles import Part, bundle_order, bundle_parts, neuron_parts, table_rows
 from .directory import ENTRY, check_directory
 from .frame import (
     FOOTER_BYTES,
@@ -28,12 +28,12 @@ from .frame import (
 from .layout import NO_LAYER, SEGMENT_ALIGN, Kind, Layout, Segment
 from .meta import Meta, decode_meta, encode_meta, parse_json
 
-EMBED, DENSE, FFN, EXPERT, SHARED, HEAD, NEURONS = Kind
+EMBED, DENSE, FFN, EXPERT, SHARED, HEAD, NEURONS, PREDICTOR = Kind
 
 __all__ = [
     "DENSE", "EMBED", "ENTRY", "EXPERT", "FFN", "FOOTER_BYTES", "HEAD", "HEADER_BYTES",
     "MAGIC", "MAJOR", "MAX_PAGE", "MINOR", "MIN_PAGE", "NEURONS", "NO_LAYER", "SEGMENT_ALIGN",
-    "SHARED", "Footer", "Kind", "Layout", "Meta", "Part", "Section", "Segment", "bundle_order",
+    "PREDICTOR", "SHARED", "Footer", "Kind", "Layout", "Meta", "Part", "Section", "Segment", "bundle_order",
     "bundle_parts", "check_directory", "check_page_size", "decode_footer", "decode_header",
-    "decode_meta", "encode_footer", "encode_header", "encode_meta", "parse_json", "table_rows",
+    "decode_meta", "encode_footer", "encode_header", "encode_meta", "neuron_parts", "parse_json", "table_rows",
 ]  # fmt: skip

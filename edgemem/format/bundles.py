@@ -55,6 +55,8 @@ def bundle_parts(spec: ModelSpec, kind: Kind, layer: int) -> tuple[Part, ...]:
             Part("neurons", spec.intermediate, _neuron_cols(spec), lanes=1),
             Part("checksums", 1, spec.intermediate, lanes=1, dtype=U32),
         )
+    if kind == Kind.PREDICTOR:
+        return _predictor(spec, spec.ranks[layer])
     if layer == spec.n_layers:
         learned = spec.positions == "learned"
         table = Part("positions", spec.max_positions, hidden, lanes=1, dtype=F32)
@@ -82,6 +84,18 @@ def bundle_parts(spec: ModelSpec, kind: Kind, layer: int) -> tuple[Part, ...]:
     return tuple(parts)
 
 
+def _predictor(spec: ModelSpec, rank: int) -> tuple[Part, ...]:
+    """It takes the place of an FFN's bundle, so that it has the biases of that as well."""
+    width, inner = spec.intermediate, ("gate", "up") if spec.gated else ("up",)
+    return (
+        Part("reduce", rank, spec.hidden),
+        Part("score", width, rank),
+        _vector("score_bias", width),
+        *(_bias(f"{name}_bias", width) for name in inner),
+        _bias("down_bias", spec.hidden),
+    )
+
+
 def _norm(spec: ModelSpec, name: str) -> tuple[Part, ...]:
     names = (name, f"{name}_bias") if spec.norm == "layer" else (name,)
     return tuple(_vector(name, spec.hidden) for name in names)
@@ -96,8 +110,14 @@ def _bias(name: str, cols: int) -> Part:
 
 
 def _neuron_cols(spec: ModelSpec) -> int:
-    """Columns of a neuron's row: where there is a gate its row of up, then its column of down."""
-    return (2 if spec.gated else 1) * spec.hidden
+    """Columns of a neuron's row."""
+    return neuron_parts(spec) * spec.hidden
+
+
+def neuron_parts(spec: ModelSpec) -> int:
+    """How many rows of `hidden` columns a neuron's row is made of: where there are predictors that
+    of what decides, where there is a gate that of up, and the column of down."""
+    return bool(spec.ranks) + spec.gated + 1
 
 
 def table_rows(kind: Kind, dtype: DType, cols: int) -> int:
@@ -120,6 +140,8 @@ def bundle_order(spec: ModelSpec, layers: Iterable[int]) -> Iterator[tuple[Kind,
             yield Kind.FFN, layer, 0
             if spec.neurons:
                 yield Kind.NEURONS, layer, 0
+            if spec.ranks:
+                yield Kind.PREDICTOR, layer, 0
             continue
         for expert in range(spec.n_experts):
             yield Kind.EXPERT, layer, expert

@@ -33,6 +33,7 @@ class Kind(IntEnum):
     SHARED = 4
     HEAD = 5
     NEURONS = 6
+    PREDICTOR = 7
 
 
 @dataclass(frozen=True)

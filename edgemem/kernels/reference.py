@@ -296,7 +296,7 @@ class StoreWeights:
         for neurons in self.store.find(Kind.NEURONS, layer):
             rows = self.bundle(neurons)["neurons"]
             hidden = self.store.spec.hidden
-            up = {"up": rows[:, :hidden]} if self.store.spec.gated else {}
+            up = {"up": rows[:, -2 * hidden : -hidden]} if self.store.spec.gated else {}
             bundle = {**bundle, **up, "down": rows[:, -hidden:].T}
         return bundle
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -102,9 +103,9 @@ class Vocabulary:
 class Decoder(ABC):
     """A pre-norm decoder; a model adds which feed-forward parts each of its layers has."""
 
-    def __init__(self, store, streamer, core: Core, max_tokens: int):
+    def __init__(self, store, streamer, core: Core, max_tokens: int, predict: bool = False):
         self.spec: ModelSpec = store.spec
-        self._work = work = Workspace(store, streamer, core, max_tokens)
+        self._work = work = Workspace(store, streamer, core, max_tokens, predict)
         self._positions = self._learned_positions()
         self._layers = [Layer(work, i, self._parts(i)) for i in range(self.spec.n_layers)]
         for layer, following in pairwise(self._layers):
@@ -122,6 +123,8 @@ class Decoder(ABC):
         self._dense = np.concatenate([work.bundles(Kind.DENSE, i)[0] for i in layers])
         self._last = work.bundles(Kind.DENSE, self.spec.n_layers)[0]
         self._frequencies = (0, None)
+        self.watch: Callable[[int, np.ndarray], None] | None = None
+        """Is shown what each layer's feed-forward parts read of a step's tokens, [n, hidden]."""
 
     @abstractmethod
     def feed_forward(self, index: int) -> list[type]:
@@ -150,8 +153,10 @@ class Decoder(ABC):
             self._rotate(kv, n)
         else:
             self._work.scratch.x.array[:n] += self._positions[kv.position : kv.position + n]
-        for layer in self._layers:
+        for index, layer in enumerate(self._layers):
             layer.run(kv, n)
+            if self.watch is not None:
+                self.watch(index, self._work.scratch.h.array[:n])
         kv.position += n
         return self._read_out(n, n_logits)
 

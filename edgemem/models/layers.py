@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from .._native import ffi, lib, pointer
-from ..format import Kind, Layout
+from ..format import Kind, Layout, neuron_parts
 from ..kernels import ACTIVATION_CODES, Array, Linears, Ops, Tensors
 from .workspace import Workspace
 
@@ -114,11 +114,12 @@ class Dense:
 
 class Neurons:
     """A feed-forward network that is taken apart: what decides which neurons are active is
-    multiplied by whole, and of the others only those are used (arXiv 2312.11514, exactly)."""
+    multiplied by whole, and of the others only those are used (arXiv 2312.11514, exactly). Or it is
+    foretold, and no matrix is multiplied by whole (section 3.1 there)."""
 
     def __init__(self, work: Workspace, index: int, ops: Ops, tensors: Tensors):
         spec, s = work.spec, work.scratch
-        bundles, (layout,) = work.bundles(Kind.FFN, index)
+        bundles, (layout,) = work.bundles(Kind.PREDICTOR if work.predicts else Kind.FFN, index)
         (rows,), (apart,) = work.bundles(Kind.NEURONS, index)
 
         def at(name: str) -> int:
@@ -128,7 +129,10 @@ class Neurons:
         self._neurons = ffi.new("em_neurons *", {
             "deciding": at(decides), "deciding_bias": at(f"{decides}_bias"),
             "up_bias": at("up_bias") if spec.gated else -1, "down_bias": at("down_bias"),
-            "deciding_dtype": layout[decides].dtype.code, "dtype": apart["neurons"].dtype.code,
+            **{name: at(name) for name in ("reduce", "score", "score_bias")},
+            "rank": spec.ranks[index] if work.predicts else 0,
+            f"{'predictor' if work.predicts else 'deciding'}_dtype": layout.segments[0].dtype.code,
+            "dtype": apart["neurons"].dtype.code, "row_parts": neuron_parts(spec),
             "gated": spec.gated, "hidden": spec.hidden, "intermediate": spec.intermediate,
             "activation": ACTIVATION_CODES[spec.activation],
         })  # fmt: skip

@@ -77,7 +77,11 @@ def core_scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:
         lib.em_attention_scratch(threads, spec.head_dim),
     ]
     if spec.neurons:
-        needs.append(lib.em_neurons_scratch(threads, n_tokens, spec.hidden, spec.intermediate))
+        needs.append(
+            lib.em_neurons_scratch(
+                threads, n_tokens, spec.hidden, spec.intermediate, max(spec.ranks, default=0)
+            )
+        )
     if any(spec.routed):
         pairs = n_tokens * spec.top_k
         needs.append(lib.em_ffn_scratch(n_tokens, pairs, spec.hidden, spec.expert_intermediate))
@@ -145,8 +149,9 @@ def scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:
 class Workspace:
     """One model's spec, core, streamer and scratch, and its store's bundles by kind and layer."""
 
-    def __init__(self, store, streamer, core: Core, n_tokens: int):
+    def __init__(self, store, streamer, core: Core, n_tokens: int, predict: bool = False):
         self.spec: ModelSpec = store.spec
+        self.predicts = predict
         self.streamer, self.core = streamer, core
         self.scratch = Scratch(self.spec, n_tokens)
         self._store = store

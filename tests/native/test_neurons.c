@@ -1,17 +1,19 @@
 /* FFNs taken apart: against float64, the bytes of the FFN that is whole where rows are floats, and
- * the same bytes for every instruction set, number of threads and cut of tokens. */
+ * the same bytes for every instruction set, number of threads and cut of tokens; with a predictor
+ * the same of the neurons that it names. */
 #include "check.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { HIDDEN = 96, INNER = 1100, TOKENS = 7 };
+enum { HIDDEN = 96, INNER = 1100, TOKENS = 7, RANK = 32 };
 
 typedef struct {
     em_neurons neurons;
     em_ffn whole;                  /* of float formats */
     uint8_t *decide, *up, *turned; /* 16 lanes; turned: down's columns as rows */
+    uint8_t *reduce, *score;       /* the predictor's */
     uint8_t *bundle, *rows;
     float x[TOKENS * HIDDEN];
 } problem;
@@ -51,6 +53,22 @@ static void turn(uint8_t *to, const uint8_t *turned, int32_t dtype) {
                    (size_t)size);
 }
 
+/* Neurons' rows, with the row that decides where it is to be there. */
+static void make_rows(problem *p, int32_t row_parts) {
+    em_neurons *f = &p->neurons;
+    int32_t cols = row_parts * HIDDEN, at;
+    int64_t row_bytes = em_group_bytes(f->dtype, cols, 1);
+    f->row_parts = row_parts;
+    p->rows = exact((size_t)(INNER * row_bytes));
+    for (int32_t i = 0; i < INNER; i++) {
+        uint8_t *row = p->rows + i * row_bytes;
+        at = cols - HIDDEN;
+        copy_row(row, cols, at, p->turned, f->dtype, HIDDEN, i);
+        if (f->gated) copy_row(row, cols, at -= HIDDEN, p->up, f->dtype, HIDDEN, i);
+        if (at > 0) copy_row(row, cols, 0, p->decide, f->dtype, HIDDEN, i);
+    }
+}
+
 static void make_problem(problem *p, int32_t deciding, int32_t dtype, int32_t gated,
                          int32_t activation) {
     /* F32 is the largest. */
@@ -68,9 +86,18 @@ static void make_problem(problem *p, int32_t deciding, int32_t dtype, int32_t ga
         fill_unit((float *)(p->bundle + biases + (int64_t)vector * i), INNER, 40 + (uint32_t)i);
     int64_t decide_bias = biases, up_bias = biases + (int64_t)vector;
     int64_t down_bias = up_bias + (int64_t)vector;
-    p->neurons = (em_neurons){
-        0,     decide_bias, gated ? up_bias : -1, down_bias, deciding, dtype, gated, HIDDEN,
-        INNER, activation};
+    p->neurons = (em_neurons){.deciding_bias = decide_bias,
+                              .up_bias = gated ? up_bias : -1,
+                              .down_bias = down_bias,
+                              .reduce = -1,
+                              .deciding_dtype = deciding,
+                              .dtype = dtype,
+                              .gated = gated,
+                              .hidden = HIDDEN,
+                              .intermediate = INNER,
+                              .activation = activation};
+    make_rows(p, gated ? 2 : 1);
+    p->reduce = p->score = NULL;
     p->whole = (em_ffn){gated ? 0 : -1,
                         gated ? (int64_t)matrix : 0,
                         (int64_t)(2 * matrix),
@@ -83,14 +110,6 @@ static void make_problem(problem *p, int32_t deciding, int32_t dtype, int32_t ga
                         HIDDEN,
                         INNER,
                         activation};
-    int32_t cols = (gated ? 2 : 1) * HIDDEN;
-    int64_t row_bytes = em_group_bytes(dtype, cols, 1);
-    p->rows = exact((size_t)(INNER * row_bytes));
-    for (int32_t i = 0; i < INNER; i++) {
-        uint8_t *row = p->rows + i * row_bytes;
-        if (gated) copy_row(row, cols, 0, p->up, dtype, HIDDEN, i);
-        copy_row(row, cols, gated ? HIDDEN : 0, p->turned, dtype, HIDDEN, i);
-    }
     fill_unit(p->x, TOKENS * HIDDEN, 31);
 }
 
@@ -98,14 +117,49 @@ static void free_problem(problem *p) {
     free(p->decide);
     free(p->up);
     free(p->turned);
+    free(p->reduce);
+    free(p->score);
     free(p->bundle);
     free(p->rows);
+}
+
+/* Lets a predictor of `dtype` name about half of the neurons, or with a large `bias` all. */
+static void let_predict(problem *p, int32_t dtype, float bias) {
+    em_neurons *f = &p->neurons;
+    size_t reduce = matrix_bytes(dtype, RANK, HIDDEN), score = matrix_bytes(dtype, INNER, RANK);
+    size_t vectors = 4 * INNER * sizeof(float);
+    uint8_t *bundle = exact(reduce + score + vectors);
+    float *biases = (float *)(bundle + reduce + score);
+    const int64_t bias_at[3] = {f->deciding_bias, f->up_bias, f->down_bias};
+    p->reduce = random_matrix(dtype, RANK, HIDDEN, 5);
+    p->score = random_matrix(dtype, INNER, RANK, 6);
+    memcpy(bundle, p->reduce, reduce);
+    memcpy(bundle + reduce, p->score, score);
+    for (int32_t i = 0; i < INNER; i++) biases[i] = bias;
+    for (int32_t i = 0; i < 3; i++)
+        if (bias_at[i] >= 0)
+            memcpy(biases + (i + 1) * INNER, p->bundle + bias_at[i],
+                   (i < 2 ? INNER : HIDDEN) * sizeof(float));
+    int64_t at = (int64_t)(reduce + score), step = INNER * (int64_t)sizeof(float);
+    f->deciding = -1;
+    f->reduce = 0;
+    f->score = (int64_t)reduce;
+    f->score_bias = at;
+    f->deciding_bias = at + step;
+    if (f->up_bias >= 0) f->up_bias = at + 2 * step;
+    f->down_bias = at + 3 * step;
+    f->predictor_dtype = dtype;
+    f->rank = RANK;
+    free(p->bundle);
+    p->bundle = bundle;
+    free(p->rows);
+    make_rows(p, f->gated ? 3 : 2);
 }
 
 static em_core *open_core(int32_t threads, const char *isa) {
     em_core *core;
     CHECK(em_core_open(threads, isa, &core) == EM_OK, "%d threads", threads);
-    uint64_t need = em_neurons_scratch(threads, TOKENS, HIDDEN, INNER);
+    uint64_t need = em_neurons_scratch(threads, TOKENS, HIDDEN, INNER, RANK);
     uint64_t whole = em_ffn_scratch(TOKENS, TOKENS, HIDDEN, INNER);
     CHECK(em_core_reserve(core, need > whole ? need : whole) == EM_OK, "%lu", (unsigned long)need);
     return core;
@@ -123,6 +177,19 @@ static double vector(const problem *p, int64_t offset, int32_t i) {
     return offset < 0 ? 0 : ((const float *)(p->bundle + offset))[i];
 }
 
+static bool named(const problem *p, int32_t token, int32_t i) {
+    const em_neurons *f = &p->neurons;
+    double score = vector(p, f->reduce < 0 ? -1 : f->score_bias, i);
+    for (int32_t r = 0; f->reduce >= 0 && r < RANK; r++) {
+        double reduced = 0;
+        for (int c = 0; c < HIDDEN; c++)
+            reduced += p->x[token * HIDDEN + c] *
+                       matrix_element(p->reduce, f->predictor_dtype, HIDDEN, r, c);
+        score += reduced * matrix_element(p->score, f->predictor_dtype, RANK, i, r);
+    }
+    return f->reduce < 0 || score > 0;
+}
+
 static void it_is_right(const problem *p, double bound) {
     const em_neurons *f = &p->neurons;
     float out[TOKENS * HIDDEN];
@@ -138,6 +205,7 @@ static void it_is_right(const problem *p, double bound) {
                      matrix_element(p->decide, f->deciding_dtype, HIDDEN, i, c);
                 u += p->x[t * HIDDEN + c] * matrix_element(p->up, f->dtype, HIDDEN, i, c);
             }
+            if (!named(p, t, i)) continue;
             double h = g > 0 ? (f->activation == EM_RELU2 ? g * g : g) * (f->gated ? u : 1) : 0;
             for (int r = 0; r < HIDDEN; r++)
                 expected[t * HIDDEN + r] += h * matrix_element(p->turned, f->dtype, HIDDEN, i, r);
@@ -204,7 +272,7 @@ static void rows_of_any_length(const em_kernels *k) {
                 copy_row(row[i], cols, 0, matrix, dtype, cols, i);
             }
             em_gathered rows = {(const uint8_t *const *)row, 3, dtype, 0};
-            k->gather_rows(&rows, cols, group);
+            k->gather_rows(&rows, 0, cols, group);
             k->add_rows(&rows, 0, cols, weights, sum);
             for (int32_t i = 0; i < 3; i++)
                 for (int32_t c = 0; c < cols; c++)
@@ -244,6 +312,15 @@ static void arguments_are_checked(const problem *p) {
     CHECK(em_neurons_run(core, &bad, p->bundle, &rows, p->x, 1, out, &used) == EM_INVALID, "%s",
           "silu");
     bad = p->neurons;
+    bad.row_parts = 4;
+    CHECK(em_neurons_run(core, &bad, p->bundle, &rows, p->x, 1, out, &used) == EM_INVALID, "%s",
+          "four parts");
+    bad.row_parts = 1;
+    bad.reduce = 0;
+    bad.rank = HIDDEN + 1;
+    CHECK(em_neurons_run(core, &bad, p->bundle, &rows, p->x, 1, out, &used) == EM_INVALID, "%s",
+          "too high a rank");
+    bad = p->neurons;
     bad.dtype = EM_Q8_0;
     bad.hidden = 40;
     CHECK(em_neurons_run(core, &bad, p->bundle, &rows, p->x, 1, out, &used) == EM_INVALID, "%s",
@@ -266,12 +343,48 @@ static void all_of(int32_t deciding, int32_t dtype, int32_t gated) {
     free_problem(&p);
 }
 
+/* Neurons that are named by mistake add nothing; a row that holds what decides may go unused. */
+static void naming_all_gives_the_bytes_of_the_exact(problem *p) {
+    float exact[TOKENS * HIDDEN], same[TOKENS * HIDDEN], guessed[TOKENS * HIDDEN];
+    fill_unit(exact, TOKENS * HIDDEN, 35);
+    memcpy(same, exact, sizeof exact);
+    memcpy(guessed, exact, sizeof exact);
+    em_core *core = open_core(2, NULL);
+    run(core, p, 0, TOKENS, exact);
+    free(p->rows);
+    make_rows(p, p->neurons.gated ? 3 : 2);
+    run(core, p, 0, TOKENS, same);
+    let_predict(p, EM_Q8_0, 1e9f);
+    run(core, p, 0, TOKENS, guessed);
+    em_core_close(core);
+    CHECK(!memcmp(exact, same, sizeof exact), "%s, longer rows", DTYPES[p->neurons.dtype]);
+    CHECK(!memcmp(exact, guessed, sizeof exact), "%s, gated %d", DTYPES[p->neurons.dtype],
+          p->neurons.gated);
+}
+
+static void predicted(int32_t dtype, int32_t gated) {
+    static problem p;
+    make_problem(&p, dtype, dtype, gated, gated ? EM_RELU2 : EM_RELU);
+    naming_all_gives_the_bytes_of_the_exact(&p);
+    free_problem(&p);
+    make_problem(&p, dtype, dtype, gated, EM_RELU);
+    let_predict(&p, EM_F32, 0);
+    it_is_right(&p, dtype >= EM_Q8_0 ? 0.02 : 1e-5);
+    free_problem(&p);
+    make_problem(&p, dtype, dtype, gated, EM_RELU);
+    let_predict(&p, EM_Q8_0, 0);
+    there_is_one_answer(&p);
+    overflow_is_not_hidden(&p);
+    free_problem(&p);
+}
+
 int main(void) {
     for_each_isa(rows_of_any_length);
     for (int32_t gated = 0; gated <= 1; gated++) {
         for (int32_t dtype = EM_F32; dtype <= EM_Q4_0; dtype++) all_of(dtype, dtype, gated);
         all_of(EM_BF16, EM_Q8_0, gated);
         all_of(EM_Q4_0, EM_F16, gated);
+        for (int32_t dtype = EM_F32; dtype <= EM_Q4_0; dtype++) predicted(dtype, gated);
     }
     return check_report();
 }

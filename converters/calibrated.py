@@ -1,0 +1,195 @@
+"""A store that was calibrated: the same weights, predictors, and rows that hold all of a neuron."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from edgemem.dtypes import F32, LANES, Q8_0, DType, group_bytes, scale_plane_bytes
+from edgemem.errors import UnsupportedError
+from edgemem.format import Kind, Layout, bundle_parts
+from edgemem.predictors.low_rank import Predictor
+from edgemem.spec import ModelSpec
+from edgemem.store import Store
+from edgemem.writer import StoreWriter
+
+from . import quantize
+from .neurons import checksums
+
+PREDICTOR_DTYPE = Q8_0
+
+_CHUNK_GROUPS = 64
+"""Groups of 16 neurons that are laid out at a time."""
+
+
+def write(
+    store: Store,
+    target: Path,
+    predictors: Sequence[Predictor | None],
+    judge: Callable[[Path], dict],
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write `store` with a predictor for each layer (None where the FFN is not taken apart) to
+    `target`, which may be itself; return its bytes.
+
+    `judge(path)` runs what was written and says what belongs into `recipe.predictor`; then it gets
+    its name. Predictors become q8_0. Nothing is left where anything fails. Raises StoreError,
+    UnsupportedError for rows and deciding matrices of formats that have no common one, and what
+    `judge` raises.
+    """
+    spec = replace(store.spec, ranks=tuple(p.rank if p is not None else 0 for p in predictors))
+    total, done = int(store.entries["payload_bytes"].sum(dtype=np.int64)), 0
+    with StoreWriter(target, store.page_size, force) as writer:
+        for bundle in range(len(store.entries)):
+            kind, layer, index = (int(store.entries[bundle][n]) for n in ("kind", "layer", "index"))
+            if kind == Kind.PREDICTOR:
+                continue
+            if kind == Kind.NEURONS:
+                _write_neurons(writer, store, spec, layer)
+                _write_predictor(writer, store, spec, layer, predictors[layer])
+            else:
+                layout = store.layout_of(bundle)
+                payload = bytearray(layout.payload_bytes)
+                store.read(bundle, payload)
+                with writer.bundle(Kind(kind), layer, index, layout) as out:
+                    out.write(payload)
+            done += int(store.entries["payload_bytes"][bundle])
+            if progress:
+                progress(done, total)
+        said = {
+            "chat_template": store.chat_template, "generation": store.generation,
+            "tokenizer_config": store.tokenizer_config, "provenance": store.provenance,
+        }  # fmt: skip
+        recipe = {name: value for name, value in store.recipe.items() if name != "predictor"}
+        return writer.finish(
+            spec, store.tokenizer_json, recipe=recipe, **said,
+            judge=lambda path: recipe | {"predictor": judge(path)},
+        )  # fmt: skip
+
+
+def stored(predictor: Predictor) -> Predictor:
+    """As a store gives it back."""
+    from edgemem.kernels.reference import unpack
+
+    def again(matrix: np.ndarray) -> np.ndarray:
+        return unpack(_packed(matrix), PREDICTOR_DTYPE, *matrix.shape, LANES).astype(np.float32)
+
+    return replace(predictor, reduce=again(predictor.reduce), score=again(predictor.score))
+
+
+def _write_predictor(
+    writer: StoreWriter, store: Store, spec: ModelSpec, layer: int, predictor: Predictor
+) -> None:
+    ffn = int(store.find(Kind.FFN, layer)[0])
+    there = store.layout_of(ffn)
+    made = {"reduce": predictor.reduce, "score": predictor.score, "score_bias": predictor.bias}
+    shapes = [
+        (part.name, part.dtype or PREDICTOR_DTYPE, part.lanes, part.rows, part.cols)
+        for part in bundle_parts(spec, Kind.PREDICTOR, layer)
+        if not part.optional or part.name in there
+    ]
+    layout = Layout.build(shapes)
+    with writer.bundle(Kind.PREDICTOR, layer, 0, layout) as out:
+        for segment in layout.segments:
+            out.begin(segment.name)
+            if segment.name not in made:
+                out.write(store.read_segment(ffn, there[segment.name]))
+            elif segment.dtype is F32:
+                out.write(made[segment.name].astype("<f4"))
+            else:
+                out.write(_packed(made[segment.name]))
+
+
+def _packed(matrix: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(matrix, np.float32).view(np.uint32)
+    return quantize.pack(bits, F32, PREDICTOR_DTYPE, LANES)
+
+
+def _write_neurons(writer: StoreWriter, store: Store, spec: ModelSpec, layer: int) -> None:
+    bundle = int(store.find(Kind.NEURONS, layer)[0])
+    rows, sums = store.layout_of(bundle).segments
+    if store.spec.ranks:  # rows have all already
+        with writer.bundle(Kind.NEURONS, layer, 0, store.layout_of(bundle)) as out:
+            payload = bytearray(store.layout_of(bundle).payload_bytes)
+            store.read(bundle, payload)
+            out.write(payload)
+        return
+    decider = store.layout_of(int(store.find(Kind.FFN, layer)[0])).segments[0]
+    dtype = _common(decider.dtype, rows.dtype)
+    parts = bundle_parts(spec, Kind.NEURONS, layer)
+    layout = Layout.build([
+        (part.name, part.dtype or dtype, part.lanes, part.rows, part.cols) for part in parts
+    ])  # fmt: skip
+    made = []
+    with writer.bundle(Kind.NEURONS, layer, 0, layout) as out:
+        out.begin("neurons")
+        for data in _joined(store, layer, dtype, spec.hidden):
+            out.write(data)
+            made.append(checksums(data))
+        out.begin(sums.name)
+        out.write(np.concatenate(made).astype("<u4"))
+
+
+def _common(deciding: DType, rows: DType) -> DType:
+    if deciding == rows:
+        return rows
+    if deciding.is_block or rows.is_block:
+        raise UnsupportedError(
+            f"joining rows of {deciding.name} and of {rows.name}: they have no common format; "
+            "convert the checkpoint again with one --dtype"
+        )
+    return F32
+
+
+def _joined(store: Store, layer: int, dtype: DType, hidden: int):
+    """Rows that hold what decides and what they held before, some at a time: uint8
+    [n, row bytes]."""
+    ffn, apart = int(store.find(Kind.FFN, layer)[0]), int(store.find(Kind.NEURONS, layer)[0])
+    decider = store.layout_of(ffn).segments[0]
+    rows = store.layout_of(apart)["neurons"]
+    deciding = _groups(store, ffn, decider)
+    others = _groups(store, apart, rows)
+    for first in range(0, len(deciding), _CHUNK_GROUPS):
+        some = deciding[first : first + _CHUNK_GROUPS]
+        count = min(len(some) * LANES, rows.rows - first * LANES)
+        those = others[first * LANES : first * LANES + count]
+        a = _taken_apart(some, decider.dtype, hidden, LANES)
+        b = _taken_apart(those, rows.dtype, rows.cols, 1)
+        yield _together([a, b], [decider.dtype, rows.dtype], dtype, count)
+
+
+def _groups(store: Store, bundle: int, segment) -> np.ndarray:
+    size = group_bytes(segment.dtype, segment.cols, segment.lanes)
+    return np.frombuffer(store.read_segment(bundle, segment), np.uint8).reshape(-1, size)
+
+
+def _taken_apart(groups: np.ndarray, dtype: DType, cols: int, lanes: int) -> list[np.ndarray]:
+    """The planes of a row each: scales, where there are any, and quants, by row."""
+    if not dtype.is_block:
+        item = quantize.BITS[dtype]
+        values = groups[:, : cols * lanes * item.itemsize].copy().view(item)
+        return [values.reshape(len(groups), cols, lanes).transpose(0, 2, 1).reshape(-1, cols)]
+    blocks, plane = cols // dtype.block, scale_plane_bytes(dtype, cols, lanes)
+    scales = groups[:, : blocks * lanes * 2].copy().view(np.uint16)
+    quants = groups[:, plane : plane + blocks * lanes * dtype.quant_bytes].copy().view(np.uint32)
+    return [
+        plane.reshape(len(groups), -1, lanes).transpose(0, 2, 1).reshape(len(groups) * lanes, -1)
+        for plane in (scales, quants)
+    ]
+
+
+def _together(parts, formats: list[DType], dtype: DType, count: int) -> np.ndarray:
+    if not dtype.is_block:
+        bits = [quantize.to_float(p[0][:count], f, dtype) for p, f in zip(parts, formats)]
+        return quantize.pack(np.concatenate(bits, axis=1), dtype, dtype, 1)
+    scales, quants = (np.concatenate([p[i][:count] for p in parts], axis=1) for i in (0, 1))
+    cols = scales.shape[1] * dtype.block
+    out = np.zeros((count, group_bytes(dtype, cols, 1)), np.uint8)
+    plane = scale_plane_bytes(dtype, cols, 1)
+    out[:, : scales.shape[1] * 2] = np.ascontiguousarray(scales).view(np.uint8)
+    out[:, plane : plane + quants.shape[1] * 4] = np.ascontiguousarray(quants).view(np.uint8)
+    return out

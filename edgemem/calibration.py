@@ -1,0 +1,267 @@
+"""Training predictors: what `edgemem calibrate` does.
+
+A store whose FFNs are taken apart runs a text, exactly, while what its FFNs read is recorded. From
+the first half of the text predictors are made (predictors/low_rank.py); they are judged on the
+second. The store is written anew with them, and runs the second half once more, predicting, so that
+it can say what that costs.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from .arguments import context_limit
+from .converters import calibrated
+from .engine import Engine, load
+from .errors import UnsupportedError
+from .format import Kind
+from .kernels.reference import unpack
+from .perplexity import perplexity
+from .predictors import low_rank
+from .sequence import TokenSequence
+from .session import check_ids
+from .store import Store
+from .tokenizer import byte_count
+from .writer import check_target
+
+RECALL = 0.98
+"""Of the activations' sum; what is missing costs about as much perplexity (bench/LOG.md)."""
+TOKENS = 8192
+JUDGED = 4
+"""One token of so many that are used judges."""
+WINDOW = 256
+LEAST_TOKENS = 64
+_PIECE_ROWS = 1024
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer's predictor, and how good it is (low_rank.Quality) on text that it has not seen."""
+
+    layer: int
+    rank: int
+    quality: low_rank.Quality
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What a calibration did. `quality` is the mean of the layers', `ranks_tried` for each layer
+    (rank, share of neurons that it would have to predict for that recall alone)."""
+
+    target: str
+    store_bytes: int
+    tokens: int
+    judged_tokens: int
+    recall_wanted: float
+    quality: low_rank.Quality
+    layers: list[LayerReport]
+    ranks_tried: list[list[tuple[int, float]]]
+    exact_perplexity: float
+    predicted_perplexity: float
+    seconds: float
+
+    @property
+    def told(self) -> dict[str, float]:
+        """What the store says of its predictors."""
+        perplexities = {
+            "perplexity": self.exact_perplexity, "predicted_perplexity": self.predicted_perplexity
+        }  # fmt: skip
+        return asdict(self.quality) | perplexities
+
+    @property
+    def cost(self) -> float:
+        """By which share perplexity rises."""
+        return self.predicted_perplexity / self.exact_perplexity - 1
+
+
+def calibrate(
+    store: str | os.PathLike, text: str | Sequence[int], target: str | os.PathLike | None = None,
+    *, recall: float = RECALL, limit: int = TOKENS, memory: str | int = "auto",
+    threads: int | None = None, force: bool = False, progress: Progress | None = None,
+) -> CalibrationReport:  # fmt: skip
+    """Give a store predictors that recall so much of its activations; `text` or token ids.
+
+    Writes `target`, or replaces the store where there is none. Of the text so many tokens are used:
+    three quarters from its first half to train, one from its second to judge. Exact runs of the new
+    store give what the old one gave. `memory` is the budget of the runs; training takes about
+    16 bytes for each token and neuron of a layer beside. `progress(doing, done, total)`.
+
+    Raises ValueError for arguments and a text that is too short, UnsupportedError for a store whose
+    FFNs are not taken apart, StoreError and BudgetError, before any work; and what running raises.
+    """
+    started, path = time.perf_counter(), Path(store)
+    out, force = path if target is None else Path(target), force or target is None
+    _check_arguments(recall, limit)
+    with Store.open(path) as source:
+        _check_store(source)
+        check_target(out, force)
+        window = min(WINDOW, context_limit(source.spec))
+        with tempfile.TemporaryFile(dir=out.parent) as file:
+            with load(path, memory, window, threads) as engine:
+                seen, unseen = _halves(engine, text, limit)
+                recorded = _record(engine, [*seen, *unseen], file, progress)
+                exact = perplexity(engine, unseen, window).perplexity
+            fits = _fits(source, recorded, len(seen), recall, progress)
+            predictors, reports = _judged(source, recorded, len(seen), fits, recall, progress)
+        quality = _mean([report.quality for report in reports])
+        said = asdict(quality) | {"perplexity": exact}
+
+        def run_it(written: Path) -> dict:
+            with load(written, memory, window, threads, predict=True) as engine:
+                said["predicted_perplexity"] = perplexity(engine, unseen, window).perplexity
+            return said
+
+        told = _telling(progress, "writing")
+        size = calibrated.write(source, out, predictors, run_it, force, told)
+    return CalibrationReport(
+        target=str(out), store_bytes=size, tokens=len(seen), judged_tokens=len(unseen),
+        recall_wanted=recall, quality=quality, layers=reports,
+        ranks_tried=[fit.curve for fit in fits.values()], exact_perplexity=exact,
+        predicted_perplexity=said["predicted_perplexity"],
+        seconds=time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _check_arguments(recall: float, limit: int) -> None:
+    if not 0 < recall < 1:
+        raise ValueError(f"recall must be between 0 and 1, not {recall}")
+    if limit < LEAST_TOKENS:
+        raise ValueError(f"limit must be at least {LEAST_TOKENS} tokens, not {limit}")
+
+
+def _check_store(store: Store) -> None:
+    if not store.spec.neurons:
+        raise UnsupportedError(
+            f"calibrating {store.path}: its feed-forward networks are not taken apart; convert the "
+            "checkpoint with --neurons first (its activation must be ReLU)"
+        )
+
+
+def _halves(engine: Engine, text: str | Sequence[int], limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of the text's first half to train with and of its second to judge by, int32."""
+    if isinstance(text, str):
+        engine.promise_text(byte_count(text))
+        text = engine.tokenizer.encode(text, special=False)
+    ids = check_ids(text, engine.spec.vocab_size)
+    if len(ids) < LEAST_TOKENS:
+        raise ValueError(f"the text has {len(ids)} tokens; calibrating needs {LEAST_TOKENS}")
+    half, judged = len(ids) // 2, limit // JUDGED
+    return ids[:half][: limit - judged], ids[half:][:judged]
+
+
+def _record(engine: Engine, ids: Sequence[int], file, progress: Progress | None) -> np.ndarray:
+    """What each layer's FFN reads of each token, float32 [layers, n, hidden], in a file."""
+    spec, told = engine.spec, _telling(progress, "recording")
+    shape = (spec.n_layers, len(ids), spec.hidden)
+    recorded, done = np.memmap(file, np.float32, "w+", shape=shape), 0
+
+    def watch(layer: int, inputs: np.ndarray) -> None:
+        nonlocal done
+        recorded[layer, done : done + len(inputs)] = inputs
+        if layer == spec.n_layers - 1:
+            done += len(inputs)
+            told(done, len(ids))
+
+    engine._model.watch = watch
+    for start in range(0, len(ids), engine.context):
+        sequence = TokenSequence(engine)
+        sequence.extend(np.array(ids[start : start + engine.context], np.int32))
+        sequence.close()
+    engine._model.watch = None
+    return recorded
+
+
+def _fits(
+    store: Store, recorded: np.ndarray, seen: int, recall: float, progress: Progress | None
+) -> dict[int, low_rank.Fit]:
+    """By layer."""
+    told, fits = _telling(progress, "training"), {}
+    layers = [layer for layer, routed in enumerate(store.spec.routed) if not routed]
+    for done, layer in enumerate(layers, 1):
+        weights = _Weights(store, layer)
+        of = weights.layer(recorded[layer, :seen])
+        fits[layer] = low_rank.Fit(of, weights.deciding, 2 + store.spec.gated, recall)
+        told(done, len(layers))
+    return fits
+
+
+def _judged(
+    store: Store, recorded: np.ndarray, seen: int, fits: dict[int, low_rank.Fit], recall: float,
+    progress: Progress | None,
+) -> tuple[list[low_rank.Predictor | None], list[LayerReport]]:  # fmt: skip
+    """Predictors by layer, as a store gives them back, and what the unseen text says of them."""
+    told, threshold = _telling(progress, "judging"), low_rank.threshold(fits.values(), recall)
+    predictors: list[low_rank.Predictor | None] = [None] * store.spec.n_layers
+    reports = []
+    for layer, fit in fits.items():
+        predictors[layer] = made = calibrated.stored(fit.predictor(threshold))
+        quality = low_rank.judge(made, _Weights(store, layer).layer(recorded[layer, seen:]))
+        reports.append(LayerReport(layer, made.rank, quality))
+        told(len(reports), len(fits))
+    return predictors, reports
+
+
+class _Weights:
+    """What decides in one layer, and what is multiplied with it."""
+
+    def __init__(self, store: Store, layer: int):
+        self._spec = store.spec
+        ffn, apart = (int(store.find(kind, layer)[0]) for kind in (Kind.FFN, Kind.NEURONS))
+        self.deciding = _matrix(store, ffn, store.layout_of(ffn).segments[0].name)
+        biases = [_vector(store, ffn, f"{name}_bias") for name in ("gate", "up")]
+        self._bias, self._up_bias = biases if store.spec.gated else biases[::-1]
+        hidden = store.spec.hidden
+        self._up = None
+        if store.spec.gated:
+            self._up = _matrix(store, apart, "neurons", slice(-2 * hidden, -hidden))
+
+    def layer(self, inputs: np.ndarray) -> low_rank.Layer:
+        """What they make of inputs [n, hidden]."""
+        products = inputs @ self.deciding.T + self._bias
+        active = np.maximum(products, 0)
+        if self._spec.activation == "relu2":
+            active *= active
+        if self._up is not None:
+            active *= inputs @ self._up.T + self._up_bias
+        return low_rank.Layer(np.asarray(inputs), products, np.abs(active, out=active))
+
+
+def _matrix(store: Store, bundle: int, name: str, cols: slice = slice(None)) -> np.ndarray:
+    """float32 [rows, cols], a piece at a time, as the numbers in between are larger."""
+    segment = store.layout_of(bundle)[name]
+    data, size = store.read_segment(bundle, segment), _PIECE_ROWS // segment.lanes
+    group = len(data) // -(-segment.rows // segment.lanes)
+    pieces = []
+    for first in range(0, segment.rows, _PIECE_ROWS):
+        start, rows = first // segment.lanes * group, min(_PIECE_ROWS, segment.rows - first)
+        part = data[start : start + size * group]
+        values = unpack(part, segment.dtype, rows, segment.cols, segment.lanes)
+        pieces.append(values[:, cols].astype(np.float32))
+    return np.concatenate(pieces)
+
+
+def _vector(store: Store, bundle: int, name: str) -> np.ndarray | np.float32:
+    layout = store.layout_of(bundle)
+    if name not in layout:
+        return np.float32(0)
+    return np.frombuffer(store.read_segment(bundle, layout[name]), np.float32)[: layout[name].cols]
+
+
+def _mean(found: Sequence[low_rank.Quality]) -> low_rank.Quality:
+    names = [field.name for field in fields(low_rank.Quality)]
+    return low_rank.Quality(
+        **{name: float(np.mean([getattr(q, name) for q in found])) for name in names}
+    )
+
+
+def _telling(progress: Progress | None, doing: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(doing, done, total) if progress else None

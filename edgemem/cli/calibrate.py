@@ -1,0 +1,100 @@
+"""`edgemem calibrate`: give a store predictors."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import click
+
+from . import options
+from .signals import handled, unwind
+
+_HELP = """Train what foretells which neurons of a store are active.
+
+STORE was converted with --neurons. It runs TEXT, and from what its feed-forward networks read in
+the text's first half, predictors are made; the second half judges them. With --predict, 'run',
+'bench' and 'perplexity' then read and multiply only what is predicted: the whole of a feed-forward
+network streams, and no matrix of it need be in memory. That changes the answer; by how much is
+printed here and whenever such a run begins. Without --predict the new store's answers are the old
+one's.
+
+The store is replaced, when all is done, or written anew where -o is given.
+"""
+
+
+@click.command(help=_HELP, short_help="Train what foretells which neurons are active.")
+@click.argument("store", type=options.PATH)
+@click.option(
+    "-f", "--file", type=options.PATH, required=True, metavar="TEXT",
+    help="The text, in UTF-8; - for stdin. It should be like what the model will read.",
+)  # fmt: skip
+@click.option("-o", "--output", type=options.PATH, metavar="OUT.edgemem", help="Write a new store.")
+@click.option(
+    "--recall", type=float, metavar="F", show_default="0.98",
+    help="The share of all activation that is to be predicted.",
+)  # fmt: skip
+@click.option(
+    "--limit", type=int, metavar="N", show_default="8192", help="Use so many tokens of the text."
+)
+@click.option("--force", is_flag=True, help="Replace OUT.edgemem if it exists.")
+@options.MEMORY
+@options.THREADS
+@options.JSON
+def calibrate(store, file, output, recall, limit, force, memory, threads, as_json):
+    from .. import calibration
+
+    text = options.read_text(file)
+    given = {name: value for name, value in (("recall", recall), ("limit", limit)) if value}
+    with handled(unwind, "SIGTERM", "SIGHUP"), options.usage_errors(), _Bars() as bars:
+        report = calibration.calibrate(
+            store, text, output, memory=memory, threads=threads, force=force, progress=bars, **given
+        )
+    if as_json:
+        options.print_json(dataclasses.asdict(report) | {"cost": report.cost})
+        return
+    for line in _table(report):
+        print(line)
+    print(options.prediction_cost({"predictor": report.told}))
+    print(
+        f"edgemem: {report.target}: {report.tokens} tokens trained, {report.judged_tokens} judged, "
+        f"in {report.seconds:.0f} s",
+        file=sys.stderr,
+    )
+
+
+class _Bars:
+    """A bar for each thing that is done, one after another."""
+
+    def __init__(self):
+        self._doing, self._stack, self._bar = None, None, None
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self._stack is not None:
+            self._stack.__exit__(*exc)
+
+    def __call__(self, doing: str, done: int, total: int) -> None:
+        if doing != self._doing:
+            self.__exit__(None, None, None)
+            self._doing, self._stack = doing, options.progress_bar(doing, _UNITS.get(doing, "it"))
+            self._bar = self._stack.__enter__()
+        self._bar(done, total)
+
+
+_UNITS = {"recording": " tokens", "writing": "B"}
+
+
+def _table(report) -> list[str]:
+    """One line for each layer, and their mean: a Markdown table."""
+    head = "| layer | rank | active | predicted | recall | found | precision |"
+    rows = [(str(one.layer), str(one.rank), one.quality) for one in report.layers]
+    rows.append(("mean", "", report.quality))
+    lines = [head, "|" + "---:|" * 7]
+    for layer, rank, q in rows:
+        shares = (q.active, q.predicted, q.recall, q.found, q.precision)
+        cells = [layer, rank, *(f"{100 * share:.1f} %" for share in shares)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines

@@ -1,0 +1,1 @@
+"""What foretells what a token will want. Arrays in, arrays out, no I/O."""
