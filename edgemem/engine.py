@@ -12,7 +12,7 @@ from time import perf_counter
 
 import numpy as np
 
-from . import inventory, models, planner, policies
+from . import inventory, models, policies
 from .arguments import (
     MAX_THREADS,
     Streaming,
@@ -23,13 +23,13 @@ from .arguments import (
     check_streaming,
     context_limit,
 )
-from .budget import MIB, Budget, Item, current_bytes, fast_cpus, machine_bytes, show_size
-from .dtypes import BY_NAME
+from .budget import Budget, Item, fast_cpus, show_size
 from .generation import Generation
 from .governor import Governor
 from .kernels import Core
-from .kvcache import KvCache, cache_bytes, token_bytes
-from .models.workspace import ScratchLoan, scratch_bytes
+from .kvcache import KvCache
+from .models.workspace import ScratchLoan
+from .needs import Needs, advise_memory
 from .recorder import Recorder, header
 from .residency import Residency, Slots
 from .rows import RowCache
@@ -41,20 +41,6 @@ from .tokenizer import ENCODING_BYTES, Tokenizer
 from .trace import COUNTERS, Trace
 from .tracefile import TraceWriter, popularity
 from .tracefile import read as read_trace
-
-DEFAULT_CONTEXT = 4096
-CHUNK_TOKENS, LARGE_CHUNK_TOKENS = 128, 512
-"""Tokens per forward pass in prefill: the larger where its scratch fits. Then experts have more
-tokens each, and where bundles stream, each is read once for more of them."""
-SLAB_PER_SCRATCH = 8
-"""So much larger than the scratch of a large step the slab must be."""
-STREAMING_LOGITS_TOKENS = 16
-"""Tokens per forward pass where bundles stream and every position's logits are wanted."""
-STREAMING_RESERVE_BYTES = 16 << 20
-"""What slots leave for what the system keeps for this process, such as page tables."""
-
-HEADROOM_BYTES = 4 * MIB
-"""What the interpreter, its heap and the threads' stacks grow by while a model runs."""
 
 TEXT_BYTES = 2048
 """A text up to this length is encoded within the headroom."""
@@ -133,21 +119,19 @@ class Engine:
     def _prepare(self, context: int | None) -> None:
         """Everything that is known before weights are read; ends with the budget's consent."""
         self.spec = spec = self.store.spec
-        self.context_limit = context_limit(spec)
-        self.context = min(DEFAULT_CONTEXT, spec.max_positions) if context is None else int(context)
-        if self.context > self.context_limit:
-            raise ValueError(
-                f"context {self.context} is more than this model's {self.context_limit} tokens"
-            )
         self.tokenizer = Tokenizer(self.store.tokenizer_json, self.store.tokenizer_config)
         self.bos_id = self.tokenizer.bos_id if spec.bos_id is None else spec.bos_id
         self.eos_ids = self.store.eos_ids
+        self._needs = needs = Needs(
+            self.store, self.budget.limit, context, self.threads, self.kv, self.predict
+        )
+        self.context, self.context_limit = needs.context, context_limit(spec)
+        self.chunk_tokens, self.logits_tokens = needs.chunk_tokens, needs.logits_tokens
+        self._plan, self._kv_item = needs.plan, needs.kv_item
         self.trace = Trace()
         # Reentrant: a sequence may be freed by the garbage collector in the middle of anything.
         self._lock = threading.RLock()
         self._model = self._streamer = None
-        label = f"KV cache ({self.context} tokens at {self.kv})"
-        self._kv_item = Item(label, cache_bytes(spec, self.context, self.kv))
         # The first session's logits are in scratch.
         self._session_items = [self._kv_item, Item("its logits", 4 * spec.vocab_size)]
         self._cache_count = 0
@@ -157,64 +141,16 @@ class Engine:
         self._popularity: np.ndarray | None = None  # of the profile, read once
         self._text_promise = 0
         self._all_logits_promised = False
-        base = [
-            Item("process before loading", current_bytes()),
-            Item("headroom for Python", HEADROOM_BYTES),
-            self._kv_item,
-        ]
-        self.budget.take([*base, *self._plan_weights(base)], self._advise)
-
-    def _plan_weights(self, base: Sequence[Item]) -> list[Item]:
-        """Choose what streams and how many tokens a step takes; what both need of the budget.
-
-        Everything stays in memory where that fits. Otherwise slots take the room that is left, and
-        steps are large, or small again where the floor is tight; the output head streams only
-        where nothing else helps.
-        """
-        spare = self.budget.limit - sum(item.bytes for item in base)
-        reserve = STREAMING_RESERVE_BYTES
-        small, large = (self._scratch_bytes(n) for n in (CHUNK_TOKENS, LARGE_CHUNK_TOKENS))
-        for streams, head, chunk, kept in (
-            (False, False, LARGE_CHUNK_TOKENS, 0), (False, False, CHUNK_TOKENS, 0),
-            (True, False, LARGE_CHUNK_TOKENS, reserve + SLAB_PER_SCRATCH * (large - small)),
-            (True, False, CHUNK_TOKENS, reserve),
-            (True, True, CHUNK_TOKENS, reserve), (True, True, CHUNK_TOKENS, 0),
-        ):  # fmt: skip
-            size = self._scratch_bytes(chunk)
-            bundles = inventory.plannable(self.store, head, self.predict)
-            self._plan = planner.plan(bundles, spare - size - kept)
-            if self._plan is not None and streams == self._plan.streams:
-                break
-        self.chunk_tokens = min(chunk, self.context)
-        self.logits_tokens = min(STREAMING_LOGITS_TOKENS if streams else CHUNK_TOKENS, self.context)
-        self._scratch_loan = ScratchLoan(self.spec, self.chunk_tokens, self.threads)
-        weights = self._weight_items()
-        self._weights_bytes = sum(item.bytes for item in weights)
-        return [Item("scratch", size), *weights]
-
-    def _scratch_bytes(self, chunk: int) -> int:
-        return scratch_bytes(self.spec, min(chunk, self.context), self.threads)
-
-    def _weight_items(self) -> list[Item]:
-        """What the plan takes at least; without one, the least that a plan would take."""
-        if self._plan is None:
-            least = planner.floor_bytes(inventory.plannable(self.store, True, self.predict))
-            return [Item("weights that every token needs, and one step's bundles", least)]
-        items = [Item("weights", self._plan.resident_bytes)]
-        if self._plan.streams:
-            label = f"slab (at least {self._plan.least_text})"
-            items.append(Item(label, self._plan.least_bytes))
-        if len(self._plan.apart):
-            items.append(Item("reading neurons", self._plan.aside_bytes))
-        return items
+        self._scratch_loan = ScratchLoan(spec, self.chunk_tokens, self.threads)
+        self._advise = partial(needs.advise, self.budget)
+        self.budget.take(needs.items, self._advise)
 
     def _slab_room(self) -> int:
         """Bytes that slots may take now: what is theirs, and what others do not use yet."""
         unused = max(1, self._cache_count) * self._kv_item.bytes
         unused -= sum(cache.bytes - cache.unused_bytes for cache in self._caches)
         unused += self._scratch_loan.bytes
-        lent = max(0, self.budget.spare + unused - STREAMING_RESERVE_BYTES)
-        return self._plan.least_bytes + lent
+        return self._needs.slab_room(self.budget.spare, unused)
 
     def _fit_slab(self) -> None:
         """Open or close slots so that they fill what nothing else needs. Not while a step runs."""
@@ -466,39 +402,7 @@ class Engine:
     def _advise_text(self, items: Sequence[Item], spare: int) -> list[str]:
         fits = show_size(self.text_room())
         needed = self.budget.promised + sum(item.bytes for item in items)
-        lines = [f"a text of {fits} would fit: shorten it (for perplexity: --limit)"]
-        if needed <= machine_bytes():
-            lines.append(f"this would fit with --memory {_mebibytes(needed)}M")
-        return lines
-
-    def _advise(self, items: Sequence[Item], spare: int) -> list[str]:
-        """What would fit where `items` do not: a shorter context, a smaller format, more memory."""
-        needed = sum(item.bytes for item in items)
-        weights, per_token = self._weights_bytes, token_bytes(self.spec, self.kv)
-        lines = []
-        context = (spare - needed + self._kv_item.bytes) // per_token // 64 * 64
-        if context > 0:
-            lines.append(f"a context of {context} tokens would fit (--context {context})")
-        for name in ("f16", "q8_0"):
-            smaller = cache_bytes(self.spec, self.context, name)
-            saved = self._kv_item.bytes - smaller
-            if saved > 0 and needed - saved <= spare:
-                lines.append(f"a KV cache at {name} would fit: {show_size(smaller)} (--kv {name})")
-                break
-        for name in ("q8_0", "q4_0"):
-            smaller = inventory.bytes_as(self.store, BY_NAME[name])
-            if needed - weights + smaller <= spare:
-                size = show_size(smaller)
-                lines.append(
-                    f"the same model at {name} would fit: about {size} (convert --dtype {name})"
-                )
-                break
-        total = self.budget.promised + needed
-        if total <= machine_bytes():
-            lines.append(f"this would fit with --memory {_mebibytes(total)}M")
-        return lines
-
-
-def _mebibytes(size: int) -> int:
-    """For advice: a process does not start with the same bytes each time."""
-    return -(-size // MIB) + 1
+        return [
+            f"a text of {fits} would fit: shorten it (for perplexity: --limit)",
+            *advise_memory(needed),
+        ]

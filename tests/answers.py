@@ -12,7 +12,7 @@ import sys
 from unittest import mock
 
 import edgemem
-import edgemem.engine
+import edgemem.needs
 from edgemem.arguments import context_limit
 from edgemem.store import Store
 
@@ -31,7 +31,7 @@ def prompt(engine, which: int = 0) -> list[int]:
 
 def opened(store, threads: int, chunk: int, kv: str = "f16"):
     """An engine of the store whose prefill takes `chunk` tokens a step."""
-    patch = mock.patch.multiple(edgemem.engine, CHUNK_TOKENS=chunk, LARGE_CHUNK_TOKENS=chunk)
+    patch = mock.patch.multiple(edgemem.needs, CHUNK_TOKENS=chunk, LARGE_CHUNK_TOKENS=chunk)
     with Store.open(store) as opened_store:
         context = min(CONTEXT, context_limit(opened_store.spec))
     with patch:

@@ -34,10 +34,10 @@ def engine(tiny_moe_store, resident, monkeypatch):
     streamed = int(bundles.sizes[bundles.may_stream].sum())
     dense = int(bundles.sizes.sum()) - streamed
     limit = sum(item.bytes for item in items[:4]) + dense + streamed // 3
-    monkeypatch.setattr("edgemem.engine.current_bytes", lambda: items[0].bytes)
+    monkeypatch.setattr("edgemem.needs.current_bytes", lambda: items[0].bytes)
     # A step of few tokens, so that scratch is what it was in the engine that streams nothing.
-    monkeypatch.setattr("edgemem.engine.LARGE_CHUNK_TOKENS", resident.chunk_tokens)
-    monkeypatch.setattr("edgemem.engine.STREAMING_RESERVE_BYTES", RESERVE_BYTES)
+    monkeypatch.setattr("edgemem.needs.LARGE_CHUNK_TOKENS", resident.chunk_tokens)
+    monkeypatch.setattr("edgemem.needs.STREAMING_RESERVE_BYTES", RESERVE_BYTES)
     limit += 2 * RESERVE_BYTES
     with edgemem.load(tiny_moe_store, memory=limit, context=CONTEXT) as engine:
         assert len(engine._plan.streamed)

@@ -18,7 +18,7 @@ MAX_COLUMNS = 100
 
 FLOORS = {
     "engine": 7, "server": 7, "perplexity": 7, "benchmark": 7,
-    "session": 6, "rates": 6,
+    "session": 6, "rates": 6, "needs": 6,
     "streamer": 5, "generation": 5, "inventory": 5,
     "residency": 4, "budget": 4, "governor": 4, "kvcache": 4, "models": 4, "sequence": 4,
     "arguments": 4, "recorder": 4, "belady": 4, "rows": 4,
