@@ -7,6 +7,9 @@ that wrote it is replayed as well: its policy, its slots, and every step (not "s
 profile the trace does not hold). Its hits are those of the live run, one by one. What was read
 ahead (a dense layer's bundle, the head's, and with lookahead all) was there or still on its way by
 chance: such hits are compared apart, and in replay count what stayed from earlier demand.
+
+Where neurons streamed, a second table says the same of their rows, with room for that share of each
+layer's: "heat" is what the engine goes by (native/row_places.c).
 """
 
 import argparse
@@ -15,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench import replay_rows
 from bench.replay_cache import Belady, hit_rate, simulate
 from bench.replay_traces import Routing, read
 from edgemem.errors import EdgeMemError
@@ -98,15 +102,24 @@ def main() -> None:
     names = [*POLICIES, "belady"]
     try:
         routings = [read(path) for path in args.traces]
+        apart = [rows for path in args.traces if (rows := replay_rows.read(path)) is not None]
     except EdgeMemError as error:
         sys.exit(f"error: {error}")
+    shares = args.share or list(SHARES)
     print("| trace | cache | " + " | ".join(names) + " | closed | published LRU / Belady |")
     print("|---" * (len(names) + 4) + "|")
     for routing in routings:
-        show(routing, args.share or list(SHARES), names)
+        show(routing, shares, names)
+    if apart:
+        print("\n| trace | rows | heat | lru | belady | closed |\n" + "|---" * 6 + "|")
+    for rows in apart:
+        replay_rows.show(rows, shares)
+    print()
     for routing in routings:
         if routing.policy in POLICIES and routing.policy != Static.name:
             show_again(routing)
+    for rows in apart:
+        replay_rows.show_again(rows)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,8 @@ def _build(
 ) -> Routing:  # fmt: skip
     flat = np.concatenate([np.asarray(demanded, np.int64) for demanded in ids])
     layer_of = np.asarray(layer_of, np.int64)
+    if flat.min(initial=0) < 0 or flat.max(initial=0) >= len(layer_of):
+        raise ValueError(f"it demands bundles beside the {len(layer_of)} that it names")
     return Routing(
         name=name,
         n_layers=n_layers,

@@ -197,7 +197,7 @@ class Engine:
         policy = self._new_policy()
         turns = inventory.turns(self.store)
         if how.trace is not None:
-            said = header(self.store, streamed, turns, held, how.policy, how.lookahead)
+            said = header(self.store, streamed, apart, turns, self.slots, how.policy, how.lookahead)
             writer = TraceWriter(how.trace, said)
         reading = how.io_engine, how.faults
         slots = [Slots(*item) for item in held.items()]
@@ -208,7 +208,9 @@ class Engine:
         self._stepping, self._withheld, self._fitted = False, 0, room
         self._streamer = Streamer(residency, policy, turns, how.lookahead, rows)
         if writer is not None:
-            self._streamer.recorder = Recorder(writer, partial(self._statistics, rows=False))
+            of_rows = rows.statistics if rows else dict
+            bundles = partial(self._statistics, rows=False)
+            self._streamer.recorder = Recorder(writer, bundles, of_rows)
         self._model = models.build(
             self.store, self._streamer, self._core, self.chunk_tokens, self.predict
         )

@@ -119,6 +119,11 @@ class RowCache:
         lib.em_rows_log(self.native, self._log.native)
         return self._log
 
+    def record(self, tell, user) -> None:
+        """Tell native function `tell` (an em_observer; NULL: nobody) of each turn, with `user`."""
+        if self.native:
+            lib.em_rows_record(self.native, tell, user)
+
     def end_recording(self) -> None:
         """Let go of the log."""
         if self.native:
@@ -126,7 +131,7 @@ class RowCache:
         self._log = None
 
     def statistics(self) -> dict[str, int]:
-        """Counters since open; see em_row_stats. What is waited for is counted by the core."""
+        """Counters since open; see em_row_stats."""
         if not self.native:
             return {}
         stats = lib.em_rows_statistics(self.native)
@@ -148,7 +153,7 @@ class RowCache:
         self._finalizer()
 
 
-_COUNTERS = ("hits", "misses", "read_bytes", "reads", "busy_us")
+_COUNTERS = ("hits", "misses", "read_bytes", "reads", "busy_us", "stall_us")
 
 
 def _close(native, fd: int, kept) -> None:

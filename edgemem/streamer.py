@@ -37,9 +37,9 @@ class Streamer:
 
     `turns` int64 [n_bundles] tell when in a step each bundle has its turn; policies number them as
     layers. With `lookahead` what a model foresees is read ahead. `rows` holds those of bundles that
-    come apart, of which there may be no others. `recorder`, where there is one, is
-    told of every streamed turn, every step and every change of slots. `stream` is the em_stream
-    that native operations take.
+    come apart, of which there may be no others. `recorder`, where there is one, is told of every
+    turn of either, every step and every change of slots. `stream` is the em_stream that native
+    operations take.
     """
 
     def __init__(
@@ -119,6 +119,8 @@ class Streamer:
     def recorder(self, recorder: Recorder | None) -> None:
         self._recorder = recorder
         self.stream.record = ffi.NULL if recorder is None else lib.edgemem_record
+        if self.rows is not None:
+            self.rows.record(ffi.NULL if recorder is None else lib.edgemem_record_rows, self._me)
 
     def resize(self, slots: dict[int, int]) -> None:
         """Change the slots of each layout class. Not while a step runs."""
@@ -130,7 +132,7 @@ class Streamer:
         if self._log is not None:
             self._log.resized.append((self._log.n_turns, self.slots))
         if self._recorder is not None:
-            self._recorder.resize(self.slots)
+            self._recorder.resize(self.slots, () if self.rows is None else self.rows.rooms)
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -187,11 +189,15 @@ class Streamer:
         return demand
 
     def statistics(self, rows: bool = True) -> dict[str, int]:
-        """The counters of bundles that stream, and of `rows`."""
+        """The counters of bundles that stream, and of `rows`; but for what these wait, which the
+        core's clock counts: that is taken away where they are left out."""
         counted = self._residency.statistics()
-        if self.rows is None or not rows:
+        if self.rows is None:
             return counted
         more = self.rows.statistics()  # both may read at once: then their busy times overlap
+        stalled = more.pop("stall_us", 0)
+        if not rows:
+            return counted | {"stall_us": counted.get("stall_us", 0) - stalled}
         return counted | {name: n + counted.get(name, 0) for name, n in more.items()}
 
     def close(self) -> None:
@@ -242,10 +248,15 @@ class Streamer:
         """A turn is over."""
         self._recorder.demand(turn, indices, uses)
 
+    def _record_rows(self, number: int, ids: np.ndarray, *_) -> None:
+        """A turn of a set of rows is over."""
+        self._recorder.rows(number, ids)
+
 
 def _called_back(name: str) -> None:
-    """Make native code call a streamer's `name(turn, indices, uses, tokens)`: streamed bundles
-    uint32 [n], and how many of the tokens take each, int32 [n], or None for one; both its own.
+    """Make native code call a streamer's `name(turn, indices, uses, tokens)`: streamed bundles, or
+    rows of a set, uint32 [n], and how many of the tokens take each, int32 [n], or None for one;
+    both its own.
 
     What it raises ends the step: `Streamer.check` raises it again.
     """
@@ -266,7 +277,7 @@ def _called_back(name: str) -> None:
     ffi.def_extern(f"edgemem{name}", error=lib.EM_RAISED, onerror=failed)(call)
 
 
-for _name in ("_observe", "_pause", "_record"):
+for _name in ("_observe", "_pause", "_record", "_record_rows"):
     _called_back(_name)
 
 

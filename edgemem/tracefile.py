@@ -2,13 +2,16 @@
 
 The first line describes the model and the cache:
 
-    {"edgemem_trace": 1, "model": "qwen3_moe", "policy": "next-use", "n_layers": 50,
-     "layer_of": [1, 1, …], "class_of": [0, 0, …], "slots": [614], "read_ahead": [0]}
+    {"edgemem_trace": 2, "model": "qwen3_moe", "policy": "next-use", "n_layers": 50,
+     "layer_of": [1, 1, …], "class_of": [0, 0, …], "slots": [614], "read_ahead": [0],
+     "row_layers": [], "row_counts": [], "room": []}
 
 `layer_of` and `class_of` give the layer and the layout class of each streamed bundle, numbered as
 policies number them: layers are turns, of which the first is the embedding's and the last the
 head's. `slots` is the size of the cache for each class; `read_ahead` are the classes of which the
-run read bundles before they were demanded. Every other line is a step:
+run read bundles before they were demanded. Of bundles that come apart each has a set of rows:
+`row_layers` are the sets' layers, `row_counts` how many rows each has, and `room` how many of them
+may be in memory. Every other line is a step:
 
     {"phase": "decode", "tokens": 1, "layers": [1, 2, …], "ids": [[3, 17], [140, 201], …],
      "hits": [1, 2, …], …}
@@ -19,15 +22,22 @@ the bytes read because they were not, the time that products waited, and bytes r
 to use or were evicted before. `uses`, where a step has several tokens, says how many of them took
 each bundle. `resized`, where the cache has other slots than in the step before, lists what they
 became in turn, before this step began; `withheld_bytes` is what the slots were denied then because
-the system was short of memory (absent for 0). A step that was interrupted or failed has no line,
-though it may have changed the cache. A run that is killed loses at most its last line.
+the system was short of memory (absent for 0). What turns took of sets of rows is in
+
+    "rows": {"sets": [0, 1, …], "ids": ["eAFjZ…", …], "hits": [97, …], "bytes": …, "stall_us": …}
+
+where `ids` are as `pack` writes them; a `resized` in there, as long as that of the slots, lists
+what `room` became. A step that was interrupted or failed has no line, though it may have changed
+the cache. A run that is killed loses at most its last line. Traces of version 1 know of no rows.
 """
 
 from __future__ import annotations
 
+import base64
 import errno
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,9 +46,10 @@ import numpy as np
 
 from .errors import EdgeMemError, StoreError
 
-VERSION = 1
+VERSION = 2
 _MAGIC = b'{"edgemem_trace":'
 COUNTERS = ("hits", "bytes", "stall_us", "prefetch_useful_bytes", "prefetch_wasted_bytes")
+_FAR = 255
 
 
 @dataclass(frozen=True)
@@ -52,10 +63,14 @@ class TraceHeader:
     class_of: tuple[int, ...]
     slots: tuple[int, ...]
     read_ahead: tuple[int, ...] = ()
+    row_layers: tuple[int, ...] = ()
+    row_counts: tuple[int, ...] = ()
+    room: tuple[int, ...] = ()
 
 
 class TraceWriter:
-    """Writes a trace file: `demand` for each layer of a step, then `step`; close it at the end.
+    """Writes a trace file: `demand` for each layer of a step and `rows` for each turn of a set,
+    then `step`; close it at the end.
 
     An older trace is replaced, no other file. Raises EdgeMemError where it cannot be written.
     """
@@ -69,40 +84,47 @@ class TraceWriter:
         except OSError as error:
             raise self._error(error) from error
         self._lists: dict[str, list] = {}
+        self._rows: dict[str, list] = {}
         self._resized: list[tuple[int, ...]] = []
+        self._room: list[tuple[int, ...]] = []
         self._write({"edgemem_trace": VERSION, **asdict(header)})
 
     def demand(
         self, layer: int, ids: Sequence[int], uses: Sequence[int] | None = None, **counters: int
     ) -> None:
         """One layer of the present step; a step gives each layer the same counters."""
-        unknown = set(counters) - set(COUNTERS)
-        if unknown:
-            raise ValueError(f"{min(unknown)} is none of {', '.join(COUNTERS)}")
         uses = [1] * len(ids) if uses is None else _ints(uses)
-        values = {"layers": layer, "ids": _ints(ids), "uses": uses, **counters}
-        for name, value in values.items():
-            self._lists.setdefault(name, []).append(value)
+        _append(self._lists, {"layers": layer, "ids": _ints(ids), "uses": uses}, counters)
 
-    def resize(self, slots: tuple[int, ...]) -> None:
-        """There are so many slots of each class from the next step on."""
+    def rows(self, number: int, ids: np.ndarray, **counters: int) -> None:
+        """One turn of a set of rows, which took `ids`, ascending; counters as for `demand`."""
+        _append(self._rows, {"sets": number, "ids": pack(ids)}, counters)
+
+    def resize(self, slots: tuple[int, ...], room: tuple[int, ...] = ()) -> None:
+        """There are so many slots of each class, and rows of each set, from the next step on."""
         self._resized.append(slots)
+        self._room.append(room)
 
     def step(self, phase: str, tokens: int, withheld_bytes: int = 0) -> None:
         """End the present step and write it."""
         lists, self._lists = self._lists, {}
+        rows, self._rows = self._rows, {}
         if tokens == 1:
             lists.pop("uses", None)
         line = {"phase": phase, "tokens": tokens}
         if self._resized:
             line["resized"], self._resized = self._resized, []
+            room, self._room = self._room, []
+            rows |= {"resized": room} if any(room) else {}
         if withheld_bytes:
             line["withheld_bytes"] = withheld_bytes
+        if rows:
+            lists["rows"] = rows
         self._write(line | lists)
 
     def drop(self) -> None:
         """Forget what the present step has demanded so far."""
-        self._lists = {}
+        self._lists, self._rows = {}, {}
 
     def close(self) -> None:
         """End the trace, at the last whole step."""
@@ -134,6 +156,41 @@ class TraceWriter:
         return EdgeMemError(f"recording a trace in {self._path}: {error.strerror or error}")
 
 
+def _append(lists: dict[str, list], values: dict, counters: dict[str, int]) -> None:
+    unknown = set(counters) - set(COUNTERS)
+    if unknown:
+        raise ValueError(f"{min(unknown)} is none of {', '.join(COUNTERS)}")
+    for name, value in (values | counters).items():
+        lists.setdefault(name, []).append(value)
+
+
+def pack(ids: np.ndarray) -> str:
+    """Ascending ids as text: a byte for each, which says how many ids are left out before it; for
+    every 255 of them a byte of 255 comes first. What zlib makes of that, in base64."""
+    left_out = np.diff(np.asarray(ids, np.int64), prepend=-1) - 1
+    ends = np.cumsum(left_out // _FAR + 1)
+    packed = np.full(ends[-1] if len(ends) else 0, _FAR, np.uint8)
+    packed[ends - 1] = left_out % _FAR
+    return base64.b64encode(zlib.compress(packed.tobytes(), 1)).decode("ascii")
+
+
+def unpack(text: str, count: int) -> np.ndarray:
+    """What `pack` was given, int64, all below `count`. Raises ValueError or TypeError for others,
+    and takes no more memory for them."""
+    inflate = zlib.decompressobj()
+    try:
+        found = inflate.decompress(base64.b64decode(text, validate=True), count + 1)
+    except zlib.error as error:
+        raise ValueError(f"packed ids are damaged: {error}") from None
+    packed = np.frombuffer(found, np.uint8)
+    ends = packed < _FAR
+    ids = np.cumsum(packed + ends.astype(np.int64))[ends] - 1
+    whole = inflate.eof and (not len(packed) or ends[-1])
+    if not whole or (len(ids) and ids[-1] >= count):
+        raise ValueError(f"packed ids are cut off, or beyond {count}")
+    return ids
+
+
 def _ints(values: Sequence[int]) -> list[int]:
     return values.tolist() if hasattr(values, "tolist") else list(values)
 
@@ -145,10 +202,14 @@ def read(path: str | os.PathLike) -> tuple[TraceHeader, Iterator[dict]]:
     """
     lines = _lines(path)
     first = next(lines, None)
-    if not isinstance(first, dict) or first.pop("edgemem_trace", None) != VERSION:
+    version = first.pop("edgemem_trace", None) if isinstance(first, dict) else None
+    if isinstance(version, int) and version > VERSION:
         raise StoreError(
-            f"reading {path}: it is no trace of version {VERSION}; record one with --trace FILE"
+            f"reading {path}: it is a trace of version {version}, and versions up to {VERSION} are "
+            "known here; update edgemem, or record another with --trace FILE"
         )
+    if version not in range(1, VERSION + 1):
+        raise StoreError(f"reading {path}: it is no trace; record one with --trace FILE")
     try:
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in first.items()}
         header = TraceHeader(**values)

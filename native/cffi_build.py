@@ -16,6 +16,8 @@ extern "Python" int32_t edgemem_pause(void *, int32_t, uint32_t const *, int32_t
                                       int32_t const *, int32_t);
 extern "Python" int32_t edgemem_record(void *, int32_t, uint32_t const *, int32_t,
                                        int32_t const *, int32_t);
+extern "Python" int32_t edgemem_record_rows(void *, int32_t, uint32_t const *, int32_t,
+                                            int32_t const *, int32_t);
 """
 """What the core calls in Python, each an em_observer; edgemem/streamer.py says what they do."""
 

@@ -253,11 +253,6 @@ void em_lookahead_learn(em_lookahead *state, int32_t foreseen, int32_t used);
 
 /* ---- streams: how turns take their bundles --------------------------------------------------- */
 
-/* A turn demands streamed bundles `indices` [n], each taken by uses[i] of the tokens (NULL: by
- * one). Gives EM_OK, or EM_RAISED where that is the end of the step. */
-typedef int32_t em_observer(void *user, int32_t turn, const uint32_t *indices, int32_t n,
-                            const int32_t *uses, int32_t tokens);
-
 /* The state of edgemem/streamer.py, which owns the arrays. Of all n_bundles bundles some are
  * streamed: those are numbered as in the residency. */
 typedef struct {

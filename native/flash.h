@@ -110,6 +110,36 @@ enum { EM_READY_FAILED = -1, EM_READY_NOT = 0, EM_READY_FIRST = 1, EM_READY_WHOL
 const int32_t *em_residency_ready(const em_residency *residency);
 em_read_failure em_residency_failure(em_residency *residency);
 em_residency_stats em_residency_statistics(em_residency *residency);
+
+/* A turn demands `indices` [n], streamed bundles or rows of a set, each taken by uses[i] of the
+ * tokens (NULL: by one, or it is not known). Gives EM_OK, or EM_RAISED where that is the end of the
+ * step. */
+typedef int32_t em_observer(void *user, int32_t turn, const uint32_t *indices, int32_t n,
+                            const int32_t *uses, int32_t tokens);
+
+/* ---- places: which rows of a set are in memory; what reads them is no concern of theirs -------
+ */
+
+/* Room for some of n rows. What was used often and of late stays. */
+typedef struct em_row_places em_row_places;
+
+/* 1 <= room <= most_room <= n_rows. NULL where memory is short. */
+em_row_places *em_row_places_open(int32_t n_rows, int32_t room, int32_t most_room);
+void em_row_places_close(em_row_places *places);
+/* What does not fit any more loses its place. */
+void em_row_places_resize(em_row_places *places, int32_t room);
+/* A take begins. */
+void em_row_places_begin(em_row_places *places);
+/* Gives places to rows `ids` [n], after all that the take wanted before, and all together no more
+ * than there is room for: none of them loses it in this take. Those that had none are written to
+ * `absent` [n]; gives their number. */
+int32_t em_row_places_want(em_row_places *places, const int32_t *ids, int32_t n, int32_t *absent);
+/* Lets none of these rows leave that is there now (but of no more than three quarters of the room,
+ * the first ones), until the next call; what is wanted meanwhile goes through what is left. */
+void em_row_places_keep(em_row_places *places, const int32_t *ids, int32_t n);
+/* How many of `ids`, from the first on, one take may want. */
+int32_t em_row_places_fit(const em_row_places *places, const int32_t *ids, int32_t n);
+
 /* ---- rows: those of a bundle that come and go one by one --------------------------------------
  */
 
@@ -127,6 +157,7 @@ typedef struct {
     int64_t hits, misses;      /* of rows taken */
     int64_t read_bytes, reads; /* arrived from the device: whole pages */
     int64_t busy_us;           /* at least one read was in flight */
+    int64_t stall_us;          /* takes waited; the core's clock counts that too */
 } em_row_stats;
 
 /* Why the last take failed: which row of which set, and the errno (0 for a wrong checksum). */
@@ -164,6 +195,8 @@ typedef struct {
 /* Lets turns write their demand into the log (NULL: none): rows of all sets are numbered one after
  * another. */
 void em_rows_log(em_rows *rows, em_demand_log *log);
+/* Tells `record` (NULL: nobody) of each turn that is over: its set, and the rows that it took. */
+void em_rows_record(em_rows *rows, em_observer *record, void *user);
 em_row_stats em_rows_statistics(const em_rows *rows);
 em_row_failure em_rows_failure(em_rows *rows); /* tells it once */
 

@@ -152,10 +152,7 @@ static int32_t decide(em_core *core, neurons_task *t, const em_neuron_rows *from
         *wanted = t->n;
         note_taking(core, em_now_ns() - started, waited);
     }
-    if (from->rows) {
-        em_rows_crowd(from->rows, from->set, t->n > room);
-        em_rows_write_down(from->rows, from->set, t->active, t->n);
-    }
+    if (from->rows) em_rows_crowd(from->rows, from->set, t->n > room);
     em_core_run(core, gather_token, t, t->n_tokens, (int64_t)t->n * t->n_tokens * 4);
     return EM_OK;
 }
@@ -323,6 +320,15 @@ static int32_t run_rounds(em_core *core, neurons_task *t, const em_neuron_rows *
     return status;
 }
 
+static int32_t write_down(em_core *core, const neurons_task *t, const em_neuron_rows *from,
+                          int32_t active) {
+    if (!from->rows) return EM_OK;
+    int64_t started = em_now_ns();
+    int32_t status = em_rows_write_down(from->rows, from->set, t->active, active, t->n_tokens);
+    note_taking(core, em_now_ns() - started, 0);
+    return status;
+}
+
 static bool valid(const em_neurons *f) {
     bool whole = !em_dtype_is_block(f->dtype) || f->hidden % EM_BLOCK == 0;
     int32_t most = f->gated ? 3 : 2, least = predicts(f) ? most : most - 1;
@@ -372,6 +378,7 @@ int32_t em_neurons_run(em_core *core, const em_neurons *f, const void *bundle,
     if ((f->gated || predicts(f)) && em_dtype_is_block(f->dtype))
         em_acts_quantize(core, &t.x, NULL, n_tokens);
     status = run_rounds(core, &t, rows, active, wanted);
+    if (status == EM_OK) status = write_down(core, &t, rows, active);
     if (status != EM_OK) return status;
     em_core_run(core, add_token, &t, n_tokens, (int64_t)n_tokens * f->hidden * 2);
     *used = active;

@@ -1,37 +1,25 @@
-/* Rows that come and go one by one. What was used often and of late stays: a window over the last
- * tokens (arXiv 2312.11514, section 3.1), as wide as memory allows, that frequent rows outlast.
- * What is absent is read in one batch, neighbours together, by way of staging buffers: reads start
- * and end at whole pages, rows in memory lie close. One thread uses all this, and no lock. */
+/* Rows that come and go one by one. Which of them stay is said by row_places.c. What is absent is
+ * read in one batch, neighbours together, by way of staging buffers: reads start and end at whole
+ * pages, rows in memory lie close. One thread uses all this, and no lock. */
 #define _GNU_SOURCE /* O_DIRECT */
 
 #include "rows.h"
 
 #include "io.h"
+#include "row_places.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-enum { ABSENT = -1, EMPTY = -1, MAX_RETRIES = 1000, PAGE = 4096, BATCH = 16 };
-
-/* Uses count half as much after so many takes (bench/LOG.md). */
-#define HALF_LIFE 64
-/* Ages are told apart in steps of 1/64 of that, up to 9 of them. */
-enum { AGES = 1024, AGES_PER_LIFE = 64, YOUNGEST = 7, MOST_TAKES = HALF_LIFE << 10 };
+enum { MAX_RETRIES = 1000, PAGE = 4096, BATCH = 16 };
 
 typedef struct {
     em_row_set is;
-    int32_t *slot_of;  /* [n_rows], or ABSENT */
-    int32_t *occupant; /* [room at open], or EMPTY */
-    float *heat;       /* [n_rows]: log2 of all uses, a use counting 2^(when / HALF_LIFE) */
-    int32_t *used;     /* [n_rows]: when it was used last */
-    bool *kept;        /* [n_rows]: may not leave */
-    int32_t n_kept;
+    em_row_places *places;
     bool crowded;
-    int32_t now;   /* takes so far */
     uint32_t base; /* of its rows among those of all sets */
 } row_set;
 
@@ -56,9 +44,12 @@ struct em_rows {
     int32_t n_spare;
     uint8_t *staging;
     uint64_t stage_bytes;
+    int64_t stall_ns;
     em_row_stats stats;
     em_row_failure failure;
     em_demand_log *log;
+    em_observer *record;
+    void *recorder;
     int fd;
     bool buffered;
     pid_t owner;
@@ -76,53 +67,8 @@ static uint8_t *slot_address(const em_row_set *s, int32_t slot) {
     return (uint8_t *)s->start + (uint64_t)slot * s->row_bytes;
 }
 
-/* ---- slots ------------------------------------------------------------------------------------
- */
-
-static void vacate(row_set *s, int32_t id) {
-    s->occupant[s->slot_of[id]] = EMPTY;
-    s->slot_of[id] = ABSENT;
-}
-
-/* Counts a use of a row now. */
-static void warm(row_set *s, int32_t id) {
-    float now = (float)s->now / HALF_LIFE, before = s->heat[id];
-    s->heat[id] = now + log2f(1 + exp2f(before - now));
-    s->used[id] = s->now;
-}
-
-/* Lets time begin again, so that floats stay exact enough. */
-static void start_over(row_set *s) {
-    for (int32_t i = 0; i < s->is.n_rows; i++) {
-        s->heat[i] -= (float)s->now / HALF_LIFE;
-        s->used[i] -= s->now;
-    }
-    s->now = 0;
-}
-
-/* The colder a slot's row, the higher; highest for empty slots, 0 for rows of the present take and
- * those that are kept. */
-static int32_t age_of(const row_set *s, int32_t slot) {
-    int32_t id = s->occupant[slot];
-    if (id == EMPTY) return AGES - 1;
-    if (s->used[id] == s->now || s->kept[id]) return 0;
-    float age = ((float)s->now / HALF_LIFE - s->heat[id] + YOUNGEST) * AGES_PER_LIFE;
-    return age < 1 ? 1 : age > AGES - 2 ? AGES - 2 : (int32_t)age;
-}
-
-/* Gives each of n rows a slot: empty ones, then those of the coldest rows. */
-static void place(row_set *s, const int32_t *ids, int32_t n) {
-    int32_t counts[AGES] = {0}, room = s->is.room, least = AGES - 1, colder = 0, placed = 0;
-    for (int32_t slot = 0; slot < room; slot++) counts[age_of(s, slot)]++;
-    while (colder + counts[least] < n && least > 1) colder += counts[least--];
-    int32_t of_least = n - colder; /* how many of the warmest that must leave do so */
-    for (int32_t slot = 0; slot < room && placed < n; slot++) {
-        int32_t age = age_of(s, slot);
-        if (age < least || (age == least && of_least-- <= 0)) continue;
-        if (s->occupant[slot] != EMPTY) vacate(s, s->occupant[slot]);
-        s->occupant[slot] = ids[placed];
-        s->slot_of[ids[placed++]] = slot;
-    }
+static uint8_t *row_address(const row_set *s, int32_t id) {
+    return slot_address(&s->is, em_row_places_slot(s->places, id));
 }
 
 /* ---- reads ------------------------------------------------------------------------------------
@@ -156,12 +102,12 @@ static void land(em_rows *r, int32_t set, const flight *f, int32_t error) {
     row_set *s = &r->sets[set];
     for (int32_t i = f->first; i < f->end; i++) {
         int32_t id = r->missing[i];
-        uint8_t *to = slot_address(&s->is, s->slot_of[id]);
+        uint8_t *to = row_address(s, id);
         bool there = f->arrived == f->bytes;
         if (there) memcpy(to, f->buffer + (row_start(&s->is, id) - f->start), s->is.row_bytes);
         if (there && em_crc32c(0, to, s->is.row_bytes) == s->is.checksums[id]) continue;
         fail(r, set, id, there ? 0 : error);
-        vacate(s, id);
+        em_row_places_vacate(s->places, id);
     }
 #if defined(POSIX_FADV_DONTNEED)
     /* Or the page cache would keep a second copy. */
@@ -221,24 +167,11 @@ static void end_reads(em_rows *r) {
 }
 
 void em_rows_keep(em_rows *r, int32_t set, const int32_t *ids, int32_t n) {
-    row_set *s = &r->sets[set];
-    int32_t most = s->is.room - (s->is.room + 3) / 4;
-    memset(s->kept, 0, (size_t)s->is.n_rows * sizeof *s->kept);
-    s->n_kept = 0;
-    for (int32_t i = 0; i < n && s->n_kept < most; i++) {
-        s->kept[ids[i]] = s->slot_of[ids[i]] != ABSENT;
-        s->n_kept += s->kept[ids[i]];
-    }
+    em_row_places_keep(r->sets[set].places, ids, n);
 }
 
 int32_t em_rows_fit(const em_rows *r, int32_t set, const int32_t *ids, int32_t n) {
-    const row_set *s = &r->sets[set];
-    int32_t left = s->is.room - s->n_kept, fit = 0;
-    for (; fit < n; fit++) {
-        if (s->kept[ids[fit]]) continue;
-        if (left-- == 0) break;
-    }
-    return fit;
+    return em_row_places_fit(r->sets[set].places, ids, n);
 }
 
 void em_rows_crowd(em_rows *r, int32_t set, bool crowded) { r->sets[set].crowded = crowded; }
@@ -254,36 +187,37 @@ void em_demand_write(em_demand_log *log, const uint32_t *indices, int32_t n, uin
     log->n_indices += n;
 }
 
-void em_rows_write_down(em_rows *r, int32_t set, const int32_t *ids, int32_t n) {
-    if (r->log) em_demand_write(r->log, (const uint32_t *)ids, n, r->sets[set].base);
+int32_t em_rows_write_down(em_rows *r, int32_t set, const int32_t *ids, int32_t n, int32_t tokens) {
+    const uint32_t *indices = (const uint32_t *)ids;
+    if (r->log) em_demand_write(r->log, indices, n, r->sets[set].base);
+    return r->record ? r->record(r->recorder, set, indices, n, NULL, tokens) : EM_OK;
 }
 
 int32_t em_rows_begin(em_rows *r, int32_t set) {
     if (r->owner != getpid()) return EM_UNSUPPORTED;
-    row_set *s = &r->sets[set];
     r->failure.failed = 0;
     r->set = set;
     r->next = r->n_missing = 0;
-    if (s->now == MOST_TAKES) start_over(s);
-    s->now++;
+    em_row_places_begin(r->sets[set].places);
     return EM_OK;
 }
 
+static void count_stall(em_rows *r, int64_t ns, int64_t *waited_ns) {
+    *waited_ns += ns;
+    r->stall_ns += ns;
+    r->stats.stall_us = r->stall_ns / 1000;
+}
+
 void em_rows_want(em_rows *r, const int32_t *ids, int32_t n, int64_t *waited_ns) {
-    row_set *s = &r->sets[r->set];
-    int32_t *missing = r->missing + r->n_missing, absent = 0;
-    for (int32_t i = 0; i < n; i++) {
-        if (s->slot_of[ids[i]] == ABSENT) missing[absent++] = ids[i];
-        warm(s, ids[i]);
-    }
+    int32_t *missing = r->missing + r->n_missing;
+    int32_t absent = em_row_places_want(r->sets[r->set].places, ids, n, missing);
     r->stats.hits += n - absent;
     r->stats.misses += absent;
     if (absent == 0) return;
-    place(s, missing, absent);
     r->n_missing += absent;
     int64_t since = em_now_ns();
     start_reads(r);
-    *waited_ns += em_now_ns() - since;
+    count_stall(r, em_now_ns() - since, waited_ns);
 }
 
 int32_t em_rows_finish(em_rows *r, const int32_t *ids, int32_t n, const uint8_t **at,
@@ -291,9 +225,9 @@ int32_t em_rows_finish(em_rows *r, const int32_t *ids, int32_t n, const uint8_t 
     const row_set *s = &r->sets[r->set];
     int64_t since = em_now_ns();
     for (start_reads(r); r->in_flight > 0; start_reads(r)) end_reads(r);
-    *waited_ns += em_now_ns() - since;
+    count_stall(r, em_now_ns() - since, waited_ns);
     if (r->failure.failed) return EM_FLASH;
-    for (int32_t i = 0; i < n; i++) at[i] = slot_address(&s->is, s->slot_of[ids[i]]);
+    for (int32_t i = 0; i < n; i++) at[i] = row_address(s, ids[i]);
     return EM_OK;
 }
 
@@ -313,6 +247,12 @@ int32_t em_rows_take(em_rows *r, int32_t set, const int32_t *ids, int32_t n, con
 
 int32_t em_rows_room(const em_rows *r, int32_t set) { return r->sets[set].is.room; }
 void em_rows_log(em_rows *r, em_demand_log *log) { r->log = log; }
+
+void em_rows_record(em_rows *r, em_observer *record, void *user) {
+    r->record = record;
+    r->recorder = user;
+}
+
 em_row_stats em_rows_statistics(const em_rows *r) { return r->stats; }
 
 em_row_failure em_rows_failure(em_rows *r) {
@@ -326,39 +266,22 @@ int32_t em_rows_resize(em_rows *r, int32_t set, int32_t room) {
     if (set < 0 || set >= r->n_sets || room < 1 || room > r->sets[set].is.most_room)
         return EM_INVALID;
     row_set *s = &r->sets[set];
-    for (int32_t slot = room; slot < s->is.room; slot++)
-        if (s->occupant[slot] != EMPTY) vacate(s, s->occupant[slot]);
+    em_row_places_resize(s->places, room);
     if (room < s->is.room)
         em_pages_drop(slot_address(&s->is, room), (uint64_t)(s->is.room - room) * s->is.row_bytes);
     s->is.room = room;
     return EM_OK;
 }
 
-/* As at first: nothing is known of what was used. */
-static void forget(row_set *s) {
-    s->now = 0;
-    for (int32_t i = 0; i < s->is.n_rows; i++) s->heat[i] = -MOST_TAKES;
-    for (int32_t i = 0; i < s->is.n_rows; i++) s->used[i] = -1;
-    memset(s->kept, 0, (size_t)s->is.n_rows * sizeof *s->kept);
-    s->n_kept = 0;
-    for (int32_t i = 0; i < s->is.n_rows; i++) s->slot_of[i] = ABSENT;
-    for (int32_t i = 0; i < s->is.most_room; i++) s->occupant[i] = EMPTY;
-}
-
 void em_rows_clear(em_rows *r) {
-    for (int32_t i = 0; r->owner == getpid() && i < r->n_sets; i++) forget(&r->sets[i]);
+    for (int32_t i = 0; r->owner == getpid() && i < r->n_sets; i++)
+        em_row_places_forget(r->sets[i].places);
 }
 
 void em_rows_close(em_rows *r) {
     if (!r || r->owner != getpid()) return;
     if (r->io) r->engine->close(r->io);
-    for (int32_t i = 0; r->sets && i < r->n_sets; i++) {
-        free(r->sets[i].slot_of);
-        free(r->sets[i].occupant);
-        free(r->sets[i].heat);
-        free(r->sets[i].used);
-        free(r->sets[i].kept);
-    }
+    for (int32_t i = 0; r->sets && i < r->n_sets; i++) em_row_places_close(r->sets[i].places);
     free(r->sets);
     free(r->missing);
     free(r->flights);
@@ -378,19 +301,6 @@ static bool valid(const em_row_set *sets, int32_t n_sets, int32_t depth) {
     return true;
 }
 
-static bool open_set(row_set *s, const em_row_set *is) {
-    size_t n = (size_t)is->n_rows;
-    s->is = *is;
-    s->slot_of = malloc(n * sizeof *s->slot_of);
-    s->occupant = malloc((size_t)is->most_room * sizeof *s->occupant);
-    s->heat = malloc(n * sizeof *s->heat);
-    s->used = malloc(n * sizeof *s->used);
-    s->kept = malloc(n * sizeof *s->kept);
-    if (!s->slot_of || !s->occupant || !s->heat || !s->used || !s->kept) return false;
-    forget(s);
-    return true;
-}
-
 static bool allocate(em_rows *r, const em_row_set *sets) {
     uint64_t longest = 0;
     int32_t most = 0;
@@ -398,7 +308,9 @@ static bool allocate(em_rows *r, const em_row_set *sets) {
     r->sets = calloc((size_t)r->n_sets, sizeof *r->sets);
     if (!r->sets) return false;
     for (int32_t i = 0; i < r->n_sets; i++) {
-        if (!open_set(&r->sets[i], &sets[i])) return false;
+        r->sets[i].is = sets[i];
+        r->sets[i].places = em_row_places_open(sets[i].n_rows, sets[i].room, sets[i].most_room);
+        if (!r->sets[i].places) return false;
         r->sets[i].base = i ? r->sets[i - 1].base + (uint32_t)sets[i - 1].n_rows : 0;
         if (sets[i].row_bytes > longest) longest = sets[i].row_bytes;
         if (sets[i].most_room > most) most = sets[i].most_room;

@@ -14,18 +14,18 @@ void em_rows_want(em_rows *rows, const int32_t *ids, int32_t n, int64_t *waited_
 int32_t em_rows_finish(em_rows *rows, const int32_t *ids, int32_t n, const uint8_t **at,
                        int64_t *waited_ns);
 
-/* Lets none of these rows leave that is there now (but of no more than three quarters of the room,
- * the first ones), until the next call; what is taken meanwhile goes through what is left. */
+/* See em_row_places_keep, em_row_places_fit. */
 void em_rows_keep(em_rows *rows, int32_t set, const int32_t *ids, int32_t n);
-/* How many of `ids`, from the first on, may be taken at once. */
 int32_t em_rows_fit(const em_rows *rows, int32_t set, const int32_t *ids, int32_t n);
 
 /* Whether a turn wanted more than there is room for: noted by one for the next. */
 void em_rows_crowd(em_rows *rows, int32_t set, bool crowded);
 bool em_rows_crowded(const em_rows *rows, int32_t set);
 
-/* Writes a turn's whole demand into the log, if there is one. */
-void em_rows_write_down(em_rows *rows, int32_t set, const int32_t *ids, int32_t n);
+/* A turn of so many tokens is over that took these rows: tells those who want to know. Gives EM_OK,
+ * or EM_RAISED where that is the end of the step. */
+int32_t em_rows_write_down(em_rows *rows, int32_t set, const int32_t *ids, int32_t n,
+                           int32_t tokens);
 
 /* Writes down that a turn demanded `indices` [n], counted from `base`. */
 void em_demand_write(em_demand_log *log, const uint32_t *indices, int32_t n, uint32_t base);

@@ -190,10 +190,10 @@ def test_the_options_name_the_policies():
 
 def test_a_header_counts_classes_as_slots_do(tiny_moe_store):
     with streaming.opened(tiny_moe_store, 0.2) as engine:
-        slots, streamed = engine.slots, engine._plan.streamed
+        slots, plan, turns = engine.slots, engine._plan, inventory.turns(engine.store)
         header = recorder.header(
-            engine.store, streamed, inventory.turns(engine.store), slots, "lru", False
-        )
+            engine.store, plan.streamed, plan.apart, turns, slots, "lru", False
+        )  # fmt: skip
         assert np.array_equal(header.class_of, rates.layout_classes(engine))
     assert header.slots == tuple(slots.values())
     assert set(header.class_of) == set(range(len(header.slots))) and header.read_ahead == ()
