@@ -34,8 +34,8 @@ class Needs:
     `context` tokens (None: 4096 or what the model was made for, if that is less), a KV cache of the
     type `kv`, `threads` and whether neurons are foretold are given; ValueError says that the model
     has no such context. `plan` says what streams, and is None where not even the least fits: then
-    `items`, the sum, are more than the limit. Steps take `chunk_tokens`, or `logits_tokens` where every position's logits
-    are wanted.
+    `items`, the sum, are more than the limit. Steps take `chunk_tokens`, or `logits_tokens` where
+    every position's logits are wanted.
     """
 
     def __init__(

@@ -118,8 +118,9 @@ class StoreWriter:
         """Write what follows the bundles and give the store its name; return its size in bytes.
 
         `judge(path)`, where it is given, may open the store before others can: what it returns
-        takes the place of `recipe`. Raises CorruptError where the bundles written are not those of `spec`, or a section is
-        beyond the limits of the format: nothing is published that a reader would refuse.
+        takes the place of `recipe`. Raises CorruptError where the bundles written are not those of
+        `spec`, or a section is beyond the limits of the format: nothing is published that a reader
+        would refuse.
         """
         assert not self._open_bundle and self._file is not None
         dicts = (generation or {}, tokenizer_config or {}, provenance or {}, recipe or {})

@@ -186,10 +186,11 @@ def prediction_cost(recipe: dict) -> str:
     try:
         said = {name: float(value) for name, value in recipe["predictor"].items()}
         cost = said["predicted_perplexity"] / said["perplexity"] - 1
+        missed = 1 - said["recall"]
         return (
             f"{100 * said['predicted']:.1f} % of neurons are predicted and have "
-            f"{100 * said['recall']:.1f} % of the activation ({100 * (1 - said['recall']):.1f} % is "
-            f"missed; precision {100 * said['precision']:.0f} %), perplexity changes by "
+            f"{100 * said['recall']:.1f} % of the activation ({100 * missed:.1f} % is missed; precision"
+            f" {100 * said['precision']:.0f} %), perplexity changes by "
             f"{100 * cost:+.2f} % ({said['perplexity']:.2f} to {said['predicted_perplexity']:.2f}) "
             "on the text that it was calibrated with"
         )

@@ -33,7 +33,8 @@ EMBED, DENSE, FFN, EXPERT, SHARED, HEAD, NEURONS, PREDICTOR = Kind
 __all__ = [
     "DENSE", "EMBED", "ENTRY", "EXPERT", "FFN", "FOOTER_BYTES", "HEAD", "HEADER_BYTES",
     "MAGIC", "MAJOR", "MAX_PAGE", "MINOR", "MIN_PAGE", "NEURONS", "NO_LAYER", "SEGMENT_ALIGN",
-    "PREDICTOR", "SHARED", "Footer", "Kind", "Layout", "Meta", "Part", "Section", "Segment", "bundle_order",
-    "bundle_parts", "check_directory", "check_page_size", "decode_footer", "decode_header",
-    "decode_meta", "encode_footer", "encode_header", "encode_meta", "neuron_parts", "parse_json", "table_rows",
+    "PREDICTOR", "SHARED", "Footer", "Kind", "Layout", "Meta", "Part", "Section", "Segment",
+    "bundle_order", "bundle_parts", "check_directory", "check_page_size", "decode_footer",
+    "decode_header", "decode_meta", "encode_footer", "encode_header", "encode_meta", "neuron_parts",
+    "parse_json", "table_rows",
 ]  # fmt: skip

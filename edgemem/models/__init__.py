@@ -15,7 +15,8 @@ def supported() -> list[str]:
 
 
 def build(store, streamer, core, max_tokens: int, predict: bool = False):
-    """The model of an open store; `predict`: which neurons are active is foretold. Raises UnsupportedError if no file here is its model type."""
+    """The model of an open store; `predict`: which neurons are active is foretold. Raises
+    UnsupportedError if no file here is its model type."""
     model_type = store.spec.model_type
     if model_type not in supported():
         raise UnsupportedError(

@@ -81,8 +81,8 @@ class Quality:
 class Fit:
     """A predictor in the making, of the best rank for a `recall` of this layer alone.
 
-    `weights` float32 [width, hidden] decide. `row_parts`: how many rows of `hidden` weights are read
-    of a predicted neuron. `curve` has what was tried: (rank, share of neurons predicted at that
+    `weights` float32 [width, hidden] decide. `row_parts`: how many rows of `hidden` weights a
+    predicted neuron takes. `curve` has what was tried: (rank, share of neurons predicted at that
     recall).
     """
 

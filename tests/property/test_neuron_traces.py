@@ -8,6 +8,7 @@ from streaming import answer
 
 import edgemem
 from edgemem import benchmark, converters, planner, tracefile
+from edgemem.calibration import calibrate
 from edgemem.recorder import Recorder
 
 pytest.importorskip("numba", reason="the replay needs numba: pip install edgemem[bench]")
@@ -39,6 +40,14 @@ def trained(shared, tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def foretold(trained, tmp_path_factory) -> str:
+    """The same with predictors."""
+    path = tmp_path_factory.mktemp("foretold") / "relu.edgemem"
+    calibrate(trained, np.arange(5, 505), path, recall=0.9, limit=400)
+    return str(path)
+
+
 def assert_replays(path) -> replay_rows.Rows:
     rows = replay_rows.read(path)
     found = replay_rows.places(rows, rows.room, rows.resized)
@@ -64,6 +73,15 @@ def test_random_models_replay(case, stores, tmp_path):
             events += len(rows.sets)
             hits += rows.hits.sum()
     assert events > 100 and hits > 0
+
+
+@pytest.mark.parametrize("share", (0.0, 0.3, 0.9))
+def test_what_was_foretold_replays(share, foretold, tmp_path):
+    with streaming.opened(foretold, share, trace=tmp_path / "x", predict=True) as engine:
+        answer(engine)
+        taken = engine._streamer.rows.statistics()
+    rows = assert_replays(tmp_path / "x")
+    assert rows.hits.sum() == taken["hits"] and len(rows.ids) > 1000
 
 
 @pytest.mark.parametrize("least", (1, 2, 3, 7))
