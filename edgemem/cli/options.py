@@ -189,8 +189,8 @@ def prediction_cost(recipe: dict) -> str:
         missed = 1 - said["recall"]
         return (
             f"{100 * said['predicted']:.1f} % of neurons are predicted and have "
-            f"{100 * said['recall']:.1f} % of the activation ({100 * missed:.1f} % is missed; precision"
-            f" {100 * said['precision']:.0f} %), perplexity changes by "
+            f"{100 * said['recall']:.1f} % of the activation ({100 * missed:.1f} % is missed; "
+            f"precision {100 * said['precision']:.0f} %), perplexity changes by "
             f"{100 * cost:+.2f} % ({said['perplexity']:.2f} to {said['predicted_perplexity']:.2f}) "
             "on the text that it was calibrated with"
         )
