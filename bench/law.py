@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--memory", action="append", default=[], metavar="SIZE", help="repeatable")
     parser.add_argument("-p", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("-n", type=int, default=16, help="tokens after it")
+    parser.add_argument("--predict", action="store_true", help="foretell neurons")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
@@ -61,6 +62,7 @@ def main() -> None:
     for memory in args.memory or ["auto"]:
         for way in WAYS:
             job = {"store": args.store, "memory": memory, "prompt": args.p, "generated": args.n}
+            job["predict"] = args.predict
             answer = child(job | {"chunk": None} | way)
             found.add(answer)
             print(f"| {memory} | { ({'policy': DEFAULT} | way) } | {answer[:16]} |", flush=True)

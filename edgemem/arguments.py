@@ -20,6 +20,11 @@ MAX_THREADS = 1024
 """The core starts no more."""
 
 
+LOADINGS = ("stream", "hybrid", "naive")
+"""How weights come: as it should be; what does not fit in its turn, nothing read ahead; or all of
+them again in each step. The latter two are what streaming is compared with."""
+
+
 @dataclass(frozen=True)
 class Streaming:
     """How bundles stream; see `load`."""
@@ -30,10 +35,25 @@ class Streaming:
     io_engine: str | None = None
     faults: dict | None = None
     trace: str | os.PathLike | None = None
+    loading: str = LOADINGS[0]
+    windowing: bool = True
+    bundling: bool = True
+
+
+def check_loading(store: Store, loading: str) -> None:
+    """Raises UnsupportedError where a baseline would be a weaker one than it has to be."""
+    if loading != LOADINGS[0] and store.spec.neurons:
+        raise UnsupportedError(
+            f"loading {store.path} in the {loading} way: its feed-forward networks are taken "
+            "apart, which slows whoever reads all of them; give a store made without --neurons"
+        )
 
 
 def check_streaming(streaming: Streaming) -> None:
-    """Raises ValueError for a policy that is none, or one without the profile that it needs."""
+    """Raises ValueError for a way of loading or a policy that is none, or a policy without the
+    profile that it needs."""
+    if streaming.loading not in LOADINGS:
+        raise ValueError(f"loading {streaming.loading!r} is none of {', '.join(LOADINGS)}")
     if streaming.policy not in policies.POLICIES:
         names = ", ".join(policies.POLICIES)
         raise ValueError(f"policy {streaming.policy!r} is none of {names}")

@@ -14,16 +14,19 @@ import numpy as np
 
 from . import inventory, models, policies
 from .arguments import (
+    LOADINGS,
     MAX_THREADS,
     Streaming,
     check_count,
     check_isa,
     check_kv,
+    check_loading,
     check_predict,
     check_streaming,
     context_limit,
 )
 from .budget import Budget, Item, fast_cpus, show_size
+from .format import neuron_parts
 from .generation import Generation
 from .governor import Governor
 from .kernels import Core
@@ -54,7 +57,8 @@ def load(
     ready: Callable[[Engine], None] | None = None, *, kv: str = "f16",
     policy: str = policies.DEFAULT, profile: str | os.PathLike | None = None,
     lookahead: bool = True, io_engine: str | None = None, faults: dict | None = None,
-    trace: str | os.PathLike | None = None, predict: bool = False,
+    trace: str | os.PathLike | None = None, predict: bool = False, loading: str = "stream",
+    windowing: bool = True, bundling: bool = True,
 ) -> Engine:  # fmt: skip
     """Open a store and make its model ready to run.
 
@@ -63,8 +67,10 @@ def load(
     the next layers will likely want while the device has nothing else to do. `io_engine` is
     "io_uring" or "threads" (None: the best that works here), and `faults` (the fields of
     em_faults) makes reads misbehave, for tests. `trace` is a file to record what streamed layers
-    demand in every step (edgemem/tracefile.py); it replaces an older one. None of them changes an
-    answer.
+    demand in every step (edgemem/tracefile.py); it replaces an older one. For comparisons,
+    `loading` may be "hybrid" (what does not fit is read in its turn, nothing ahead) or "naive" (all
+    weights are read again in each step), neurons of earlier tokens need not stay (`windowing`), and
+    parts of a neuron may be read one by one (`bundling`). None of them changes an answer.
 
     `kv` is the type of the KV cache, and does change it: "f16", "q8_0" (about half the memory,
     less exact) or "f32" (twice, exact); see kvcache.py. So does `predict`: which neurons are
@@ -80,7 +86,9 @@ def load(
     Raises StoreError for what is wrong with the store, and BudgetError, with the sum, before any
     weight is read; ValueError or TypeError for arguments.
     """
-    how = Streaming(policy, profile, lookahead, io_engine, faults, trace)
+    how = Streaming(
+        policy, profile, lookahead, io_engine, faults, trace, loading, windowing, bundling
+    )  # fmt: skip
     return Engine(path, memory, context, threads, progress, ready, how, kv, predict)
 
 
@@ -108,6 +116,7 @@ class Engine:
         self.store = Store.open(path)
         try:
             check_predict(self.store, predict)
+            check_loading(self.store, streaming.loading)
             self._prepare(context)
             if ready is not None:
                 ready(self)
@@ -206,7 +215,10 @@ class Engine:
         rows = RowCache(self.store, apart, self.slots, *reading) if len(apart) else None
         self._counted = dict.fromkeys(COUNTERS, 0)
         self._stepping, self._withheld, self._fitted = False, 0, room
-        self._streamer = Streamer(residency, policy, turns, how.lookahead, rows)
+        if rows is not None and not how.bundling:
+            rows.read_in(neuron_parts(self.spec))
+        ahead = how.loading == LOADINGS[0]
+        self._streamer = Streamer(residency, policy, turns, how.lookahead and ahead, rows, ahead)
         if writer is not None:
             of_rows = rows.statistics if rows else dict
             bundles = partial(self._statistics, rows=False)
@@ -308,6 +320,8 @@ class Engine:
             self._fit_slab()
             self._stepping = True
             started = perf_counter()
+            if self._streaming.loading == "naive":
+                self._streamer.load_again()
             n_logits = 0 if out is None else len(np.atleast_2d(out))
             logits = self._model.step(ids, kv, n_logits)
             if out is not None:
@@ -316,6 +330,8 @@ class Engine:
             counters = self._take_counters()
             self.trace.record(phase, len(ids), seconds, demand, self._withheld, **counters)
             self._streamer.end_step(phase, len(ids), self._withheld)
+            if self._streamer.rows is not None and not self._streaming.windowing:
+                self._streamer.rows.clear()
             self._stepping = False
 
     def _settle(self) -> None:

@@ -67,6 +67,7 @@ class Residency:
         self.slots = {entry.layout: entry.count for entry in slots}
         self.room = self._room()
         self.depth, self.read_rate = DEPTH, 0.0
+        self._again = dict.fromkeys(_COUNTERS, 0)
         self.resident = resident = np.setdiff1d(np.flatnonzero(self.index_of < 0), elsewhere)
         slot_sizes = [self._class_bytes(s.layout) for s in slots]
         total = int(self.sizes[resident].sum())
@@ -150,10 +151,11 @@ class Residency:
 
     def statistics(self) -> dict[str, int]:
         """Counters since open; see em_residency_stats."""
-        if not self.native:
-            return {}
-        stats = lib.em_residency_statistics(self.native)
-        return {name: int(getattr(stats, name)) for name in _COUNTERS}
+        counted = dict(self._again)
+        if self.native:
+            stats = lib.em_residency_statistics(self.native)
+            counted = {name: int(getattr(stats, name)) + counted[name] for name in _COUNTERS}
+        return counted
 
     def error(self) -> EdgeMemError:
         """The exception for the read that failed last."""
@@ -176,6 +178,15 @@ class Residency:
         starts = ends - self.sizes[resident]
         self.addresses[resident] = self._slab.address + starts.astype(np.uint64)
         return self._slab.address + int(ends[-1] if len(ends) else 0)
+
+    def load_again(self) -> None:
+        """Read all that stays in memory once more, into its place. Raises as opening does."""
+        started = perf_counter()
+        self._load_resident(self.resident, None)
+        spent = int((perf_counter() - started) * 1e6)
+        size = int(self.sizes[self.resident].sum())
+        for name, more in (("read_bytes", size), ("stall_us", spent), ("busy_us", spent)):
+            self._again[name] += more
 
     def _load_resident(self, resident: np.ndarray, progress) -> None:
         """Through the same engine as everything else: direct, in large pieces, several at once.

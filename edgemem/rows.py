@@ -96,6 +96,10 @@ class RowCache:
         if self._log is not None:
             self._log.resized.append((self._log.n_turns, self.rooms))
 
+    def read_in(self, parts: int) -> None:
+        """Let each of so many parts of a row be read by itself, as if they were not bundled."""
+        lib.em_rows_read_in(self.native, parts)
+
     def clear(self) -> None:
         """Let all rows leave."""
         if self.native:

@@ -36,15 +36,15 @@ class Streamer:
     """Feeds a model from a residency; `policy` ranks what streams (None: nothing does).
 
     `turns` int64 [n_bundles] tell when in a step each bundle has its turn; policies number them as
-    layers. With `lookahead` what a model foresees is read ahead. `rows` holds those of bundles that
-    come apart, of which there may be no others. `recorder`, where there is one, is told of every
-    turn of either, every step and every change of slots. `stream` is the em_stream that native
-    operations take.
+    layers. With `lookahead` what a model foresees is read ahead, and with `ahead` what is certain.
+    `rows` holds those of bundles that come apart, of which there may be no others. `recorder`,
+    where there is one, is told of every turn of either, every step and every change of slots.
+    `stream` is the em_stream that native operations take.
     """
 
     def __init__(
         self, residency: Residency, policy: Policy | None = None, turns: np.ndarray | None = None,
-        lookahead: bool = True, rows: RowCache | None = None,
+        lookahead: bool = True, rows: RowCache | None = None, ahead: bool = True,
     ):  # fmt: skip
         self._residency, self.rows = residency, rows
         self._recorder: Recorder | None = None
@@ -65,7 +65,7 @@ class Streamer:
         self._owners: dict[str, tuple] = {}
         for name, array in arrays.items():
             self._point(name, array)
-        self._lookahead, self._policy = lookahead, None
+        self._lookahead, self._ahead, self._policy = lookahead, ahead, None
         if policy is not None:
             self._turns = turns[residency.streamed]
             self._point("turn_of", self._turns.astype(np.int32))
@@ -138,6 +138,11 @@ class Streamer:
     def slots(self) -> tuple[int, ...]:
         """How many slots there are now of each layout class that streams."""
         return tuple(self._residency.slots.values())
+
+    def load_again(self) -> None:
+        """Read all that stays in memory once more, and let all else leave: for comparisons."""
+        self._residency.clear()
+        self._residency.load_again()
 
     def end_step(self, phase: str, tokens: int, withheld_bytes: int = 0) -> None:
         """A step of `tokens` tokens is over, in which slots were denied some memory."""
@@ -230,7 +235,7 @@ class Streamer:
     def _fit(self) -> None:
         """What is certain depends on the slots. An interrupt in the middle does no harm: before the
         next step the engine changes slots again."""
-        first, certain = _certain(self._residency, self._turns)
+        first, certain = _certain(self._residency, self._turns, AHEAD if self._ahead else 0)
         self._point("certain_first", first)
         self._point("certain", certain)
 
@@ -281,9 +286,9 @@ for _name in ("_observe", "_pause", "_record", "_record_rows"):
     _called_back(_name)
 
 
-def _certain(residency: Residency, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(first [n_turns + 1], bundles): what is certainly wanted after turn t, dense layers and the
-    head, are `bundles[first[t] : first[t + 1]]`.
+def _certain(residency: Residency, turns: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """(first [n_turns + 1], bundles): what is certainly wanted in so many turns after turn t, dense
+    layers and the head, are `bundles[first[t] : first[t + 1]]`.
 
     As many of them as the slots can hold beside those that are in use.
     """
@@ -291,7 +296,7 @@ def _certain(residency: Residency, turns: np.ndarray) -> tuple[np.ndarray, np.nd
     order = np.unique(turns)
     found = [np.empty(0, np.int64)] * (int(order[-1]) + 1)
     for place, turn in enumerate(order.tolist()):
-        following = np.roll(order, -place - 1)[:AHEAD]
+        following = np.roll(order, -place - 1)[:most]
         ahead = [part for t in following if t != turn for part in [sure[turns[sure] == t]]]
         ids = [part[: _beside(residency, part)] for part in ahead if len(part)]
         if ids:

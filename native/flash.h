@@ -176,6 +176,8 @@ void em_rows_close(em_rows *rows);
 uint64_t em_row_stage_bytes(uint64_t row_bytes);
 /* Changes how many rows a set may hold; what does not fit leaves, and its memory goes back. */
 int32_t em_rows_resize(em_rows *rows, int32_t set, int32_t room);
+/* Lets each part of a row be read by itself, as if they were not bundled: for comparisons. */
+void em_rows_read_in(em_rows *rows, int32_t parts);
 /* Lets all rows leave. */
 void em_rows_clear(em_rows *rows);
 /* How many rows of a set may be held at once. */

@@ -23,7 +23,8 @@ typedef struct {
     uint32_t base; /* of its rows among those of all sets */
 } row_set;
 
-/* One read: `missing` rows [first, end) lie in it. */
+/* One read: `missing` rows [first, end) lie in it; or one part of a row, where those are read one
+ * by one: then both count parts. */
 typedef struct {
     int32_t first, end, retries;
     uint64_t start;          /* in the file */
@@ -37,7 +38,8 @@ struct em_rows {
     row_set *sets;
     int32_t n_sets, depth;
     int32_t set, *missing;              /* of one take: row ids */
-    int32_t n_missing, next, in_flight; /* reads cover those before `next` */
+    int32_t n_missing, next, in_flight; /* reads cover those (or their parts) before `next` */
+    int32_t parts;                      /* in how many reads a row is read */
     int64_t busy_since_ns;
     flight *flights; /* [2 depth] */
     int32_t *spare;  /* flights that are free */
@@ -88,6 +90,22 @@ static flight *plan(em_rows *r, const em_row_set *s, int32_t first, int32_t n) {
     return f;
 }
 
+/* Where the bytes of a row's part start, from the row's first on. */
+static uint64_t part_start(const em_rows *r, const em_row_set *s, int32_t part) {
+    return s->row_bytes * (uint64_t)part / (uint64_t)r->parts;
+}
+
+/* The next read where rows are read in parts. */
+static flight *plan_part(em_rows *r, const em_row_set *s, int32_t item) {
+    int32_t tag = r->spare[--r->n_spare], part = item % r->parts;
+    flight *f = &r->flights[tag];
+    uint64_t row = row_start(s, r->missing[item / r->parts]);
+    uint64_t start = page_floor(row + part_start(r, s, part));
+    uint64_t bytes = page_ceil(row + part_start(r, s, part + 1)) - start;
+    *f = (flight){item, item + 1, 0, start, 0, bytes, r->staging + (uint64_t)tag * r->stage_bytes};
+    return f;
+}
+
 static em_read read_of(const em_rows *r, const flight *f) {
     return (em_read){(uint64_t)(f - r->flights), f->start + f->arrived, f->buffer + f->arrived,
                      f->bytes - f->arrived};
@@ -97,10 +115,38 @@ static void fail(em_rows *r, int32_t set, int32_t id, int32_t error) {
     if (!r->failure.failed) r->failure = (em_row_failure){1, set, id, error};
 }
 
+/* What a read brought of a row's part; the row is checked when all of it is there. */
+static void land_part(em_rows *r, int32_t set, const flight *f, int32_t error) {
+    row_set *s = &r->sets[set];
+    int32_t id = r->missing[f->first / r->parts], part = f->first % r->parts;
+    if (em_row_places_slot(s->places, id) < 0) return; /* another part of it failed */
+    if (f->arrived < f->bytes) {
+        fail(r, set, id, error);
+        em_row_places_vacate(s->places, id);
+        return;
+    }
+    uint64_t from = part_start(r, &s->is, part), bytes = part_start(r, &s->is, part + 1) - from;
+    uint64_t at = row_start(&s->is, id) + from - f->start;
+    memcpy(row_address(s, id) + from, f->buffer + at, bytes);
+}
+
+static void check_parts(em_rows *r) {
+    row_set *s = &r->sets[r->set];
+    for (int32_t i = 0; i < r->n_missing; i++) {
+        int32_t id = r->missing[i];
+        if (em_row_places_slot(s->places, id) < 0 ||
+            em_crc32c(0, row_address(s, id), s->is.row_bytes) == s->is.checksums[id])
+            continue;
+        fail(r, r->set, id, 0);
+        em_row_places_vacate(s->places, id);
+    }
+}
+
 /* Copies what a read brought to where it belongs, and checks it. */
 static void land(em_rows *r, int32_t set, const flight *f, int32_t error) {
     row_set *s = &r->sets[set];
-    for (int32_t i = f->first; i < f->end; i++) {
+    if (r->parts > 1) land_part(r, set, f, error);
+    for (int32_t i = f->first; r->parts == 1 && i < f->end; i++) {
         int32_t id = r->missing[i];
         uint8_t *to = row_address(s, id);
         bool there = f->arrived == f->bytes;
@@ -136,9 +182,11 @@ static void start_reads(em_rows *r) {
     em_read batch[BATCH];
     int32_t n = BATCH;
     while (n == BATCH) {
-        for (n = 0; n < BATCH && r->next < r->n_missing && r->in_flight < r->depth; n++) {
+        int32_t items = r->n_missing * r->parts;
+        for (n = 0; n < BATCH && r->next < items && r->in_flight < r->depth; n++) {
             if (r->n_spare == 0) break;
-            flight *f = plan(r, &r->sets[r->set].is, r->next, r->n_missing);
+            const em_row_set *s = &r->sets[r->set].is;
+            flight *f = r->parts > 1 ? plan_part(r, s, r->next) : plan(r, s, r->next, items);
             if (r->in_flight++ == 0) r->busy_since_ns = em_now_ns();
             r->next = f->end;
             batch[n] = read_of(r, f);
@@ -225,6 +273,7 @@ int32_t em_rows_finish(em_rows *r, const int32_t *ids, int32_t n, const uint8_t 
     const row_set *s = &r->sets[r->set];
     int64_t since = em_now_ns();
     for (start_reads(r); r->in_flight > 0; start_reads(r)) end_reads(r);
+    if (r->parts > 1) check_parts(r);
     count_stall(r, em_now_ns() - since, waited_ns);
     if (r->failure.failed) return EM_FLASH;
     for (int32_t i = 0; i < n; i++) at[i] = row_address(s, ids[i]);
@@ -246,6 +295,7 @@ int32_t em_rows_take(em_rows *r, int32_t set, const int32_t *ids, int32_t n, con
  */
 
 int32_t em_rows_room(const em_rows *r, int32_t set) { return r->sets[set].is.room; }
+void em_rows_read_in(em_rows *r, int32_t parts) { r->parts = parts < 1 ? 1 : parts; }
 void em_rows_log(em_rows *r, em_demand_log *log) { r->log = log; }
 
 void em_rows_record(em_rows *r, em_observer *record, void *user) {
@@ -342,6 +392,7 @@ int32_t em_rows_open(int32_t fd, const em_row_set *sets, int32_t n_sets, const c
     r->fd = fd;
     r->n_sets = n_sets;
     r->depth = depth;
+    r->parts = 1;
 #if defined(O_DIRECT)
     r->buffered = !(fcntl(fd, F_GETFL) & O_DIRECT);
 #endif

@@ -52,6 +52,7 @@ and ends in exit code 1.
 )
 @click.option("--breakdown", is_flag=True, help="Show what the time of a decoded token goes into.")
 @options.streaming_options
+@options.comparing_options
 @options.JSON
 def bench(model, dtype, neurons, cache_dir, memory, trace, breakdown, as_json, **more):
     from ..store import Store
@@ -118,14 +119,15 @@ def measured(
 
 
 def measured_apart(
-    store: Path, memory: str, warm: bool, lookahead: bool, predict: bool, trace: None,
-    **values: str | int | None,
+    store: Path, memory: str, warm: bool, lookahead: bool, predict: bool, windowing: bool,
+    bundling: bool, trace: None, **values: str | int | None,
 ) -> dict:  # fmt: skip
     """The same from a process of its own, whose memory is all that counts. It dies with us."""
     named = {name.replace("_", "-"): value for name, value in values.items() if value is not None}
     arguments = [word for name, value in named.items() for word in (f"--{name}", str(value))]
     arguments += ["--warm"] * warm + ["--no-lookahead"] * (not lookahead)
     arguments += ["--predict"] * predict
+    arguments += ["--no-windowing"] * (not windowing) + ["--no-bundling"] * (not bundling)
     command = [sys.executable, "-c", main_code(), "bench", "--memory", memory, "--json", *arguments]
     # Ctrl-C is for this process to hear, and to pass on as it leaves.
     with (

@@ -71,6 +71,22 @@ _STREAMING = (
     ),
 )  # fmt: skip
 
+_COMPARING = (
+    click.option(
+        "--loading", type=click.Choice(("stream", "hybrid", "naive")), default="stream",
+        show_default=True, help="hybrid: what does not fit is read in its turn, nothing ahead. "
+        "naive: all weights are read again in each step. Both are there to compare with.",
+    ),
+    click.option(
+        "--windowing/--no-windowing", default=True, show_default=True,
+        help="Keep neurons of earlier tokens.",
+    ),
+    click.option(
+        "--bundling/--no-bundling", default=True, show_default=True,
+        help="Read all parts of a neuron at once.",
+    ),
+)  # fmt: skip
+
 _MODEL = (
     click.argument("model", type=PATH),
     click.option(
@@ -124,6 +140,11 @@ def engine_options(
 def streaming_options(command: Callable) -> Callable:
     """--policy, --profile, --lookahead and --trace."""
     return _apply(_STREAMING, command)
+
+
+def comparing_options(command: Callable) -> Callable:
+    """--loading, --windowing and --bundling: what streaming is made of, one by one."""
+    return _apply(_COMPARING, command)
 
 
 def model_options(command: Callable) -> Callable:
@@ -191,7 +212,7 @@ def prediction_cost(recipe: dict) -> str:
             f"{100 * said['predicted']:.1f} % of neurons are predicted and have "
             f"{100 * said['recall']:.1f} % of the activation ({100 * missed:.1f} % is missed; "
             f"precision {100 * said['precision']:.0f} %), perplexity changes by "
-            f"{100 * cost:+.2f} % ({said['perplexity']:.2f} to {said['predicted_perplexity']:.2f}) "
+            f"{100 * cost:+.2f} % ({said['perplexity']:.5g} to {said['predicted_perplexity']:.5g}) "
             "on the text that it was calibrated with"
         )
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):

@@ -76,10 +76,12 @@ static void check_bytes(const world *w, int32_t set, const int32_t *ids, int32_t
               "set %d row %d, seed %u", set, ids[i], seed);
 }
 
-static void takes_are_right(const char *engine, int32_t depth, const em_faults *faults) {
+static void takes_are_right(const char *engine, int32_t depth, const em_faults *faults,
+                            int32_t parts) {
     world w;
     make_world(&w);
     em_rows *r = open_rows(&w, engine, depth, faults);
+    if (r) em_rows_read_in(r, parts);
     int32_t room[SETS] = {ROOM, ROOM, ROOM};
     uint32_t seed = 5;
     for (int64_t step = 1; r && step < 400; step++) {
@@ -137,12 +139,13 @@ static void what_is_used_often_or_of_late_stays(void) {
 }
 
 /* Whatever goes wrong with the nth read: the right row is named, and the next take is right. */
-static void faults_are_told(const char *engine, int32_t kind, int32_t error) {
+static void faults_are_told(const char *engine, int32_t kind, int32_t error, int32_t parts) {
     for (int64_t nth = 0; nth < 12; nth++) {
         world w;
         make_world(&w);
         em_faults faults = {.kind = kind, .first = nth, .count = 1, .seed = 77 + (uint64_t)nth};
         em_rows *r = open_rows(&w, engine, 4, &faults);
+        if (r) em_rows_read_in(r, parts);
         int32_t ids[ROOM], failed = 0;
         const uint8_t *at[ROOM];
         for (int32_t i = 0; i < ROOM; i++) ids[i] = i * 5;
@@ -214,12 +217,16 @@ int main(void) {
     const char *const engines[] = {"io_uring", "threads"};
     const em_faults some_short = {.kind = EM_FAULT_SHORT, .first = 3, .count = 60};
     for (int e = 0; e < 2; e++) {
-        takes_are_right(engines[e], 1, NULL);
-        takes_are_right(engines[e], 32, NULL);
-        takes_are_right(engines[e], 4, &some_short);
-        faults_are_told(engines[e], EM_FAULT_ERROR, EIO);
-        faults_are_told(engines[e], EM_FAULT_FLIP, 0);
-        faults_are_told(engines[e], EM_FAULT_SHORT, -1);
+        for (int32_t parts = 1; parts <= 3; parts++) takes_are_right(engines[e], 1, NULL, parts);
+        for (int32_t parts = 1; parts <= 3; parts++) takes_are_right(engines[e], 32, NULL, parts);
+        for (int32_t parts = 1; parts <= 3; parts++)
+            takes_are_right(engines[e], 4, &some_short, parts);
+        for (int32_t parts = 1; parts <= 2; parts++)
+            faults_are_told(engines[e], EM_FAULT_ERROR, EIO, parts);
+        for (int32_t parts = 1; parts <= 2; parts++)
+            faults_are_told(engines[e], EM_FAULT_FLIP, 0, parts);
+        for (int32_t parts = 1; parts <= 2; parts++)
+            faults_are_told(engines[e], EM_FAULT_SHORT, -1, parts);
     }
     what_is_used_often_or_of_late_stays();
     a_file_that_ends_early_is_told();
