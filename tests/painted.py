@@ -32,6 +32,7 @@ ROUTED = replace(
     n_experts=3, top_k=2, expert_intermediate=20, shared_intermediate=18,
 )  # fmt: skip
 APART = replace(SPEC, hidden=32, head_dim=16, activation="relu", neurons=True)
+FORETOLD = replace(APART, ranks=(32,))
 TOKENIZER = b'{"model": {"type": "none"}}'
 
 

@@ -26,10 +26,10 @@ ROW_COST = 8.0
 """What a byte of a predicted neuron costs beside a byte of the predictor, which stays in memory:
 now and then it is read from flash."""
 
-_POWER_STEPS = 4
+_POWER_STEPS = 3
 _NEVER = -1e30
-_BINS = np.linspace(-24.0, 8.0, 4097)
-"""Of the natural logarithm of expected shares."""
+_LOWEST, _BIN, _N_BINS = -24.0, 1 / 128, 4097
+"""Of the natural logarithm of expected shares: bin i is of those up to _LOWEST + i · _BIN."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def threshold(fits: Sequence[Fit], recall: float) -> float:
     alike, is predicted."""
     counts = sum(fit.histogram[0] / max(fit.histogram[0].sum(), 1) for fit in fits)
     mass = sum(fit.histogram[1] / max(fit.histogram[1].sum(), 1e-30) for fit in fits)
-    return math.exp(_BINS[_bin_at(counts, mass, recall)])
+    return math.exp(_LOWEST + _BIN * _bin_at(counts, mass, recall))
 
 
 def judge(predictor: Predictor, layer: Layer) -> Quality:
@@ -161,8 +161,9 @@ def _principal(products: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
     found = np.random.default_rng(0).standard_normal((width, rank), np.float32)
     for _ in range(_POWER_STEPS):
         found = np.linalg.qr(products.T @ (products @ found))[0]
-    _, _, turned = np.linalg.svd(products @ found, full_matrices=False)
-    return (found @ turned.T)[:, : max(ranks)]
+    within = products @ found
+    turned = np.linalg.eigh(within.T @ within)[1][:, ::-1]
+    return (found @ turned)[:, : max(ranks)]
 
 
 def _worth(seen: Layer) -> np.ndarray:
@@ -177,10 +178,10 @@ def _worth(seen: Layer) -> np.ndarray:
 
 def _histogram(expected: np.ndarray, activations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Neurons, and their activations, by what was expected of them, the lowest first."""
-    bins = np.log(np.maximum(expected, 1e-30)).ravel()
-    bins = np.clip(np.searchsorted(_BINS, bins), 0, len(_BINS) - 1)
-    counts = np.bincount(bins, minlength=len(_BINS)).astype(np.float64)
-    return counts, np.bincount(bins, activations.ravel(), minlength=len(_BINS))
+    logarithms = np.log(np.maximum(expected, 1e-30)).ravel()
+    bins = np.clip(np.ceil((logarithms - _LOWEST) / _BIN), 0, _N_BINS - 1).astype(np.intp)
+    counts = np.bincount(bins, minlength=_N_BINS).astype(np.float64)
+    return counts, np.bincount(bins, activations.ravel(), minlength=_N_BINS)
 
 
 def _bin_at(counts: np.ndarray, mass: np.ndarray, recall: float) -> int:
@@ -194,7 +195,8 @@ def _share_at(counts: np.ndarray, mass: np.ndarray, recall: float) -> float:
     return float(counts[_bin_at(counts, mass, recall) + 1 :].sum() / counts.sum())
 
 
-_Z = np.linspace(-12.0, 12.0, 4801)
+_FARTHEST, _PER_UNIT = 12, 256
+_Z = np.linspace(-_FARTHEST, _FARTHEST, 2 * _FARTHEST * _PER_UNIT + 1)
 
 
 def _table() -> np.ndarray:
@@ -203,14 +205,14 @@ def _table() -> np.ndarray:
     return np.maximum(_Z * cumulative + np.exp(-(_Z**2) / 2) / math.sqrt(2 * math.pi), 1e-36)
 
 
-_PSI = np.maximum.accumulate(_table())
+_PSI = np.maximum.accumulate(_table()).astype(np.float32)
 
 
 def _positive_part(z: np.ndarray) -> np.ndarray:
-    inside = np.interp(z, _Z, _PSI).astype(np.float32)
-    return np.where(z > _Z[-1], z, inside)
+    at = np.clip(z * _PER_UNIT + (_FARTHEST * _PER_UNIT + 0.5), 0, len(_PSI) - 1)
+    return np.maximum(_PSI[at.astype(np.int16)], z)  # beyond the table they are the same
 
 
 def _positive_part_inverse(value: np.ndarray) -> np.ndarray:
-    inside = np.interp(np.log(np.maximum(value, 1e-36)), np.log(_PSI), _Z)
-    return np.where(value > _Z[-1], value, inside)
+    inside = np.interp(np.log(np.maximum(value, 1e-36)), np.log(_PSI.astype(np.float64)), _Z)
+    return np.where(value > _FARTHEST, value, inside)

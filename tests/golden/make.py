@@ -15,13 +15,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tiny
-from edgemem.converters import naming
+from edgemem.converters import calibrated, naming
 from edgemem.converters.configuration import describe
 
 from edgemem import converters
 from edgemem.dtypes import U32
-from edgemem.format import Kind, bundle_order, bundle_parts
+from edgemem.format import Kind, bundle_order, bundle_parts, neuron_parts
+from edgemem.predictors.low_rank import Predictor
 from edgemem.spec import ModelSpec
+from edgemem.store import Store
 
 FOLDER = Path(__file__).resolve().parent
 _BOTH = {
@@ -39,6 +41,10 @@ _CONFIGS = {
         },
     },
     "neurons": {
+        "model_type": "llama", "num_hidden_layers": 2, "hidden_act": "relu", "hidden_size": 64,
+        "mlp_bias": True,
+    },
+    "foretold": {
         "model_type": "llama", "num_hidden_layers": 2, "hidden_act": "relu", "hidden_size": 64,
         "mlp_bias": True,
     },
@@ -70,16 +76,25 @@ class Golden:
     @property
     def neurons(self) -> bool:
         """Whether its FFNs are taken apart."""
-        return self.shape == "neurons"
+        return self.shape in ("neurons", "foretold")
 
     @property
     def spec(self) -> ModelSpec:
         """What its store says of the model, but for what generation defaults add."""
-        return replace(describe(self.config, {}).spec, neurons=self.neurons)
+        ranks = (32, 32) if self.shape == "foretold" else ()
+        return replace(describe(self.config, {}).spec, neurons=self.neurons, ranks=ranks)
 
     def convert(self, source: Path, target: Path) -> None:
         """As the golden store was made."""
-        converters.convert(source, target, self.dtype, neurons=self.neurons)
+        if not self.spec.ranks:
+            converters.convert(source, target, self.dtype, neurons=self.neurons)
+            return
+        plain, found = source / "plain.edgemem", weights(self)
+        converters.convert(source, plain, self.dtype, neurons=True)
+        bundles = (found[Kind.PREDICTOR, layer, 0] for layer in range(self.spec.n_layers))
+        predictors = [Predictor(b["reduce"], b["score"], b["score_bias"][0]) for b in bundles]
+        with Store.open(plain) as store:
+            calibrated.write(store, target, predictors, lambda path: {"recall": 0.5})
 
 
 GOLDEN = (
@@ -87,6 +102,7 @@ GOLDEN = (
     Golden("dense", "F16", "keep"),
     Golden("neurons", "F16", "keep"),
     Golden("neurons", "F16", "q8_0"),
+    Golden("foretold", "F16", "q8_0"),
     Golden("routed", "BF16", "keep"),
     Golden("routed", "BF16", "q8_0"),
     Golden("routed", "BF16", "q4_0"),
@@ -117,6 +133,11 @@ def weights(golden: Golden) -> dict[tuple[Kind, int, int], dict[str, np.ndarray]
             for position, part in enumerate(parts)
             if part.dtype is not U32 and (not part.optional or part.name in biases)
         }
+    for layer in range(spec.n_layers) if spec.ranks else ():
+        ffn, rows = found[Kind.FFN, layer, 0], found[Kind.NEURONS, layer, 0]["neurons"]
+        rows[:, : spec.hidden] = ffn["gate"]
+        biases = {name: value for name, value in ffn.items() if name.endswith("bias")}
+        found[Kind.PREDICTOR, layer, 0].update(biases)
     for kind in (Kind.EMBED, Kind.HEAD)[spec.tied :]:
         found[kind, 0, 0] = {"rows": paint(7 + kind, spec.vocab_size, spec.hidden, 128)}
     return found
@@ -127,8 +148,10 @@ def write_checkpoint(golden: Golden, folder: Path) -> None:
     spec = describe(golden.config, {}).spec
     tensors = {}
     for (kind, layer, index), bundle in weights(golden).items():
+        if kind == Kind.PREDICTOR:
+            continue
         if kind == Kind.NEURONS:
-            up, down = np.split(bundle["neurons"], 2, axis=1)
+            up, down = np.split(bundle["neurons"], neuron_parts(golden.spec), axis=1)[-2:]
             kind, bundle = Kind.FFN, {"up": up, "down": down.T}
         for name, value in bundle.items():
             if name == "rows":

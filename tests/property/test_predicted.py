@@ -12,6 +12,7 @@ from streaming import answer
 
 import edgemem
 from edgemem import converters
+from edgemem._native import lib
 from edgemem.calibration import calibrate
 from edgemem.converters import calibrated
 from edgemem.errors import UnsupportedError
@@ -112,6 +113,17 @@ def test_less_is_read_than_exactly(trained):
             counted = engine._streamer.rows.statistics()
             taken.append(counted["hits"] + counted["misses"])
     assert taken[1] < 0.95 * taken[0]
+
+
+@pytest.mark.parametrize("kind", ("ERROR", "FLIP"))
+def test_a_read_that_fails_is_told_and_the_next_step_is_right(kind, trained):
+    _, out, _ = trained
+    expected = loaded(out, predict=True)
+    faults = {"kind": getattr(lib, f"EM_FAULT_{kind}"), "first": 300, "count": 1, "seed": 5}
+    with streaming.opened(out, 0.1, predict=True, faults=faults) as engine:
+        with pytest.raises(edgemem.EdgeMemError, match=r"neuron \d+ of neurons bundle"):
+            answer(engine)
+        assert answer(engine) == expected
 
 
 def test_all_that_is_foretold_gives_the_bytes_of_the_exact(trained, tmp_path):

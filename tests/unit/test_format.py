@@ -386,6 +386,18 @@ def test_a_store_of_neurons_is_read_back(tmp_path):
         assert (layout["neurons"].rows, layout["neurons"].cols) == (24, 64)
 
 
+def test_a_store_of_what_is_foretold_is_read_back(tmp_path):
+    path = painted.write(tmp_path / "a", painted.FORETOLD)
+    with Store.open(path) as store:
+        neurons, predictor = (
+            store.layout_of(int(store.find(kind, 0)[0])) for kind in (Kind.NEURONS, Kind.PREDICTOR)
+        )
+        assert store.spec == painted.FORETOLD and store.verify().ok
+        assert (neurons["neurons"].rows, neurons["neurons"].cols) == (24, 96)
+        assert [s.name for s in predictor.segments] == ["reduce", "score", "score_bias"]
+        assert (predictor["score"].rows, predictor["score"].cols) == (24, 32)
+
+
 def _meta(change):
     def changed(data: bytes) -> bytes:
         found = json.loads(data)
@@ -416,6 +428,28 @@ def _segment(meta: dict, name: str) -> dict:
 )
 def test_neurons_that_do_not_fit_their_model_are_refused(tmp_path, change):
     path = painted.write(tmp_path / "a", painted.APART, dtypes.F32)
+    painted.rewrite(path, meta=_meta(change))
+    with pytest.raises((CorruptError, UnsupportedError)):
+        Store.open(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["spec"].update(ranks=[]),
+        lambda m: m["spec"].update(ranks=[0]),
+        lambda m: m["spec"].update(ranks=[31]),
+        lambda m: m["spec"].update(ranks=[33]),
+        lambda m: m["spec"].update(ranks=[32, 32]),
+        lambda m: m["spec"].update(neurons=False),
+        lambda m: _segment(m, "reduce").update(cols=31),
+        lambda m: _segment(m, "score").update(dtype="u32"),
+        lambda m: _segment(m, "score_bias").update(cols=23),
+        lambda m: _segment(m, "neurons").update(cols=64),
+    ],
+)
+def test_predictors_that_do_not_fit_their_model_are_refused(tmp_path, change):
+    path = painted.write(tmp_path / "a", painted.FORETOLD, dtypes.F32)
     painted.rewrite(path, meta=_meta(change))
     with pytest.raises((CorruptError, UnsupportedError)):
         Store.open(path)
