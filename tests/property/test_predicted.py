@@ -119,7 +119,7 @@ def test_less_is_read_than_exactly(trained):
 def test_a_read_that_fails_is_told_and_the_next_step_is_right(kind, trained):
     _, out, _ = trained
     expected = loaded(out, predict=True)
-    faults = {"kind": getattr(lib, f"EM_FAULT_{kind}"), "first": 300, "count": 1, "seed": 5}
+    faults = {"kind": getattr(lib, f"EM_FAULT_{kind}"), "first": 300, "count": 20, "seed": 5}
     with streaming.opened(out, 0.1, predict=True, faults=faults) as engine:
         with pytest.raises(edgemem.EdgeMemError, match=r"neuron \d+ of neurons bundle"):
             answer(engine)
