@@ -187,7 +187,9 @@ class _Planner:
         if None not in found:
             dtype = neurons.format_of([t[0] for t in found], _WEIGHTS.get(self.dtype))
             for part in bundle_parts(self.spec, Kind.NEURONS, layer):
-                shapes.append((part.name, part.dtype or dtype, part.lanes, part.rows, part.cols))
+                if not part.optional:
+                    kind = part.dtype or dtype
+                    shapes.append((part.name, kind, part.lanes, part.rows, part.cols))
         planned = self._planned(Kind.NEURONS, layer, 0, shapes, [None] * len(shapes))
         if not shapes:
             return planned

@@ -21,20 +21,21 @@ from .neurons import checksums
 
 PREDICTOR_DTYPE = Q8_0
 
-_CHUNK_GROUPS = 64
-"""Groups of 16 neurons that are laid out at a time."""
+_CHUNK_GROUPS, _CHUNK_ROWS = 64, 1024
+"""Groups of 16 neurons that are laid out at a time, and neurons that are written."""
 
 
 def write(
     store: Store,
     target: Path,
     predictors: Sequence[Predictor | None],
+    orders: Sequence[np.ndarray | None],
     judge: Callable[[Path], dict],
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Write `store` with a predictor for each layer (None where the FFN is not taken apart) to
-    `target`, which may be itself; return its bytes.
+    """Write `store` with a predictor for each layer, and its neurons in an order (None where the
+    FFN is not taken apart), to `target`, which may be itself; return its bytes.
 
     `judge(path)` runs what was written and says what belongs into `recipe.predictor`; then it gets
     its name. Predictors become q8_0. Nothing is left where anything fails. Raises StoreError,
@@ -49,7 +50,7 @@ def write(
             if kind == Kind.PREDICTOR:
                 continue
             if kind == Kind.NEURONS:
-                _write_neurons(writer, store, spec, layer)
+                _write_neurons(writer, store, spec, layer, orders[layer])
                 _write_predictor(writer, store, spec, layer, predictors[layer])
             else:
                 layout = store.layout_of(bundle)
@@ -109,29 +110,44 @@ def _packed(matrix: np.ndarray) -> np.ndarray:
     return quantize.pack(bits, F32, PREDICTOR_DTYPE, LANES)
 
 
-def _write_neurons(writer: StoreWriter, store: Store, spec: ModelSpec, layer: int) -> None:
-    bundle = int(store.find(Kind.NEURONS, layer)[0])
-    rows, sums = store.layout_of(bundle).segments
-    if store.spec.ranks:  # rows have all already
-        with writer.bundle(Kind.NEURONS, layer, 0, store.layout_of(bundle)) as out:
-            payload = bytearray(store.layout_of(bundle).payload_bytes)
-            store.read(bundle, payload)
-            out.write(payload)
-        return
-    decider = store.layout_of(int(store.find(Kind.FFN, layer)[0])).segments[0]
-    dtype = _common(decider.dtype, rows.dtype)
-    parts = bundle_parts(spec, Kind.NEURONS, layer)
+def _write_neurons(
+    writer: StoreWriter, store: Store, spec: ModelSpec, layer: int, order: np.ndarray
+) -> None:
+    rows, dtype = _whole_rows(store, layer, spec)
+    places = np.empty(len(order), "<u4")
+    places[order] = np.arange(len(order))
+    made = {"checksums": checksums(rows).astype("<u4"), "places": places}
     layout = Layout.build([
-        (part.name, part.dtype or dtype, part.lanes, part.rows, part.cols) for part in parts
+        (part.name, part.dtype or dtype, part.lanes, part.rows, part.cols)
+        for part in bundle_parts(spec, Kind.NEURONS, layer)
     ])  # fmt: skip
-    made = []
     with writer.bundle(Kind.NEURONS, layer, 0, layout) as out:
         out.begin("neurons")
-        for data in _joined(store, layer, dtype, spec.hidden):
-            out.write(data)
-            made.append(checksums(data))
-        out.begin(sums.name)
-        out.write(np.concatenate(made).astype("<u4"))
+        for first in range(0, len(order), _CHUNK_ROWS):
+            out.write(rows[order[first : first + _CHUNK_ROWS]])
+        for name, words in made.items():
+            out.begin(name)
+            out.write(words)
+
+
+def _whole_rows(store: Store, layer: int, spec: ModelSpec) -> tuple[np.ndarray, DType]:
+    """All of each neuron, uint8 [width, row bytes], and its format."""
+    ffn, apart = (int(store.find(kind, layer)[0]) for kind in (Kind.FFN, Kind.NEURONS))
+    decider, there = store.layout_of(ffn).segments[0], store.layout_of(apart)
+    rows, segment = _groups(store, apart, there["neurons"]), there["neurons"]
+    if "places" in there:
+        places = np.frombuffer(store.read_segment(apart, there["places"]), "<u4")
+        rows = rows[store.check_places(apart, places[: segment.rows])]
+    if store.spec.ranks:
+        return rows, segment.dtype
+    dtype, made = _common(decider.dtype, segment.dtype), []
+    deciding = _groups(store, ffn, decider)
+    for first in range(0, len(deciding), _CHUNK_GROUPS):
+        some = _taken_apart(deciding[first : first + _CHUNK_GROUPS], decider.dtype, spec.hidden)
+        those = rows[first * LANES : (first + _CHUNK_GROUPS) * LANES]
+        others = _taken_apart(those, segment.dtype, segment.cols, 1)
+        made.append(_together([some, others], [decider.dtype, segment.dtype], dtype, len(those)))
+    return np.concatenate(made), dtype
 
 
 def _common(deciding: DType, rows: DType) -> DType:
@@ -145,29 +161,14 @@ def _common(deciding: DType, rows: DType) -> DType:
     return F32
 
 
-def _joined(store: Store, layer: int, dtype: DType, hidden: int):
-    """Rows that hold what decides and what they held before, some at a time: uint8
-    [n, row bytes]."""
-    ffn, apart = int(store.find(Kind.FFN, layer)[0]), int(store.find(Kind.NEURONS, layer)[0])
-    decider = store.layout_of(ffn).segments[0]
-    rows = store.layout_of(apart)["neurons"]
-    deciding = _groups(store, ffn, decider)
-    others = _groups(store, apart, rows)
-    for first in range(0, len(deciding), _CHUNK_GROUPS):
-        some = deciding[first : first + _CHUNK_GROUPS]
-        count = min(len(some) * LANES, rows.rows - first * LANES)
-        those = others[first * LANES : first * LANES + count]
-        a = _taken_apart(some, decider.dtype, hidden, LANES)
-        b = _taken_apart(those, rows.dtype, rows.cols, 1)
-        yield _together([a, b], [decider.dtype, rows.dtype], dtype, count)
-
-
 def _groups(store: Store, bundle: int, segment) -> np.ndarray:
     size = group_bytes(segment.dtype, segment.cols, segment.lanes)
     return np.frombuffer(store.read_segment(bundle, segment), np.uint8).reshape(-1, size)
 
 
-def _taken_apart(groups: np.ndarray, dtype: DType, cols: int, lanes: int) -> list[np.ndarray]:
+def _taken_apart(
+    groups: np.ndarray, dtype: DType, cols: int, lanes: int = LANES
+) -> list[np.ndarray]:
     """The planes of a row each: scales, where there are any, and quants, by row."""
     if not dtype.is_block:
         item = quantize.BITS[dtype]

@@ -24,7 +24,7 @@ from .errors import UnsupportedError
 from .format import Kind
 from .kernels.reference import unpack
 from .perplexity import perplexity
-from .predictors import low_rank
+from .predictors import low_rank, placement
 from .sequence import TokenSequence
 from .session import check_ids
 from .store import Store
@@ -110,7 +110,7 @@ def calibrate(
                 seen, unseen = _halves(engine, text, limit)
                 recorded = _record(engine, [*seen, *unseen], file, progress)
                 exact = perplexity(engine, unseen, window).perplexity
-            fits = _fits(source, recorded, len(seen), recall, progress)
+            fits, orders = _fits(source, recorded, len(seen), recall, progress)
             predictors, reports = _judged(source, recorded, len(seen), fits, recall, progress)
         quality = _mean([report.quality for report in reports])
         said = asdict(quality) | {"perplexity": exact}
@@ -121,7 +121,7 @@ def calibrate(
             return said
 
         told = _telling(progress, "writing")
-        size = calibrated.write(source, out, predictors, run_it, force, told)
+        size = calibrated.write(source, out, predictors, orders, run_it, force, told)
     return CalibrationReport(
         target=str(out), store_bytes=size, tokens=len(seen), judged_tokens=len(unseen),
         recall_wanted=recall, quality=quality, layers=reports,
@@ -182,16 +182,18 @@ def _record(engine: Engine, ids: Sequence[int], file, progress: Progress | None)
 
 def _fits(
     store: Store, recorded: np.ndarray, seen: int, recall: float, progress: Progress | None
-) -> dict[int, low_rank.Fit]:
-    """By layer."""
+) -> tuple[dict[int, low_rank.Fit], list[np.ndarray | None]]:
+    """By layer: predictors in the making, and where neurons lie."""
     told, fits = _telling(progress, "training"), {}
+    orders: list[np.ndarray | None] = [None] * store.spec.n_layers
     layers = [layer for layer, routed in enumerate(store.spec.routed) if not routed]
     for done, layer in enumerate(layers, 1):
         weights = _Weights(store, layer)
         of = weights.layer(recorded[layer, :seen])
         fits[layer] = low_rank.Fit(of, weights.deciding, 2 + store.spec.gated, recall)
+        orders[layer] = placement.order(of.activations > 0)
         told(done, len(layers))
-    return fits
+    return fits, orders
 
 
 def _judged(

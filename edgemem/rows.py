@@ -41,7 +41,8 @@ class RowCache:
         sizes, held = self.row_sizes, self.rooms
         spans = [round_up(n * size, _PAGE) for n, size in zip(held, sizes, strict=True)]
         self._slab = Slab(sum(spans))
-        self._checksums = [_checksums(store, i) for i in self._ids]
+        self._checksums = [_words(store, i, "checksums") for i in self._ids]
+        self._places = [_places(store, i) for i in self._ids]
         sets = ffi.new("em_row_set[]", len(self._ids))
         start = self._slab.address
         for i, item in enumerate(sets):
@@ -49,6 +50,8 @@ class RowCache:
             item.offset = first_page * store.page_size + rows[i].offset
             item.row_bytes, item.n_rows = sizes[i], rows[i].rows
             item.checksums = pointer(self._checksums[i], "uint32_t *")
+            if self._places[i] is not None:
+                item.places = pointer(self._places[i], "uint32_t *")
             item.start = ffi.cast("void *", start)
             item.room = item.most_room = held[i]
             start += spans[i]
@@ -62,7 +65,7 @@ class RowCache:
         self.native = out[0]
         self._finalizer.detach()
         # Reads land in the slab, and are checked against the checksums.
-        kept = (self._slab, self._checksums)
+        kept = (self._slab, self._checksums, self._places)
         self._finalizer = weakref.finalize(self, _close, self.native, fd, kept)
 
     @property
@@ -173,10 +176,15 @@ def _row_bytes(segment: Segment) -> int:
     return group_bytes(segment.dtype, segment.cols, segment.lanes)
 
 
-def _checksums(store: Store, bundle: int) -> np.ndarray:
-    segment = store.layout_of(bundle)["checksums"]
-    data = store.read_segment(bundle, segment)
-    return np.frombuffer(data, "<u4")
+def _words(store: Store, bundle: int, name: str) -> np.ndarray:
+    segment = store.layout_of(bundle)[name]
+    return np.frombuffer(store.read_segment(bundle, segment), "<u4")[: segment.cols]
+
+
+def _places(store: Store, bundle: int) -> np.ndarray | None:
+    if "places" not in store.layout_of(bundle):
+        return None
+    return store.check_places(bundle, _words(store, bundle, "places"))
 
 
 def overhead_bytes(store: Store) -> int:
@@ -185,4 +193,4 @@ def overhead_bytes(store: Store) -> int:
     if not rows:
         return 0
     stage = max(lib.em_row_stage_bytes(_row_bytes(segment)) for segment in rows)
-    return 2 * DEPTH * stage + 24 * sum(segment.rows for segment in rows)
+    return 2 * DEPTH * stage + 28 * sum(segment.rows for segment in rows)

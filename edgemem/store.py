@@ -138,6 +138,13 @@ class Store:
         self._read_into(start, memoryview(data), self.describe(bundle_id))
         return bytes(data)
 
+    def check_places(self, bundle_id: int, places: np.ndarray) -> np.ndarray:
+        """`places` (uint32 [n]) of a bundle's rows; CorruptError where two rows share one."""
+        if not np.array_equal(np.sort(places), np.arange(len(places))):
+            what = f"the places of {self.describe(bundle_id)} of {self.path}"
+            raise CorruptError(f"reading {what}: they are no order of its rows; {_AGAIN}")
+        return places
+
     def verify(self, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
         """Read every byte: payloads against their checksums, and padding, which must be zero.
 

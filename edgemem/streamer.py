@@ -27,6 +27,7 @@ from .residency import Residency
 if TYPE_CHECKING:
     from .recorder import Recorder
     from .rows import RowCache
+    from .store import Store
 
 AHEAD = 2
 """Turns that are read ahead where their demand is certain: one being read, one waiting."""
@@ -76,11 +77,16 @@ class Streamer:
         """The address of a bundle that stays where it is until the streamer is closed."""
         return int(self._residency.addresses[bundle])
 
-    def find_neurons(self, bundle: int, offset: int, found) -> None:
-        """Say in `found` (em_neuron_rows) where the rows of a bundle are, which start at `offset`
-        of it."""
+    def find_neurons(self, store: Store, bundle: int, found) -> None:
+        """Say in `found` (em_neuron_rows) where a bundle's rows are. Raises CorruptError."""
         if self.rows is None:
-            found.resident = ffi.cast("void *", self.resident(bundle) + offset)
+            start, layout = self.resident(bundle), store.layout_of(bundle)
+            found.resident = ffi.cast("void *", start + layout["neurons"].offset)
+            if "places" in layout:
+                places = layout["places"]
+                found.places = ffi.cast("uint32_t *", start + places.offset)
+                words = np.frombuffer(ffi.buffer(found.places, 4 * places.cols), np.uint32)
+                store.check_places(bundle, words)
         else:
             found.rows, found.set = self.rows.native, self.rows.set_of(bundle)
 

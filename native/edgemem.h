@@ -193,6 +193,7 @@ typedef struct {
 /* Rows in memory, where `rows` is NULL, or those of a set. */
 typedef struct {
     const void *resident;
+    const uint32_t *places; /* of resident rows, as in em_row_set */
     em_rows *rows;
     int32_t set;
 } em_neuron_rows;

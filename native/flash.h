@@ -145,9 +145,10 @@ int32_t em_row_places_fit(const em_row_places *places, const int32_t *ids, int32
 
 /* A matrix of lanes 1 in the file, and the memory where some of its rows may be. */
 typedef struct {
-    uint64_t offset; /* in the file, of row 0 */
+    uint64_t offset; /* in the file, of the row in the first place */
     uint64_t row_bytes;
     const uint32_t *checksums; /* [n_rows]: crc32c of each row; kept by the caller, as `start` */
+    const uint32_t *places;    /* [n_rows]: which place each row has in the file; NULL: its own */
     void *start;               /* most_room rows, back to back, at a page */
     int32_t n_rows;
     int32_t room, most_room; /* rows held at once: at first, and at most */

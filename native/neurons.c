@@ -277,7 +277,8 @@ static int32_t take_rows(em_core *core, neurons_task *t, const em_neuron_rows *f
     int64_t row_bytes = em_neuron_bytes(t->is), waited = 0, started = em_now_ns();
     if (!from->rows) {
         for (int32_t i = 0; i < t->n; i++)
-            t->rows[i] = (const uint8_t *)from->resident + ids[i] * row_bytes;
+            t->rows[i] = (const uint8_t *)from->resident +
+                         (from->places ? (int64_t)from->places[ids[i]] : ids[i]) * row_bytes;
         return EM_OK;
     }
     int32_t status = wanted ? em_rows_finish(from->rows, ids, t->n, t->rows, &waited)

@@ -62,7 +62,28 @@ static uint64_t page_floor(uint64_t offset) { return offset / PAGE * PAGE; }
 static uint64_t page_ceil(uint64_t offset) { return (offset + PAGE - 1) / PAGE * PAGE; }
 
 static uint64_t row_start(const em_row_set *s, int32_t id) {
-    return s->offset + (uint64_t)id * s->row_bytes;
+    return s->offset + (s->places ? s->places[id] : (uint64_t)id) * s->row_bytes;
+}
+
+/* Orders ids by place, so that neighbours can be read together: a heap of n of them, in place. */
+static void sort_by_place(const uint32_t *places, int32_t *ids, int32_t n) {
+    for (int32_t end = n, top = n / 2; end > 1;) {
+        int32_t at, id;
+        if (top > 0) {
+            id = ids[--top];
+            at = top;
+        } else {
+            id = ids[--end];
+            ids[end] = ids[0];
+            at = 0;
+        }
+        for (int32_t child; (child = 2 * at + 1) < end; at = child) {
+            if (child + 1 < end && places[ids[child + 1]] > places[ids[child]]) child++;
+            if (places[ids[child]] <= places[id]) break;
+            ids[at] = ids[child];
+        }
+        ids[at] = id;
+    }
 }
 
 static uint8_t *slot_address(const em_row_set *s, int32_t slot) {
@@ -262,6 +283,8 @@ void em_rows_want(em_rows *r, const int32_t *ids, int32_t n, int64_t *waited_ns)
     r->stats.hits += n - absent;
     r->stats.misses += absent;
     if (absent == 0) return;
+    const em_row_set *is = &r->sets[r->set].is;
+    if (is->places) sort_by_place(is->places, missing, absent);
     r->n_missing += absent;
     int64_t since = em_now_ns();
     start_reads(r);

@@ -54,6 +54,7 @@ def bundle_parts(spec: ModelSpec, kind: Kind, layer: int) -> tuple[Part, ...]:
         return (
             Part("neurons", spec.intermediate, _neuron_cols(spec), lanes=1),
             Part("checksums", 1, spec.intermediate, lanes=1, dtype=U32),
+            Part("places", 1, spec.intermediate, lanes=1, optional=True, dtype=U32),
         )
     if kind == Kind.PREDICTOR:
         return _predictor(spec, spec.ranks[layer])

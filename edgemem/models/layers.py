@@ -139,7 +139,7 @@ class Neurons:
         self._bundles = pointer(bundles, "uint32_t *")
         op = ops.add(lib.EM_OP_NEURONS, "computing a feed-forward network").neurons
         op.stream, op.neurons, op.bundles = work.streamer.stream, self._neurons, self._bundles
-        work.streamer.find_neurons(int(rows), apart["neurons"].offset, op.rows)
+        work.find_neurons(int(rows), op.rows)
         op.x, op.out = s.h.pointer, s.x.pointer
         ops.keep(self)
 

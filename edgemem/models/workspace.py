@@ -167,6 +167,10 @@ class Workspace:
         ids = self._store.find(kind) if layer is None else self._store.find(kind, layer)
         return np.ascontiguousarray(ids, np.uint32), [self._store.layout_of(int(i)) for i in ids]
 
+    def find_neurons(self, bundle: int, found) -> None:
+        """Say in `found` (em_neuron_rows) where a bundle's rows are."""
+        self.streamer.find_neurons(self._store, bundle, found)
+
     def tensors(self, layer: int) -> Tensors:
         """What every token needs of a layer, or after the last of them."""
         ids, layouts = self.bundles(Kind.DENSE, layer)

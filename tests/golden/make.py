@@ -94,7 +94,9 @@ class Golden:
         bundles = (found[Kind.PREDICTOR, layer, 0] for layer in range(self.spec.n_layers))
         predictors = [Predictor(b["reduce"], b["score"], b["score_bias"][0]) for b in bundles]
         with Store.open(plain) as store:
-            calibrated.write(store, target, predictors, lambda path: {"recall": 0.5})
+            order = np.arange(self.spec.intermediate)[::-1] ^ 1
+            orders = [order] * self.spec.n_layers
+            calibrated.write(store, target, predictors, orders, lambda path: {"recall": 0.5})
 
 
 GOLDEN = (

@@ -15,10 +15,15 @@ static const uint64_t ROW_BYTES[SETS] = {700, 4352, 20000};
 typedef struct {
     FILE *file;
     uint8_t *bytes[SETS];
-    uint32_t checksums[SETS][ROWS];
+    uint32_t checksums[SETS][ROWS],
+        places[SETS][ROWS]; /* the rows of all but the first set moved */
     uint8_t *slab;
     em_row_set sets[SETS];
 } world;
+
+static const uint8_t *row_of(const world *w, int32_t set, int32_t id) {
+    return w->bytes[set] + w->places[set][id] * ROW_BYTES[set];
+}
 
 static void make_world(world *w) {
     uint64_t offset = PAGE + 64, at = 0;
@@ -28,11 +33,20 @@ static void make_world(world *w) {
         uint64_t size = ROW_BYTES[s];
         w->bytes[s] = exact(ROWS * size);
         for (uint64_t i = 0; i < ROWS * size; i++) w->bytes[s][i] = (uint8_t)((offset + i) % 251);
-        for (int32_t i = 0; i < ROWS; i++)
-            w->checksums[s][i] = em_crc32c(0, w->bytes[s] + (uint64_t)i * size, size);
+        for (int32_t i = 0; i < ROWS; i++) {
+            w->places[s][i] = (uint32_t)(s == 0 ? i : i * (3 + 4 * s) % ROWS);
+            w->checksums[s][i] = em_crc32c(0, row_of(w, s, i), size);
+        }
         fseek(w->file, (long)offset, SEEK_SET);
         fwrite(w->bytes[s], 1, ROWS * size, w->file);
-        w->sets[s] = (em_row_set){offset, size, w->checksums[s], w->slab + at, ROWS, ROOM, ROOM};
+        w->sets[s] = (em_row_set){.offset = offset,
+                                  .row_bytes = size,
+                                  .checksums = w->checksums[s],
+                                  .places = s == 0 ? NULL : w->places[s],
+                                  .start = w->slab + at,
+                                  .n_rows = ROWS,
+                                  .room = ROOM,
+                                  .most_room = ROOM};
         offset = (offset + ROWS * size + 100) / 64 * 64;
         at += (ROOM * size + PAGE) / PAGE * PAGE;
     }
@@ -72,8 +86,8 @@ static void draw(int32_t *ids, int32_t n, uint32_t *seed) {
 static void check_bytes(const world *w, int32_t set, const int32_t *ids, int32_t n,
                         const uint8_t **at, uint32_t seed) {
     for (int32_t i = 0; i < n; i++)
-        CHECK(!memcmp(at[i], w->bytes[set] + (uint64_t)ids[i] * ROW_BYTES[set], ROW_BYTES[set]),
-              "set %d row %d, seed %u", set, ids[i], seed);
+        CHECK(!memcmp(at[i], row_of(w, set, ids[i]), ROW_BYTES[set]), "set %d row %d, seed %u", set,
+              ids[i], seed);
 }
 
 static void takes_are_right(const char *engine, int32_t depth, const em_faults *faults,
