@@ -1,7 +1,8 @@
-"""One measurement of `bench.peers`, in a process of its own: `python -m bench.peer_models JSON`.
+"""One measurement of `bench.peers` or `bench.offload`: `python -m bench.peer_models JSON`.
 
-Prints one JSON object a line as soon as it is known, so that whoever ends this process knows how
-far it came: `facts`, `prefill` (seconds), `step` (seconds, once a token), `peak_rss`.
+It is a process of its own, and prints one JSON object a line as soon as it is known, so that whoever
+ends it knows how far it came: `facts`, `prefill` (seconds), `step` (seconds, once a token),
+`peak_rss`.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ class EdgeMem:
         self._session = None  # its KV cache first: only one is in the budget
         self._session = self._engine.session()
 
-    def feed(self, ids: np.ndarray) -> None:
-        """One prefill or step; makes the logits of the last id."""
-        self._session.feed(ids)
+    def feed(self, ids: np.ndarray) -> np.ndarray:
+        """One prefill or step; the logits of the last id."""
+        return self._session.feed(ids)
 
     def last_facts(self) -> dict:
         """How many bytes streamed in all; 0 where the model is resident."""
@@ -110,12 +111,62 @@ class LlamaCpp:
         return {}
 
 
+class Transformers:
+    """A Hugging Face folder in transformers: all of it in memory, or as much as fits `keep` bytes,
+    and accelerate fetches the rest from the disk, layer by layer, for every step."""
+
+    def __init__(self, case: dict):
+        import torch
+        import transformers
+
+        torch.set_num_threads(case["threads"])
+        options, self.facts = {}, {"version": transformers.__version__, "torch": torch.__version__}
+        if case["keep"] is not None:
+            import accelerate
+
+            self.facts["accelerate"] = accelerate.__version__
+            options = {
+                "device_map": "auto", "max_memory": {"cpu": case["keep"]},
+                "offload_folder": case["offload"],
+            }  # fmt: skip
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        self._torch, self._model = torch, load(case["path"], dtype="auto", **options).eval()
+        places = getattr(self._model, "hf_device_map", {}).values()
+        self.facts["modules_on_disk"] = sum(place == "disk" for place in places)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all tokens."""
+        self._cache = None
+
+    def feed(self, ids: np.ndarray) -> np.ndarray:
+        """One prefill or step; the logits of the last id."""
+        with self._torch.inference_mode():
+            found = self._model(
+                input_ids=self._torch.from_numpy(ids.astype(np.int64))[None],
+                past_key_values=self._cache, use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
+            self._cache = found.past_key_values
+            return found.logits[0, -1].float().numpy()
+
+    def last_facts(self) -> dict:
+        """Nothing more is known."""
+        return {}
+
+
+ENGINES = {"edgemem": EdgeMem, "llama.cpp": LlamaCpp, "transformers": Transformers}
+
+
 def measure(case: dict) -> None:
-    """Prefill of `prompt` tokens and `tokens` single steps; `warm`: after one run of the same."""
+    """Prefill of `prompt` tokens and `tokens` single steps; `warm`: after one run of the same.
+
+    With `logits`, the name of a file, those after the prompt and after each step are kept there,
+    float32 [1 + tokens, vocab].
+    """
     ids = np.random.default_rng(case["seed"]).integers(2, case["vocab"], case["context"])
     ids = ids.astype(np.int32)
     started = time.perf_counter()
-    model = {"edgemem": EdgeMem, "llama.cpp": LlamaCpp}[case["engine"]](case)
+    model = ENGINES[case["engine"]](case)
     tell(facts={"load_seconds": time.perf_counter() - started} | model.facts)
     prompt, tokens = case["prompt"], case["tokens"]
     if case["warm"]:
@@ -124,13 +175,19 @@ def measure(case: dict) -> None:
         model.restart()
     tell(warm=True)
     started = time.perf_counter()
-    model.feed(ids[:prompt])
+    logits = [model.feed(ids[:prompt])]
     tell(prefill=time.perf_counter() - started)
+    reads = [bytes_read()]
     for at in range(prompt, prompt + tokens):
         started = time.perf_counter()
-        model.feed(ids[at : at + 1])
+        found = model.feed(ids[at : at + 1])
         tell(step=time.perf_counter() - started)
-    tell(facts=model.last_facts())
+        reads.append(bytes_read())
+        if "logits" in case:
+            logits.append(found)
+    if "logits" in case:
+        np.save(case["logits"], logits)
+    tell(facts=model.last_facts() | {"step_reads": np.diff(reads).tolist()})
     tell(peak_rss=peak_rss("self"))
 
 
@@ -144,6 +201,15 @@ def peak_rss(pid: int | str) -> int:
     try:
         with open(f"/proc/{pid}/status", encoding="ascii") as file:
             return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return 0
+
+
+def bytes_read() -> int:
+    """What this process has had read from devices, mapped files too; 0 where it is not known."""
+    try:
+        with open("/proc/self/io", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("read_bytes"))
     except (OSError, StopIteration):
         return 0
 

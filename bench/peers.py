@@ -110,8 +110,10 @@ def measured(case: Case, limit_seconds: float | None) -> Outcome:
 def run(case: Case, limit_seconds: float | None) -> Outcome:
     """One process, in a control group where the case has a budget."""
     print(f"measuring {case.name} …", file=sys.stderr)
-    take_memory(case.budget or os.path.getsize(case.run["path"]))
-    evict(case.run["path"])
+    files = files_of(case.run["path"])
+    take_memory(case.budget or sum(map(os.path.getsize, files)))
+    for file in files:
+        evict(file)
     argv = [sys.executable, "-m", "bench.peer_models", json.dumps(case.run)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with group_of(case) as group, tempfile.TemporaryFile("w+") as errors:
@@ -132,6 +134,11 @@ def run(case: Case, limit_seconds: float | None) -> Outcome:
             errors.seek(0)
             outcome.ended = reason(errors.read().strip().splitlines(), process.returncode)
     return outcome
+
+
+def files_of(path: str) -> list[Path]:
+    """A model is one file, or all files of a folder."""
+    return [p for p in Path(path).iterdir() if p.is_file()] if os.path.isdir(path) else [Path(path)]
 
 
 def take_memory(size: int) -> None:
@@ -284,7 +291,7 @@ def notes_of(case: Case, outcomes: list[Outcome], limit: float) -> list[str]:
             text = f"{where} within {limit:g} s; reached {reached}{after}"
         if text:
             found.append(f"{case.name}, round {number}: {text}")
-        elif case.setting == "resident" and outcome.facts["read_bytes"]:
+        elif case.setting == "resident" and outcome.facts.get("read_bytes"):
             found.append(f"{case.name}, round {number}: it does not fit this machine and streams")
     return found
 
@@ -330,11 +337,13 @@ def warnings(budget: int, others: list[float]) -> list[str]:
         with MemoryGroup(budget):
             pass
     except NoControlGroup as error:
-        found.append(f"NO BUDGET WAS ENFORCED on either engine: {error}")
+        found.append(
+            f"NO BUDGET WAS ENFORCED on any engine, and the page cache holds what one maps: {error}"
+        )
     if max(others) > QUIET_CORES:
         found.append(
             f"NOT QUIET: up to {max(others):.1f} cores were busy with other work between rounds; "
-            "threads that wait for each other, llama.cpp's above all, suffer most"
+            "threads that wait for each other, other engines' above all, suffer most"
         )
     return found
 

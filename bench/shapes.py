@@ -15,6 +15,11 @@ _LLAMA3_ROPE = {
     "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
+_OPT = {
+    "model_type": "opt", "architectures": ["OPTForCausalLM"], "activation_function": "relu",
+    "num_attention_heads": 32, "vocab_size": 50272, "max_position_embeddings": 2048,
+    "do_layer_norm_before": True, "enable_bias": True, "tie_word_embeddings": True,
+}  # fmt: skip
 
 SHAPES = {
     "qwen3-30b-a3b": {
@@ -47,12 +52,11 @@ SHAPES = {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128,
         "rope_scaling": _LLAMA3_ROPE | {"factor": 8.0}, "tie_word_embeddings": False,
     },
-    "opt-6.7b": {
-        "model_type": "opt", "architectures": ["OPTForCausalLM"], "hidden_size": 4096,
-        "ffn_dim": 16384, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "vocab_size": 50272, "activation_function": "relu", "max_position_embeddings": 2048,
-        "do_layer_norm_before": True, "enable_bias": True, "tie_word_embeddings": True,
-        "word_embed_proj_dim": 4096,
+    "opt-1.3b": _OPT | {
+        "hidden_size": 2048, "word_embed_proj_dim": 2048, "ffn_dim": 8192, "num_hidden_layers": 24,
+    },
+    "opt-6.7b": _OPT | {
+        "hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384, "num_hidden_layers": 32,
     },
     "llama-0.6b": _LLAMA | {
         "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128,

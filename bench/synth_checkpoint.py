@@ -4,7 +4,7 @@ Both hold matrices row by row, so tiles drawn in a store's order are turned back
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,14 @@ from bench.synth_tokenizer import tokenizer_json
 from bench.weights import Tile, Weights, ahead
 from edgemem.converters import naming
 from edgemem.converters.configuration import describe
-from edgemem.converters.families import OWN
+from edgemem.converters.families import OWN, opt
 from edgemem.dtypes import BF16, BLOCK, F32, Q4_0, Q8_0, DType, scale_plane_bytes
 from edgemem.format import Kind, Part, Segment
 
 _SHARD_BYTES = 4 << 30
 _HF_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+_JOINED = ("falcon",)
+"""Types whose folders have segments in turns within one tensor."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Slice:
 
     @property
     def is_vector(self) -> bool:
-        return self.segment.lanes == 1 and self.segment.name != "rows"
+        return self.segment.lanes == 1 and self.segment.name not in ("rows", "positions")
 
 
 def slices(weights: Weights) -> Iterator[Slice]:
@@ -44,9 +46,9 @@ def slices(weights: Weights) -> Iterator[Slice]:
             yield Slice(kind, layer, index, segment)
 
 
-def _check_names(weights: Weights, form: str) -> None:
+def _check_names(weights: Weights, form: str, unknown: Container[str]) -> None:
     model_type = weights.spec.model_type
-    if model_type in OWN:
+    if model_type in unknown:
         raise ValueError(f"{form} of type {model_type} cannot be made here; write a store instead")
 
 
@@ -83,7 +85,7 @@ def write_folder(config: dict, folder: Path, dtype: str, seed: int = 0) -> int:
     if dtype not in _HF_TYPES:
         raise ValueError(f"a folder holds bf16 or f16, not {dtype}; write a store or a GGUF file")
     weights = Weights(describe(config, {}), seed, dtype)
-    _check_names(weights, "a folder")
+    _check_names(weights, "a folder", _JOINED)
     folder.mkdir(parents=True, exist_ok=True)
     config = config | {"torch_dtype": {"bf16": "bfloat16", "f16": "float16"}[dtype]}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
@@ -114,26 +116,29 @@ def _shards(weights: Weights) -> list[dict[str, list[Slice]]]:
 
 def _hf_name(weights: Weights, part: Slice) -> str:
     spec, segment = weights.spec, part.segment
+    own = OWN.get(spec.model_type, naming)
+    prefix = own.PREFIXES[0]
     if part.kind == Kind.EMBED or (part.kind == Kind.HEAD and spec.tied):
-        return f"model.{naming.EMBED}"
+        return prefix + own.EMBED
     if part.kind == Kind.HEAD:
         return naming.HEAD
     wanted = Part(segment.name, segment.rows, segment.cols, segment.lanes)
-    found = naming.sources(spec, "model.", part.kind, part.layer, part.index, wanted)
+    found = own.sources(spec, prefix, part.kind, part.layer, part.index, wanted)
     names = [source.tensor for source in found]
     if spec.model_type == "mixtral" and len(names) > 1:  # as its own files have it
-        own = [name for name in names if "block_sparse_moe" in name]
-        return next((name for name in own if ".w" in name), own[0])
+        saved = [name for name in names if "block_sparse_moe" in name]
+        return next((name for name in saved if ".w" in name), saved[0])
     return names[0]
 
 
 def _write_shard(path: Path, weights: Weights, shard: dict[str, list[Slice]]) -> None:
     header, end = {}, 0
     for name, parts in shard.items():
-        first, rows = parts[0], sum(part.segment.rows for part in parts)
+        first = parts[0]
+        rows = _rows_before(first.segment) + sum(part.segment.rows for part in parts)
         shape = [first.segment.cols] if first.is_vector else [rows, first.segment.cols]
         start, end = end, end + sum(map(_bytes, parts))
-        dtype = weights.dtype if first.is_vector else first.segment.dtype.name
+        dtype = weights.dtype if first.segment.dtype == F32 else first.segment.dtype.name
         header[name] = {
             "dtype": _HF_TYPES[dtype], "shape": shape, "data_offsets": [start, end],
         }  # fmt: skip
@@ -148,7 +153,12 @@ def _write_shard(path: Path, weights: Weights, shard: dict[str, list[Slice]]) ->
 
 def _bytes(part: Slice) -> int:
     """In a folder: vectors take two bytes as well."""
-    return part.segment.rows * part.segment.cols * 2
+    return (_rows_before(part.segment) + part.segment.rows) * part.segment.cols * 2
+
+
+def _rows_before(segment: Segment) -> int:
+    """Rows of a folder's tensor, of zeros, before the first that a store holds."""
+    return opt.FIRST_POSITION if segment.name == "positions" else 0
 
 
 def _drawn(weights: Weights, parts: list[Slice]) -> Iterator[np.ndarray]:
@@ -158,6 +168,8 @@ def _drawn(weights: Weights, parts: list[Slice]) -> Iterator[np.ndarray]:
         packed, segment = weights.draw(tile), tile.segment
         if segment.lanes == 1 and segment.dtype == F32:
             values = packed.view(np.uint32)
+            if tile.first_row == 0:
+                values = np.pad(values, ((_rows_before(segment), 0), (0, 0)))
             if weights.dtype == "bf16":
                 return (values >> 16).astype(np.uint16)
             return values.view(np.float32).astype(np.float16)
@@ -175,7 +187,7 @@ def write_gguf(config: dict, target: Path, dtype: str, seed: int = 0, force: boo
     if target.exists() and not force:
         raise FileExistsError(f"writing {target}: it exists; remove it first, or --force")
     weights = Weights(describe(config, {}), seed, dtype)
-    _check_names(weights, "a GGUF file")
+    _check_names(weights, "a GGUF file", OWN)
     spec, tensors = weights.spec, {}
     for part in slices(weights):
         name = tensor_name(spec, part.kind, part.layer, part.segment.name)

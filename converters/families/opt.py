@@ -21,7 +21,7 @@ PREFIXES = ("model.decoder.", "decoder.", "")
 
 _EPS = 1e-5
 """torch's default for LayerNorm, which no OPT changes."""
-_FIRST_POSITION = 2
+FIRST_POSITION = 2
 """The row of position 0: what fairseq kept for padding comes before it."""
 _NAMES = {
     "norm": "final_layer_norm", "attn_norm": "self_attn_layer_norm", "ffn_norm": "final_layer_norm",
@@ -63,8 +63,8 @@ def sources(
 ) -> list[Source]:
     """Where a segment is."""
     if part.name == "positions":
-        shape = (part.rows + _FIRST_POSITION, part.cols)
-        return [Source(f"{prefix}embed_positions.weight", shape, _FIRST_POSITION)]
+        shape = (part.rows + FIRST_POSITION, part.cols)
+        return [Source(f"{prefix}embed_positions.weight", shape, FIRST_POSITION)]
     shape = (part.cols,) if part.lanes == 1 else (part.rows, part.cols)
     stem, bias = part.name.removesuffix("_bias"), part.name.endswith("_bias")
     base = prefix if layer == spec.n_layers else f"{prefix}layers.{layer}."

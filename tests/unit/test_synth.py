@@ -41,6 +41,11 @@ CONFIGS = {
     ),
     "qwen3_moe": SHAPES["qwen3-30b-a3b"] | SMALL | EXPERTS,
 }
+SMALL_OPT = {
+    "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96, "num_attention_heads": 4,
+    "num_hidden_layers": 2, "vocab_size": 275, "max_position_embeddings": 50,
+}  # fmt: skip
+FOLDERS = CONFIGS | {"opt": SHAPES["opt-1.3b"] | SMALL_OPT}
 
 
 def pages(store: Store) -> list:
@@ -48,14 +53,14 @@ def pages(store: Store) -> list:
     return store.entries[["kind", "layer", "index", "payload_bytes", "crc32c"]].tolist()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FOLDERS)
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 def test_a_folder_converts_to_the_store_that_is_written_directly(tmp_path, name, dtype):
     from edgemem.converters import convert
 
-    write(CONFIGS[name], tmp_path / "folder", dtype, seed=5)
+    write(FOLDERS[name], tmp_path / "folder", dtype, seed=5)
     convert(tmp_path / "folder", tmp_path / "converted.edgemem")
-    write(CONFIGS[name], tmp_path / "direct.edgemem", dtype, seed=5)
+    write(FOLDERS[name], tmp_path / "direct.edgemem", dtype, seed=5)
     with Store.open(tmp_path / "direct.edgemem") as direct:
         assert direct.verify().ok
         with Store.open(tmp_path / "converted.edgemem") as converted:
@@ -206,9 +211,14 @@ def test_what_cannot_be_written_is_refused(tmp_path):
         write(CONFIGS["llama"], tmp_path / "folder", "q4_0")
     with pytest.raises(ValueError, match="whole blocks of 32"):
         write(CONFIGS["llama"] | {"intermediate_size": 100}, tmp_path / "x.gguf", "q4_0")
-    for form, name in (("a folder", "folder"), ("a GGUF file", "z.gguf")):
-        with pytest.raises(ValueError, match=f"{form} of type opt cannot be made here"):
-            write(SHAPES["opt-6.7b"], tmp_path / name, "bf16")
+    falcon = {"model_type": "falcon", "hidden_size": 64, "num_attention_heads": 4}
+    for form, name, config in (
+        ("a folder of type falcon", "folder", falcon),
+        ("a GGUF file of type falcon", "z.gguf", falcon),
+        ("a GGUF file of type opt", "z.gguf", SHAPES["opt-6.7b"]),
+    ):
+        with pytest.raises(ValueError, match=f"{form} cannot be made here"):
+            write(config, tmp_path / name, "bf16")
         assert not (tmp_path / name).exists()
     (tmp_path / "y.gguf").touch()
     with pytest.raises(FileExistsError, match="it exists"):
