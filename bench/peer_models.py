@@ -116,6 +116,8 @@ class Transformers:
     and accelerate fetches the rest from the disk, layer by layer, for every step."""
 
     def __init__(self, case: dict):
+        # Threads that spin while others have the processors made a step 5 to 8 times as long.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import torch
         import transformers
 
