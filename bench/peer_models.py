@@ -1,7 +1,7 @@
 """One measurement of `bench.peers` or `bench.offload`: `python -m bench.peer_models JSON`.
 
-It is a process of its own, and prints one JSON object a line as soon as it is known, so that whoever
-ends it knows how far it came: `facts`, `prefill` (seconds), `step` (seconds, once a token),
+It is a process of its own, and prints one JSON object a line as soon as it is known, so that
+whoever ends it knows how far it came: `facts`, `prefill` (seconds), `step` (seconds, once a token),
 `peak_rss`.
 """
 
