@@ -60,6 +60,18 @@ def bytes_as(store: Store, dtype: DType) -> int:
     return int(_layout_uses(store) @ np.array(per_layout, np.int64))
 
 
+def multiply_adds(store: Store, use: np.ndarray) -> dict[str, float]:
+    """Of one token by number format, where `use` float64 [n_bundles] says how much of each bundle
+    it takes."""
+    per_layout = np.bincount(store.entries["layout"], use, len(store.layouts))
+    counts = dict.fromkeys(BY_NAME, 0.0)
+    for layout, uses in zip(store.layouts, per_layout.tolist()):
+        for segment in layout.segments:
+            if segment.dtype is not U32:
+                counts[segment.dtype.name] += segment.rows * segment.cols * uses
+    return counts
+
+
 def _layout_uses(store: Store) -> np.ndarray:
     """How many bundles are of each layout class, int64 [n_layouts]."""
     return np.bincount(store.entries["layout"], minlength=len(store.layouts)).astype(np.int64)

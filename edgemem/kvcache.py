@@ -37,6 +37,15 @@ def cache_bytes(spec: ModelSpec, context: int, kv: str = "f16") -> int:
     return _rows(context) * token_bytes(spec, kv)
 
 
+def unused_bytes(spec: ModelSpec, context: int, kv: str, tokens: int) -> int:
+    """Bytes of a cache that so many tokens have not touched: whole pages of each head's strip."""
+    size = cache_bytes(spec, context, kv)
+    if not tokens:
+        return size
+    pages = -(-_rows(tokens) * row_bytes(spec, kv) // mmap.PAGESIZE) + 1
+    return max(0, size - 2 * spec.n_layers * spec.n_kv_heads * pages * mmap.PAGESIZE)
+
+
 def _rows(tokens: int) -> int:
     return -(-tokens // LANES) * LANES
 
@@ -58,8 +67,7 @@ class KvCache:
         self.position = 0
         self.rope_length = 0
         self._slab = Slab(cache_bytes(spec, context, kv), huge)
-        self._strips = 2 * spec.n_layers * spec.n_kv_heads
-        self._row_bytes = row_bytes(spec, kv)
+        self._spec, self._kv = spec, kv
         self._touched = 0
         half = self._slab.bytes // (2 * spec.n_layers)
         self.layers = [
@@ -83,11 +91,8 @@ class KvCache:
 
     @property
     def unused_bytes(self) -> int:
-        """Bytes that no token has touched: whole pages of each head's strip."""
-        if not self._touched:
-            return self.bytes
-        pages = -(-_rows(self._touched) * self._row_bytes // mmap.PAGESIZE) + 1
-        return max(0, self.bytes - self._strips * pages * mmap.PAGESIZE)
+        """Bytes that no token has touched."""
+        return unused_bytes(self._spec, self.context, self._kv, self._touched)
 
     def truncate(self, position: int) -> None:
         """Forget all tokens from `position` on."""

@@ -8,8 +8,8 @@ from . import inventory, planner
 from .arguments import context_limit
 from .budget import MIB, Budget, Item, current_bytes, machine_bytes, show_size
 from .dtypes import BY_NAME
-from .kvcache import cache_bytes, token_bytes
-from .models.workspace import scratch_bytes
+from .kvcache import cache_bytes, token_bytes, unused_bytes
+from .models.workspace import ScratchLoan, scratch_bytes
 from .planner import Plan
 from .store import Store
 
@@ -42,8 +42,8 @@ class Needs:
         self, store: Store, limit: int, context: int | None, threads: int, kv: str,
         predict: bool = False,
     ):  # fmt: skip
-        self._store, self.spec, self.kv, self._threads = store, store.spec, kv, threads
-        self._predict = predict
+        self.store, self.spec, self.kv, self.threads = store, store.spec, kv, threads
+        self.predict = predict
         self.context = _context(store, context)
         label = f"KV cache ({self.context} tokens at {kv})"
         self.kv_item = Item(label, cache_bytes(self.spec, self.context, kv))
@@ -72,7 +72,7 @@ class Needs:
             (True, False, CHUNK_TOKENS, reserve),
             (True, True, CHUNK_TOKENS, reserve), (True, True, CHUNK_TOKENS, 0),
         ):  # fmt: skip
-            bundles = inventory.plannable(self._store, head, self._predict)
+            bundles = inventory.plannable(self.store, head, self.predict)
             self.plan: Plan | None = planner.plan(
                 bundles, spare - self._scratch_bytes(chunk) - kept
             )
@@ -82,12 +82,12 @@ class Needs:
         self.logits_tokens = min(STREAMING_LOGITS_TOKENS if streams else CHUNK_TOKENS, self.context)
 
     def _scratch_bytes(self, chunk: int) -> int:
-        return scratch_bytes(self.spec, min(chunk, self.context), self._threads)
+        return scratch_bytes(self.spec, min(chunk, self.context), self.threads)
 
     def _weight_items(self) -> list[Item]:
         """What the plan takes at least; without one, the least that a plan would take."""
         if self.plan is None:
-            least = planner.floor_bytes(inventory.plannable(self._store, True, self._predict))
+            least = planner.floor_bytes(inventory.plannable(self.store, True, self.predict))
             return [Item("weights that every token needs, and one step's bundles", least)]
         items = [Item("weights", self.plan.resident_bytes)]
         if self.plan.streams:
@@ -96,6 +96,15 @@ class Needs:
         if len(self.plan.apart):
             items.append(Item("reading neurons", self.plan.aside_bytes))
         return items
+
+    def expected_slots(self, spare: int, prompt_tokens: int, more_tokens: int) -> dict[int, int]:
+        """The slots of each layout class after a prompt and more tokens, one by one, where the
+        budget has so much to `spare` beside `items`."""
+        loan = ScratchLoan(self.spec, self.chunk_tokens, self.threads)
+        for n in (min(prompt_tokens, self.chunk_tokens), *[1] * more_tokens):
+            loan.expect(n, lambda _: None)
+        unused = unused_bytes(self.spec, self.context, self.kv, prompt_tokens + more_tokens)
+        return self.plan.slots(self.slab_room(spare, unused + loan.bytes))
 
     def slab_room(self, spare: int, unused: int) -> int:
         """Bytes that slots may take: what is theirs, and of what the budget has to `spare`, and
@@ -117,7 +126,7 @@ class Needs:
                 lines.append(f"a KV cache at {name} would fit: {show_size(smaller)} (--kv {name})")
                 break
         for name in ("q8_0", "q4_0"):
-            smaller = inventory.bytes_as(self._store, BY_NAME[name])
+            smaller = inventory.bytes_as(self.store, BY_NAME[name])
             if needed - self._weights_bytes + smaller <= spare:
                 size = show_size(smaller)
                 lines.append(

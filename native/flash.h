@@ -203,6 +203,28 @@ void em_rows_record(em_rows *rows, em_observer *record, void *user);
 em_row_stats em_rows_statistics(const em_rows *rows);
 em_row_failure em_rows_failure(em_rows *rows); /* tells it once */
 
+/* ---- the pace of a device --------------------------------------------------------------------
+ */
+
+/* Parts of a file, all of one size. */
+typedef struct {
+    const uint64_t *offsets; /* [n] */
+    uint64_t bytes;
+    int32_t n;
+} em_pieces;
+
+/* What arrived, in how long; the errno of the first read that failed, or 0. */
+typedef struct {
+    int64_t read_bytes, spent_ns;
+    int32_t error;
+} em_flash_pace;
+
+/* Reads pieces in their order, `depth` at a time, until all are there or `most_ns` are over, and
+ * does nothing with them. `buffer` has room for `depth` of them, aligned as the file asks; `engine`
+ * as em_residency_open. EM_FLASH: a read failed, or the file ends before it. */
+int32_t em_flash_measure(int32_t fd, const char *engine, int32_t depth, const em_pieces *pieces,
+                         void *buffer, int64_t most_ns, em_flash_pace *pace);
+
 /* end cdef */
 
 #endif

@@ -18,8 +18,10 @@ from .bench import bench
 from .calibrate import calibrate
 from .convert import convert
 from .demo import demo
+from .doctor import doctor
 from .inspect import inspect
 from .perplexity import perplexity
+from .plan import plan
 from .run import run
 from .verify import verify
 
@@ -28,6 +30,7 @@ _ENOUGH_MEMORY = {
     "convert": "a machine with more memory, or a checkpoint whose largest tensor is smaller",
     "run": _LESS,
     "demo": "a smaller --context",
+    "plan": _LESS,
     "bench": _LESS,
     "calibrate": "a smaller --limit",
     "perplexity": f"a shorter text (--limit), {_LESS}",
@@ -87,7 +90,9 @@ def cli() -> None:
     """Run language models inside a memory budget that you set; stores are ready for streaming."""
 
 
-for command in (convert, run, inspect, verify, perplexity, bench, calibrate, demo):
+for command in (
+    convert, run, inspect, verify, perplexity, plan, bench, doctor, calibrate, demo,
+):  # fmt: skip
     cli.add_command(command)
 
 

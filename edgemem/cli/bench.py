@@ -21,7 +21,8 @@ Each repetition feeds a prompt of random tokens and then more of them one by one
 its own that starts from empty slots (--warm: with those of the one before, after one that does not
 count). Each budget is measured in a process of its own.
 
-In the table, hits are of decode (what was read ahead in time is one, so that there may be more than
+In the table, expected is what 'edgemem plan' says, where 'edgemem doctor' has measured this device
+before; hits are of decode (what was read ahead in time is one, so that there may be more than
 Belady's), stall is the share of its time in which products waited for bundles, and busy that in
 which the device read. η is the share of the pace that is possible: reading each token's weights
 once from DRAM, and from flash only what the best of all caches (Belady's, which knows the future)
@@ -34,14 +35,7 @@ and ends in exit code 1.
 
 @click.command(help=_HELP, short_help="Measure speed inside memory budgets.")
 @options.model_options
-@click.option(
-    "-p", "--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True,
-    metavar="N", help="Tokens of each prompt.",
-)  # fmt: skip
-@click.option(
-    "-n", "--new-tokens", type=click.IntRange(min=1), default=128, show_default=True,
-    metavar="N", help="Tokens after it, one by one.",
-)  # fmt: skip
+@options.token_counts
 @click.option(
     "-r", "--repetitions", type=click.IntRange(min=1), default=3, show_default=True,
     metavar="N", help="Sessions that are measured.",
@@ -66,7 +60,7 @@ def bench(model, dtype, neurons, cache_dir, memory, trace, breakdown, as_json, *
     with Store.open(store) as opened:
         facts = _facts(opened)
     one = measured if len(memory) == 1 else measured_apart
-    results = [one(store, size, trace=trace, **more) for size in memory]
+    results = [one(store, size, trace=trace, cache_dir=cache_dir, **more) for size in memory]
     _show(facts, results, breakdown, as_json)
     if any("error" in result for result in results):
         sys.exit(1)
@@ -95,10 +89,13 @@ def _facts(store) -> dict:
 
 def measured(
     store: Path, memory: str, prompt_tokens: int, new_tokens: int, repetitions: int, warm: bool,
-    context: int | None, threads: int | None, **streaming,
+    context: int | None, threads: int | None, cache_dir: Path | None = None, **streaming,
 ) -> dict:  # fmt: skip
-    """What this process measures inside one budget, or why the model does not fit it."""
-    from .. import benchmark
+    """What this process measures inside one budget, or why the model does not fit it; `expected`
+    is what a plan says, None where the cache folder has no figures of the device, or it streams in
+    another way than is usual."""
+    from .. import benchmark, doctor, plan
+    from .cache import default_folder
 
     counts = (prompt_tokens, new_tokens, repetitions)
     context = context or prompt_tokens + new_tokens
@@ -113,9 +110,14 @@ def measured(
         options.note(f"edgemem: {error}")
         return {"memory": memory, "error": "does not fit", "message": str(error)}
     label = f"measuring in {memory}"
+    folder = default_folder() if cache_dir is None else cache_dir
+    as_usual = streaming["lookahead"] and streaming["policy"] == options.POLICIES[0]
+    device = doctor.known(store, folder) if as_usual else None
     with opened as engine, options.progress_bar(label, " tokens") as progress:
+        told = plan.outlook(engine._needs, engine.budget, *counts[:2], device)
         report = benchmark.measure(engine, *counts, warm=warm, progress=progress)
-    return {"memory": memory} | dataclasses.asdict(report)
+    expected = told.expected and dataclasses.asdict(told.expected)
+    return {"memory": memory, "expected": expected} | dataclasses.asdict(report)
 
 
 def measured_apart(

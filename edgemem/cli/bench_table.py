@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..budget import show_size
 
 COLUMNS = (
-    "budget", "slots", "prefill tok/s", "first token", "decode tok/s", "read/token", "hits",
-    "Belady", "stall", "busy", "η", "peak RSS",
+    "budget", "slots", "prefill tok/s", "first token", "decode tok/s", "expected", "read/token",
+    "hits", "Belady", "stall", "busy", "η", "peak RSS",
 )  # fmt: skip
 
 
@@ -22,7 +22,7 @@ def heading(facts: dict) -> str:
 
 def table(results: list[dict]) -> str:
     """A row for each result, padded so that it is a table on a terminal too."""
-    return _aligned([COLUMNS, *map(_row, results)])
+    return aligned([COLUMNS, *map(_row, results)])
 
 
 def breakdowns(results: list[dict]) -> str:
@@ -37,14 +37,15 @@ def breakdowns(results: list[dict]) -> str:
         parts = [result["breakdown"][name] for result in done]
         if any(parts):
             rows.append((name, *map(_part, parts, totals)))
-    return _aligned([*rows, ("all", *map(_part, totals, totals))])
+    return aligned([*rows, ("all", *map(_part, totals, totals))])
 
 
 def _part(seconds: float, of: float) -> str:
     return f"{1e3 * seconds:.3f} ({100 * seconds / of:.1f} %)"
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> str:
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table, the first row its head; padded, columns to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(f"{c:>{w}}" for c, w in zip(row, widths)) + " |" for row in rows]
     rule = "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|"
@@ -55,17 +56,19 @@ def _row(result: dict) -> tuple[str, ...]:
     if "error" in result:
         return (result["memory"], result["error"], *[""] * (len(COLUMNS) - 2))
     decode, streams = result["decode"], _streams(result)
+    expected = result["expected"]
     return (
         result["memory"],
-        _slots(result) if streams else "all resident",
+        slots_text(result) if streams else "all resident",
         _rate(result["prefill"]["tokens_per_second"]),
         _seconds(result["first_token_seconds"]["median"]),
         _rate(decode["tokens_per_second"]),
+        _number(expected["tokens_per_second"]) if expected else "–",
         show_size(decode["read_bytes_per_token"]) if streams else "–",
-        _share(decode["hit_rate"]),
-        _share(result["belady_hit_rate"]),
-        _share(decode["stall_share"] if streams else None),
-        _share(min(1, decode["device_share"]) if streams else None),
+        share(decode["hit_rate"]),
+        share(result["belady_hit_rate"]),
+        share(decode["stall_share"] if streams else None),
+        share(min(1, decode["device_share"]) if streams else None),
         f"{result['efficiency']:.2f}",
         show_size(result["peak_rss_bytes"]),
     )
@@ -75,7 +78,8 @@ def _streams(result: dict) -> bool:
     return result["streamed_bundles"] > 0 or result["neurons"] > 0
 
 
-def _slots(result: dict) -> str:
+def slots_text(result: dict) -> str:
+    """How many slots there are for how many bundles, and neurons."""
     parts = [f"{result['slots']}/{result['streamed_bundles']}"] * (result["streamed_bundles"] > 0)
     if result["neurons"]:
         parts.append(f"{result['neuron_room']}/{result['neurons']} neurons")
@@ -121,14 +125,23 @@ def _span(results: list[dict], name: str) -> str:
 
 
 def _rate(spread: dict) -> str:
-    digits = 2 if spread["median"] < 10 else 1 if spread["median"] < 100 else 0
+    digits = _digits(spread["median"])
     median, low, high = (f"{spread[name]:.{digits}f}" for name in ("median", "low", "high"))
     return f"{median} ({low}–{high})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.{_digits(value)}f}"
+
+
+def _digits(value: float) -> int:
+    return 2 if value < 10 else 1 if value < 100 else 0
 
 
 def _seconds(seconds: float) -> str:
     return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def _share(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.0f} %"
+def share(part: float | None) -> str:
+    """A share in per cent, or a dash where there is none."""
+    return "–" if part is None else f"{100 * part:.0f} %"

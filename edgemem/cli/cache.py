@@ -101,6 +101,17 @@ def default_folder() -> Path:
         raise StoreError(f"choosing a cache folder: {error}; give one with --cache-dir") from None
 
 
+def made_folder(folder: Path) -> Path:
+    """A cache folder, made if it is not there. Raises StoreError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"making the cache folder {folder}: {error.strerror}; choose another with --cache-dir"
+        ) from error
+    return folder
+
+
 @dataclass(frozen=True)
 class _Source:
     """A path that may be a checkpoint's, and how its store is wanted."""

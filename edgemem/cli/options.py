@@ -26,6 +26,17 @@ STOP = click.option(
     "--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable."
 )
 
+PREDICT = click.option(
+    "--predict", is_flag=True,
+    help="Use only neurons that are predicted to be active, of a store that was calibrated; "
+    "changes the answer.",
+)  # fmt: skip
+CACHE_DIR = click.option(
+    "--cache-dir", type=PATH, metavar="DIR",
+    help="Where stores of checkpoints, and what was measured, are kept.  [default: "
+    "$EDGEMEM_CACHE, or the system's folder for caches]",
+)  # fmt: skip
+
 _MORE_BYTES = 16
 """A byte order mark, a newline at the end and the part of a character leave more than `most`."""
 
@@ -94,15 +105,18 @@ _MODEL = (
         help="Number format of the matrices, of a checkpoint.  [default: keep]",
     ),
     click.option("--neurons", is_flag=True, help="Take the FFNs of a checkpoint apart (convert)."),
+    PREDICT,
+    CACHE_DIR,
+)  # fmt: skip
+
+_TOKENS = (
     click.option(
-        "--predict", is_flag=True,
-        help="Use only neurons that are predicted to be active, of a store that was calibrated; "
-        "changes the answer.",
+        "-p", "--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True,
+        metavar="N", help="Tokens of each prompt.",
     ),
     click.option(
-        "--cache-dir", type=PATH, metavar="DIR",
-        help="Where stores of checkpoints are kept.  [default: $EDGEMEM_CACHE, or the system's "
-        "folder for caches]",
+        "-n", "--new-tokens", type=click.IntRange(min=1), default=128, show_default=True,
+        metavar="N", help="Tokens after it, one by one.",
     ),
 )  # fmt: skip
 
@@ -135,6 +149,11 @@ def engine_options(
         )  # fmt: skip
     context = click.option("--context", type=click.IntRange(min=1), metavar="N", help=help)
     return lambda command: _apply((memory, context, _KV, THREADS), command)
+
+
+def token_counts(command: Callable) -> Callable:
+    """--prompt-tokens and --new-tokens."""
+    return _apply(_TOKENS, command)
 
 
 def streaming_options(command: Callable) -> Callable:

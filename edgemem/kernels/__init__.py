@@ -83,6 +83,11 @@ class Core:
         """Read memory with all threads and do nothing with it: the pace that bounds products."""
         lib.em_read_bytes(self.handle, ffi.cast("void *", address), size)
 
+    def multiply_adds(self, dtype: int, items: int) -> int:
+        """Let all threads multiply and add as products of a number format (its code) do, but
+        without memory, in so many parts; how many multiply-adds they were."""
+        return lib.em_peak(self.handle, dtype, items)
+
     def trim(self, size: int) -> None:
         """Give the memory of scratch beyond `size` bytes back until it is used again."""
         lib.em_core_trim(self.handle, size)

@@ -48,7 +48,8 @@ def one_line(stderr):
 def test_version_and_help():
     assert run("--version")[0] == f"edgemem {edgemem.__version__}\n"
     stdout, _ = run("--help")
-    for command in ("convert", "run", "inspect", "verify", "perplexity", "bench", "demo"):
+    commands = "convert run inspect verify perplexity plan bench doctor demo"
+    for command in commands.split():
         assert command in stdout
         assert "--json" in run(command, "--help")[0]
 
