@@ -35,7 +35,7 @@ DEPTHS = (1, 4, 16, 64, 128)
 ENGINES = ("io_uring", "threads")
 ROUNDS = 3
 """Each figure is a median of so many, taken apart in time."""
-READ_SECONDS, MEMORY_SECONDS, COMPUTE_SECONDS = 0.06, 0.4, 0.05
+READ_SECONDS, MEMORY_SECONDS, COMPUTE_SECONDS = 0.04, 0.4, 0.05
 """How long a figure of each kind is measured in a round."""
 FILE_BYTES, LEAST_FILE_BYTES = 256 * MIB, 16 * MIB
 DISK_SHARE = 4
