@@ -84,7 +84,7 @@ class Device:
         engine = next(name for name in ENGINES if name in names)
         return [r for r in self.flash if r.direct == direct and r.engine == engine]
 
-    def flash_rate(self, size: int, depth: int) -> float:
+    def flash_rate(self, size: int, depth: float) -> float:
         """Bytes per second of reads of `size` bytes, `depth` in flight: between what was measured,
         straight lines over logarithms; beyond it, what is nearest."""
         found = {(r.bytes, r.depth): r.bytes_per_second for r in self.chosen()}

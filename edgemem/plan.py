@@ -189,7 +189,11 @@ def _stream(store: Store, plan: Plan, place: int, slots: int, device: Device) ->
     kind, wanted = store.entries["kind"][bundles[0]], float(plan.demand[place])
     share, serial = _missed(kind, slots, count, store.spec.top_k)
     missed = share * wanted
-    rate = device.flash_rate(min(each, residency.PIECE_BYTES), residency.DEPTH) * BUNDLE_SHARE
+    # What a turn lacks is asked for at once, as far as there is room for it.
+    turns = len(np.unique(inventory.turns(store)[bundles]))
+    at_once = max(1.0, min(missed / turns, slots // 2)) * -(-each // residency.PIECE_BYTES)
+    size, depth = min(each, residency.PIECE_BYTES), min(at_once, residency.DEPTH)
+    rate = device.flash_rate(size, depth) * BUNDLE_SHARE
     seconds = missed * each / rate
     return _Stream(wanted, missed, missed * each, seconds, serial, kind == Kind.EXPERT)
 
