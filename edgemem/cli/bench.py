@@ -21,10 +21,10 @@ Each repetition feeds a prompt of random tokens and then more of them one by one
 its own that starts from empty slots (--warm: with those of the one before, after one that does not
 count). Each budget is measured in a process of its own.
 
-In the table, expected is what 'edgemem plan' says, where 'edgemem doctor' has measured this device
-before; hits are of decode (what was read ahead in time is one, so that there may be more than
-Belady's), stall is the share of its time in which products waited for bundles, and busy that in
-which the device read. η is the share of the pace that is possible: reading each token's weights
+In the table, plan is the tok/s that 'edgemem plan' expects, where 'edgemem doctor' measured this
+device before; hits are of decode (what was read ahead in time is one, so that there may be more
+than Belady's), stall is the share of its time in which products waited for bundles, and busy that
+in which the device read. η is the share of the pace that is possible: reading each token's weights
 once from DRAM, and from flash only what the best of all caches (Belady's, which knows the future)
 misses, at the rates that are measured beside it.
 
@@ -95,6 +95,7 @@ def measured(
     is what a plan says, None where the cache folder has no figures of the device, or it streams in
     another way than is usual."""
     from .. import benchmark, doctor, plan
+    from ..arguments import Streaming
     from .cache import default_folder
 
     counts = (prompt_tokens, new_tokens, repetitions)
@@ -111,10 +112,11 @@ def measured(
         return {"memory": memory, "error": "does not fit", "message": str(error)}
     label = f"measuring in {memory}"
     folder = default_folder() if cache_dir is None else cache_dir
-    as_usual = streaming["lookahead"] and streaming["policy"] == options.POLICIES[0]
-    device = doctor.known(store, folder) if as_usual else None
+    device = doctor.known(store, folder)
     with opened as engine, options.progress_bar(label, " tokens") as progress:
-        told = plan.outlook(engine._needs, engine.budget, *counts[:2], device)
+        as_usual = dataclasses.replace(engine._streaming, trace=None) == Streaming()
+        rates = device if as_usual else None
+        told = plan.outlook(engine._needs, engine.budget, *counts[:2], rates)
         report = benchmark.measure(engine, *counts, warm=warm, progress=progress)
     expected = told.expected and dataclasses.asdict(told.expected)
     return {"memory": memory, "expected": expected} | dataclasses.asdict(report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..budget import show_size
 
 COLUMNS = (
-    "budget", "slots", "prefill tok/s", "first token", "decode tok/s", "expected", "read/token",
+    "budget", "slots", "prefill tok/s", "first token", "decode tok/s", "plan", "read/token",
     "hits", "Belady", "stall", "busy", "η", "peak RSS",
 )  # fmt: skip
 

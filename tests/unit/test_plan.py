@@ -267,7 +267,7 @@ def test_bench_says_what_was_expected(tiny_moe_store, cache):
     assert result["expected"] == dataclasses.asdict(expected.expected)
     shown = bench(*few, "--memory", "auto", "--memory", "auto").splitlines()
     head, _, *rows = [line.split("|") for line in shown if line.startswith("|")]
-    place = [cell.strip() for cell in head].index("expected")
+    place = [cell.strip() for cell in head].index("plan")
     rate = expected.expected.tokens_per_second
     assert [float(row[place]) for row in rows] == [pytest.approx(rate, rel=0.02)] * 2
     assert json.loads(bench(*few, "--json", "--policy", "lru"))["results"][0]["expected"] is None
