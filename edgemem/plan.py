@@ -38,7 +38,9 @@ from .tokenizer import Tokenizer
 
 EXPERT_DECAY = 9.5
 NEURON_SHARE = 0.03
-"""Of neurons, what one token wants; models differ (OPT-6.7B: 3 %; others up to 10 and 20 %)."""
+"""Of neurons, what one token wants, where a store does not say (OPT-6.7B: 3 %; others up to 20)."""
+NEURON_WINDOW = 1.5
+"""With room for so many times what a token wants, half of that is there (bench/LOG.md)."""
 IN_TRANSIT = 1 + streamer.AHEAD
 """Slots of layers that come in turns which hold what is used now, or next."""
 PRODUCT_SHARE = 0.9
@@ -150,7 +152,7 @@ def expect(needs: Needs, slots: dict[int, int], tokens: int, device: Device) -> 
     compute = _compute_seconds(needs, use, tokens, device)
     alone = _compute_seconds(needs, use * (store.entries["kind"] == Kind.HEAD), 0, device)
     streams = [
-        _stream(store, plan, place, slots[layout], device)
+        _stream(needs, place, slots[layout], device)
         for place, layout in enumerate(plan.classes.tolist())
     ]
     flash = sum(s.seconds for s in streams)
@@ -181,11 +183,13 @@ class _Stream:
     foreseen: bool = False
 
 
-def _stream(store: Store, plan: Plan, place: int, slots: int, device: Device) -> _Stream:
+def _stream(needs: Needs, place: int, slots: int, device: Device) -> _Stream:
+    store, plan = needs.store, needs.plan
     layout, each, count = (int(a[place]) for a in (plan.classes, plan.each, plan.counts))
     bundles = np.flatnonzero(store.entries["layout"] == layout)
     if plan.comes_apart[place]:
-        return _neurons(store, len(bundles), each // len(bundles), count, slots, device)
+        share = _neuron_share(store, needs.predict)
+        return _neurons(store, len(bundles), each // len(bundles), count, slots, share, device)
     kind, wanted = store.entries["kind"][bundles[0]], float(plan.demand[place])
     share, serial = _missed(kind, slots, count, store.spec.top_k)
     missed = share * wanted
@@ -214,17 +218,26 @@ def _missed(kind: int, slots: int, count: int, top_k: int) -> tuple[float, float
 
 
 def _neurons(
-    store: Store, sets: int, row_bytes: int, count: int, slots: int, device: Device
+    store: Store, sets: int, row_bytes: int, count: int, slots: int, share: float, device: Device
 ) -> _Stream:  # fmt: skip
-    """Of each of some sets `count` rows, of which there is room for some."""
-    wanted = NEURON_SHARE * count
-    missed = wanted / (1 + slots / wanted) if slots < count else 0.0
+    """Of each of some sets `count` rows: a token wants a share, and there is room for some."""
+    wanted = share * count
+    missed = wanted / (1 + (slots / (NEURON_WINDOW * wanted)) ** 2) if slots < count else 0.0
     page = store.page_size
     size = -(-row_bytes // page) * page + page * (row_bytes % page > 0)
     read = sets * missed * size
     return _Stream(
         sets * wanted, sets * missed, read, read / device.flash_rate(size, rows.DEPTH), 1.0
     )
+
+
+def _neuron_share(store: Store, predict: bool) -> float:
+    """Of neurons, what one token wants: as was found when the store was calibrated."""
+    try:
+        share = float(store.recipe["predictor"]["predicted" if predict else "active"])
+    except (KeyError, TypeError, ValueError):
+        return NEURON_SHARE
+    return share if 0 < share <= 1 else NEURON_SHARE
 
 
 def _together(streams: list[_Stream], compute: float, alone: float) -> float:
@@ -243,7 +256,7 @@ def _use(needs: Needs) -> np.ndarray:
     store, kinds = needs.store, needs.store.entries["kind"]
     use = inventory.plannable(store).use.copy()
     use[kinds == Kind.EMBED] = 0  # a row
-    use[kinds == Kind.NEURONS] = NEURON_SHARE
+    use[kinds == Kind.NEURONS] = _neuron_share(store, needs.predict)
     use[inventory.left_out(store, needs.predict)] = 0
     return use
 
