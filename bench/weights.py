@@ -18,13 +18,14 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
 
 import numpy as np
 
 from edgemem.converters.configuration import Description
+from edgemem.converters.neurons import taken_apart
 from edgemem.converters.quantize import pack
 from edgemem.dtypes import (
     BF16,
@@ -97,7 +98,7 @@ class Weights:
     """All weights of one synthetic model, by bundle, in one number format."""
 
     def __init__(self, description: Description, seed: int, dtype: str, neurons: bool = False):
-        self.spec = replace(description.spec, neurons=neurons)
+        self.spec = taken_apart(description.spec) if neurons else description.spec
         if neurons and self.spec.gated:
             raise ValueError("neurons can be drawn for FFNs without a gate only")
         self.dtype = dtype

@@ -172,7 +172,7 @@ class _Planner:
         why = neurons.obstacle(self.spec, found, _WEIGHTS.get(self.dtype))
         if why is not None:
             raise UnsupportedError(f"converting to neurons: {why}; leave --neurons out")
-        self.spec = replace(self.spec, neurons=True)
+        self.spec = neurons.taken_apart(self.spec)
 
     def _neuron_sources(self, layer: int) -> list[list[naming.Source]]:
         """Where a layer's up is, where a gate decides in its place, and down."""

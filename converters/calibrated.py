@@ -1,4 +1,5 @@
-"""A store that was calibrated: the same weights, predictors, and rows that hold all of a neuron."""
+"""A store that was calibrated: the same weights with thresholds; or with predictors, and rows that
+hold all of a neuron."""
 
 from __future__ import annotations
 
@@ -43,33 +44,65 @@ def write(
     `judge` raises.
     """
     spec = replace(store.spec, ranks=tuple(p.rank if p is not None else 0 for p in predictors))
-    total, done = int(store.entries["payload_bytes"].sum(dtype=np.int64)), 0
+    recipe = {name: value for name, value in store.recipe.items() if name != "predictor"}
+
+    def put(writer: StoreWriter, bundle: int) -> None:
+        kind, layer = (int(store.entries[bundle][name]) for name in ("kind", "layer"))
+        if kind == Kind.NEURONS:
+            _write_neurons(writer, store, spec, layer, orders[layer])
+            _write_predictor(writer, store, spec, layer, predictors[layer])
+        elif kind != Kind.PREDICTOR:
+            _copy(writer, store, bundle)
+
     with StoreWriter(target, store.page_size, force) as writer:
-        for bundle in range(len(store.entries)):
-            kind, layer, index = (int(store.entries[bundle][n]) for n in ("kind", "layer", "index"))
-            if kind == Kind.PREDICTOR:
-                continue
-            if kind == Kind.NEURONS:
-                _write_neurons(writer, store, spec, layer, orders[layer])
-                _write_predictor(writer, store, spec, layer, predictors[layer])
-            else:
-                layout = store.layout_of(bundle)
-                payload = bytearray(layout.payload_bytes)
-                store.read(bundle, payload)
-                with writer.bundle(Kind(kind), layer, index, layout) as out:
-                    out.write(payload)
-            done += int(store.entries["payload_bytes"][bundle])
-            if progress:
-                progress(done, total)
-        said = {
-            "chat_template": store.chat_template, "generation": store.generation,
-            "tokenizer_config": store.tokenizer_config, "provenance": store.provenance,
-        }  # fmt: skip
-        recipe = {name: value for name, value in store.recipe.items() if name != "predictor"}
+        _put_all(writer, store, put, progress)
         return writer.finish(
-            spec, store.tokenizer_json, recipe=recipe, **said,
+            spec, store.tokenizer_json, recipe=recipe, **_kept(store),
             judge=lambda path: recipe | {"predictor": judge(path)},
         )  # fmt: skip
+
+
+def write_thresholds(
+    store: Store, target: Path, thresholds: Sequence[float], said: dict, force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:  # fmt: skip
+    """Write `store` with a threshold for each layer (0 where the FFN is not taken apart) to
+    `target`, which may be itself; return its bytes. `said` goes into `recipe.sparse`. Raises
+    StoreError."""
+    spec = replace(store.spec, thresholds=tuple(thresholds))
+    with StoreWriter(target, store.page_size, force) as writer:
+        _put_all(writer, store, lambda writer, bundle: _copy(writer, store, bundle), progress)
+        recipe = store.recipe | {"sparse": said}
+        return writer.finish(spec, store.tokenizer_json, recipe=recipe, **_kept(store))
+
+
+def _put_all(
+    writer: StoreWriter, store: Store, put: Callable[[StoreWriter, int], None],
+    progress: Callable[[int, int], None] | None,
+) -> None:  # fmt: skip
+    total, done = int(store.entries["payload_bytes"].sum(dtype=np.int64)), 0
+    for bundle in range(len(store.entries)):
+        put(writer, bundle)
+        done += int(store.entries["payload_bytes"][bundle])
+        if progress:
+            progress(done, total)
+
+
+def _copy(writer: StoreWriter, store: Store, bundle: int) -> None:
+    kind, layer, index = (int(store.entries[bundle][n]) for n in ("kind", "layer", "index"))
+    layout = store.layout_of(bundle)
+    payload = bytearray(layout.payload_bytes)
+    store.read(bundle, payload)
+    with writer.bundle(Kind(kind), layer, index, layout) as out:
+        out.write(payload)
+
+
+def _kept(store: Store) -> dict:
+    """What a store says beside weights that calibrating does not touch."""
+    return {
+        "chat_template": store.chat_template, "generation": store.generation,
+        "tokenizer_config": store.tokenizer_config, "provenance": store.provenance,
+    }  # fmt: skip
 
 
 def stored(predictor: Predictor) -> Predictor:

@@ -15,6 +15,7 @@ from edgemem import __version__
 from edgemem.errors import StoreError, UnsupportedError
 from edgemem.format import MAGIC, check_page_size
 from edgemem.memory import peak_bytes
+from edgemem.spec import ModelSpec
 from edgemem.tokenizer import Tokenizer
 from edgemem.writer import StoreWriter, check_target
 
@@ -57,8 +58,9 @@ def convert(
 
     `dtype` is "keep" (weights as they are), "f16", "q8_0" or "q4_0": it applies to the matrices of
     attention and FFN; norms and biases become f32, routers stay as they are, vocabulary tables
-    become f16 or q8_0. With `neurons` FFNs are taken apart, so that what ReLU lets rest is neither
-    read nor multiplied. `progress(done_bytes, total_bytes)` is called as it goes. Everything that
+    become f16 or q8_0. With `neurons` FFNs are taken apart, so that neurons that rest are neither
+    read nor multiplied: with ReLU of themselves, else below thresholds that are to be calibrated.
+    `progress(done_bytes, total_bytes)` is called as it goes. Everything that
     can be checked is checked before the first byte is written, and a conversion that fails or is
     interrupted leaves nothing behind. Raises ValueError for a bad argument, CheckpointError,
     UnsupportedError and StoreError.
@@ -98,8 +100,17 @@ def convert(
             store_bytes=size,
             seconds=time.perf_counter() - started,
             peak_rss_bytes=peak_bytes(),
-            notes=description.notes,
+            notes=(*description.notes, *_neuron_notes(plan.spec)),
         )
+
+
+def _neuron_notes(spec: ModelSpec) -> list[str]:
+    if not spec.neurons or spec.rests:
+        return []
+    return [
+        f"with {spec.activation} no neuron rests of itself, so that a store made without --neurons "
+        "is faster, unless thresholds let most of them rest (edgemem calibrate --cost, --sparse)"
+    ]
 
 
 def _check_apart(source: Path, target: Path) -> None:

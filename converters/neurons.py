@@ -85,9 +85,16 @@ def _item(tensor: Tensor) -> int:
     return quantize.BITS[tensor.dtype].itemsize
 
 
+def taken_apart(spec: ModelSpec) -> ModelSpec:
+    """The spec of the same model with FFNs taken apart. Where no neuron rests of itself it has
+    thresholds, at first such that none does."""
+    thresholds = () if spec.rests else (0.0,) * spec.n_layers
+    return replace(spec, neurons=True, thresholds=thresholds)
+
+
 def plain_parts(spec: ModelSpec, layer: int) -> dict[str, Part]:
     """The segments that a layer's FFN has where it is not taken apart, by name."""
-    whole = bundle_parts(replace(spec, neurons=False), Kind.FFN, layer)
+    whole = bundle_parts(replace(spec, neurons=False, thresholds=()), Kind.FFN, layer)
     return {part.name: part for part in whole}
 
 
@@ -101,8 +108,6 @@ def obstacle(spec: ModelSpec, tensors: list[Tensor], target: DType | None) -> st
     """Why an FFN of these tensors cannot be taken apart; None if it can."""
     if all(spec.routed):
         return "all layers have experts; only FFNs that every token takes are taken apart"
-    if spec.activation not in ("relu", "relu2"):
-        return f"only FFNs with relu or relu2 have neurons that rest, not {spec.activation}"
     block = next((t for t in tensors if t.dtype.is_block), None)
     if block is not None:
         return f"tensor {block.name} is in blocks of {block.dtype.name}, which lie across neurons"

@@ -76,6 +76,18 @@ def check_predict(store: Store, predict: bool) -> None:
         )
 
 
+def check_sparse(store: Store, sparse: bool, predict: bool) -> None:
+    """Raises UnsupportedError where there are no thresholds, ValueError for two lossy modes at
+    once, whose cost together nobody has measured."""
+    if sparse and predict:
+        raise ValueError("predict and sparse cannot be used together; choose one")
+    if sparse and not any(store.spec.thresholds):
+        raise UnsupportedError(
+            f"letting neurons of {store.path} rest: the store has no thresholds; make them with "
+            "'edgemem calibrate --cost', or leave --sparse out"
+        )
+
+
 def context_limit(spec: ModelSpec) -> int:
     """The longest context to ask for: the model's own, or what RoPE scaling stretches it to."""
     if spec.rope.type == "default" or spec.positions == "learned":

@@ -86,6 +86,7 @@ class Report:
     context: int
     kv: str
     predict: bool
+    sparse: bool
     threads: int
     isa: str
     io_engine: str
@@ -316,7 +317,7 @@ def _report(
     spent["all else"] = float(seconds.sum()) - spent.total()
     return Report(
         budget_bytes=engine.budget.limit, context=engine.context, kv=engine.kv,
-        predict=engine.predict,
+        predict=engine.predict, sparse=engine.sparse,
         threads=engine.threads, isa=engine.isa, io_engine=residency.engine, policy=how.policy,
         lookahead=how.lookahead, warm=warm,
         prompt_tokens=prompt_tokens, new_tokens=new_tokens, repetitions=len(times),

@@ -1,4 +1,4 @@
-"""Training predictors: what `edgemem calibrate` does.
+"""Training predictors: what `edgemem calibrate` does unless it is given a cost (thresholds.py).
 
 A store whose FFNs are taken apart runs a text, exactly, while what its FFNs read is recorded. From
 the first half of the text predictors are made (predictors/low_rank.py); they are judged on the
@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from .converters import calibrated
 from .engine import Engine, load
 from .errors import UnsupportedError
 from .format import Kind
-from .kernels.reference import unpack
+from .kernels.reference import activate, unpack
 from .perplexity import perplexity
 from .predictors import low_rank, placement
 from .sequence import TokenSequence
@@ -96,18 +97,22 @@ def calibrate(
     16 bytes for each token and neuron of a layer beside. `progress(doing, done, total)`.
 
     Raises ValueError for arguments and a text that is too short, UnsupportedError for a store whose
-    FFNs are not taken apart, StoreError and BudgetError, before any work; and what running raises.
+    FFNs are not taken apart or have no ReLU, StoreError and BudgetError, before any work; and what
+    running raises.
     """
     started, path = time.perf_counter(), Path(store)
     out, force = path if target is None else Path(target), force or target is None
-    _check_arguments(recall, limit)
+    if not 0 < recall < 1:
+        raise ValueError(f"recall must be between 0 and 1, not {recall}")
+    check_limit(limit)
     with Store.open(path) as source:
-        _check_store(source)
+        check_apart(source)
+        _check_rests(source)
         check_target(out, force)
         window = min(WINDOW, context_limit(source.spec))
         with tempfile.TemporaryFile(dir=out.parent) as file:
             with load(path, memory, window, threads) as engine:
-                seen, unseen = _halves(engine, text, limit)
+                seen, unseen = halves(engine, text, limit - limit // JUDGED, limit // JUDGED)
                 recorded = _record(engine, [*seen, *unseen], file, progress)
                 exact = perplexity(engine, unseen, window).perplexity
             fits, orders = _fits(source, recorded, len(seen), recall, progress)
@@ -120,7 +125,7 @@ def calibrate(
                 said["predicted_perplexity"] = perplexity(engine, unseen, window).perplexity
             return said
 
-        told = _telling(progress, "writing")
+        told = telling(progress, "writing")
         size = calibrated.write(source, out, predictors, orders, run_it, force, told)
     return CalibrationReport(
         target=str(out), store_bytes=size, tokens=len(seen), judged_tokens=len(unseen),
@@ -131,52 +136,76 @@ def calibrate(
     )  # fmt: skip
 
 
-def _check_arguments(recall: float, limit: int) -> None:
-    if not 0 < recall < 1:
-        raise ValueError(f"recall must be between 0 and 1, not {recall}")
+def check_limit(limit: int) -> None:
+    """Raises ValueError for fewer tokens than calibrating needs."""
     if limit < LEAST_TOKENS:
         raise ValueError(f"limit must be at least {LEAST_TOKENS} tokens, not {limit}")
 
 
-def _check_store(store: Store) -> None:
+def check_apart(store: Store) -> None:
+    """Raises UnsupportedError for a store whose FFNs are not taken apart."""
     if not store.spec.neurons:
         raise UnsupportedError(
             f"calibrating {store.path}: its feed-forward networks are not taken apart; convert the "
-            "checkpoint with --neurons first (its activation must be ReLU)"
+            "checkpoint with --neurons first"
         )
 
 
-def _halves(engine: Engine, text: str | Sequence[int], limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of the text's first half to train with and of its second to judge by, int32."""
+def _check_rests(store: Store) -> None:
+    if not store.spec.rests:
+        raise UnsupportedError(
+            f"training predictors for {store.path}: they foretell which neurons ReLU lets rest, "
+            f"and {store.spec.activation} lets none; calibrate thresholds instead (--cost 0.01)"
+        )
+
+
+def halves(
+    engine: Engine, text: str | Sequence[int], seen: int, judged: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """So many ids of the text's first half, to learn from, and of its second, to judge by, int32.
+    Raises ValueError for a text that is too short."""
     if isinstance(text, str):
         engine.promise_text(byte_count(text))
         text = engine.tokenizer.encode(text, special=False)
     ids = check_ids(text, engine.spec.vocab_size)
     if len(ids) < LEAST_TOKENS:
         raise ValueError(f"the text has {len(ids)} tokens; calibrating needs {LEAST_TOKENS}")
-    half, judged = len(ids) // 2, limit // JUDGED
-    return ids[:half][: limit - judged], ids[half:][:judged]
+    half = len(ids) // 2
+    return ids[:half][:seen], ids[half:][:judged]
 
 
-def _record(engine: Engine, ids: Sequence[int], file, progress: Progress | None) -> np.ndarray:
-    """What each layer's FFN reads of each token, float32 [layers, n, hidden], in a file."""
-    spec, told = engine.spec, _telling(progress, "recording")
-    shape = (spec.n_layers, len(ids), spec.hidden)
-    recorded, done = np.memmap(file, np.float32, "w+", shape=shape), 0
+@contextmanager
+def recording(engine: Engine, count: int, file, every: int = 1) -> Iterator[np.ndarray]:
+    """What each layer's FFN reads of one in `every` of the `count` tokens that run meanwhile,
+    float32 [layers, tokens, hidden], in a file."""
+    spec, done = engine.spec, 0
+    shape = (spec.n_layers, -(-count // every), spec.hidden)
+    recorded = np.memmap(file, np.float32, "w+", shape=shape)
 
     def watch(layer: int, inputs: np.ndarray) -> None:
         nonlocal done
-        recorded[layer, done : done + len(inputs)] = inputs
-        if layer == spec.n_layers - 1:
-            done += len(inputs)
-            told(done, len(ids))
+        some = inputs[-done % every :: every]
+        first = -(-done // every)
+        recorded[layer, first : first + len(some)] = some
+        done += len(inputs) if layer == spec.n_layers - 1 else 0
 
     engine._model.watch = watch
-    for start in range(0, len(ids), engine.context):
-        sequence = TokenSequence(engine)
-        sequence.extend(np.array(ids[start : start + engine.context], np.int32))
-        sequence.close()
-    engine._model.watch = None
+    try:
+        yield recorded
+    finally:
+        engine._model.watch = None
+
+
+def _record(engine: Engine, ids: Sequence[int], file, progress: Progress | None) -> np.ndarray:
+    """What each layer's FFN reads of each token (see `recording`)."""
+    told = telling(progress, "recording")
+    with recording(engine, len(ids), file) as recorded:
+        for start in range(0, len(ids), engine.context):
+            part = ids[start : start + engine.context]
+            sequence = TokenSequence(engine)
+            sequence.extend(np.array(part, np.int32))
+            sequence.close()
+            told(start + len(part), len(ids))
     return recorded
 
 
@@ -184,11 +213,10 @@ def _fits(
     store: Store, recorded: np.ndarray, seen: int, recall: float, progress: Progress | None
 ) -> tuple[dict[int, low_rank.Fit], list[np.ndarray | None]]:
     """By layer: predictors in the making, and where neurons lie."""
-    told, fits = _telling(progress, "training"), {}
+    told, fits, layers = telling(progress, "training"), {}, dense_layers(store)
     orders: list[np.ndarray | None] = [None] * store.spec.n_layers
-    layers = [layer for layer, routed in enumerate(store.spec.routed) if not routed]
     for done, layer in enumerate(layers, 1):
-        weights = _Weights(store, layer)
+        weights = Deciding(store, layer, with_up=True)
         of = weights.layer(recorded[layer, :seen])
         fits[layer] = low_rank.Fit(of, weights.deciding, 2 + store.spec.gated, recall)
         orders[layer] = placement.order(of.activations > 0)
@@ -201,21 +229,27 @@ def _judged(
     progress: Progress | None,
 ) -> tuple[list[low_rank.Predictor | None], list[LayerReport]]:  # fmt: skip
     """Predictors by layer, as a store gives them back, and what the unseen text says of them."""
-    told, threshold = _telling(progress, "judging"), low_rank.threshold(fits.values(), recall)
+    told, threshold = telling(progress, "judging"), low_rank.threshold(fits.values(), recall)
     predictors: list[low_rank.Predictor | None] = [None] * store.spec.n_layers
     reports = []
     for layer, fit in fits.items():
         predictors[layer] = made = calibrated.stored(fit.predictor(threshold))
-        quality = low_rank.judge(made, _Weights(store, layer).layer(recorded[layer, seen:]))
+        of = Deciding(store, layer, with_up=True).layer(recorded[layer, seen:])
+        quality = low_rank.judge(made, of)
         reports.append(LayerReport(layer, made.rank, quality))
         told(len(reports), len(fits))
     return predictors, reports
 
 
-class _Weights:
-    """What decides in one layer, and what is multiplied with it."""
+def dense_layers(store: Store) -> list[int]:
+    """Those whose FFNs are taken apart."""
+    return [layer for layer, routed in enumerate(store.spec.routed) if not routed]
 
-    def __init__(self, store: Store, layer: int):
+
+class Deciding:
+    """The weights that decide in one layer and, `with_up`, what is multiplied with it."""
+
+    def __init__(self, store: Store, layer: int, with_up: bool = False):
         self._spec = store.spec
         ffn, apart = (int(store.find(kind, layer)[0]) for kind in (Kind.FFN, Kind.NEURONS))
         self.deciding = _matrix(store, ffn, store.layout_of(ffn).segments[0].name)
@@ -223,18 +257,21 @@ class _Weights:
         self._bias, self._up_bias = biases if store.spec.gated else biases[::-1]
         hidden = store.spec.hidden
         self._up = None
-        if store.spec.gated:
+        if store.spec.gated and with_up:
             self._up = _matrix(store, apart, "neurons", slice(-2 * hidden, -hidden))
 
     def layer(self, inputs: np.ndarray) -> low_rank.Layer:
         """What they make of inputs [n, hidden]."""
         products = inputs @ self.deciding.T + self._bias
-        active = np.maximum(products, 0)
-        if self._spec.activation == "relu2":
-            active *= active
+        active = activate(self._spec.activation, products)
         if self._up is not None:
             active *= inputs @ self._up.T + self._up_bias
         return low_rank.Layer(np.asarray(inputs), products, np.abs(active, out=active))
+
+    def magnitudes(self, inputs: np.ndarray) -> np.ndarray:
+        """Of each neuron behind the activation, float32 [n, width]."""
+        products = inputs @ self.deciding.T + self._bias
+        return np.abs(activate(self._spec.activation, products)).astype(np.float32)
 
 
 def _matrix(store: Store, bundle: int, name: str, cols: slice = slice(None)) -> np.ndarray:
@@ -265,5 +302,6 @@ def _mean(found: Sequence[low_rank.Quality]) -> low_rank.Quality:
     )
 
 
-def _telling(progress: Progress | None, doing: str) -> Callable[[int, int], None]:
+def telling(progress: Progress | None, doing: str) -> Callable[[int, int], None]:
+    """A callback(done, total) for one thing that is done."""
     return lambda done, total: progress(doing, done, total) if progress else None

@@ -22,6 +22,7 @@ from .arguments import (
     check_kv,
     check_loading,
     check_predict,
+    check_sparse,
     check_streaming,
     context_limit,
 )
@@ -57,8 +58,8 @@ def load(
     ready: Callable[[Engine], None] | None = None, *, kv: str = "f16",
     policy: str = policies.DEFAULT, profile: str | os.PathLike | None = None,
     lookahead: bool = True, io_engine: str | None = None, faults: dict | None = None,
-    trace: str | os.PathLike | None = None, predict: bool = False, loading: str = "stream",
-    windowing: bool = True, bundling: bool = True,
+    trace: str | os.PathLike | None = None, predict: bool = False, sparse: bool = False,
+    loading: str = "stream", windowing: bool = True, bundling: bool = True,
 ) -> Engine:  # fmt: skip
     """Open a store and make its model ready to run.
 
@@ -74,7 +75,8 @@ def load(
 
     `kv` is the type of the KV cache, and does change it: "f16", "q8_0" (about half the memory,
     less exact) or "f32" (twice, exact); see kvcache.py. So does `predict`: which neurons are
-    active is foretold by what `calibrate` trained, not computed.
+    active is foretold by what `calibrate` trained, not computed. And `sparse`: neurons below the
+    thresholds that were calibrated count as resting. Not both at once.
 
     `memory` is the budget of the whole process: bytes, "4GiB", "50%" or "auto" (what is free here,
     less a reserve). `context` is the most tokens a session can hold, by default 4096 or what the
@@ -89,7 +91,7 @@ def load(
     how = Streaming(
         policy, profile, lookahead, io_engine, faults, trace, loading, windowing, bundling
     )  # fmt: skip
-    return Engine(path, memory, context, threads, progress, ready, how, kv, predict)
+    return Engine(path, memory, context, threads, progress, ready, how, kv, predict, sparse)
 
 
 class Engine:
@@ -103,19 +105,20 @@ class Engine:
         self, path: str | os.PathLike, memory: str | int, context: int | None,
         threads: int | None, progress: Progress | None = None,
         ready: Callable[[Engine], None] | None = None, streaming: Streaming = Streaming(),
-        kv: str = "f16", predict: bool = False,
+        kv: str = "f16", predict: bool = False, sparse: bool = False,
     ):  # fmt: skip
         check_count("context", context)
         check_count("threads", threads, MAX_THREADS)
         check_isa()
         check_kv(kv)
         check_streaming(streaming)
-        self.kv, self.predict, self._streaming = kv, predict, streaming
+        self.kv, self.predict, self.sparse, self._streaming = kv, predict, sparse, streaming
         self.budget = Budget(memory)
         self.threads = min(fast_cpus(), MAX_THREADS) if threads is None else int(threads)
         self.store = Store.open(path)
         try:
             check_predict(self.store, predict)
+            check_sparse(self.store, sparse, predict)
             check_loading(self.store, streaming.loading)
             self._prepare(context)
             if ready is not None:
@@ -226,6 +229,8 @@ class Engine:
         self._model = models.build(
             self.store, self._streamer, self._core, self.chunk_tokens, self.predict
         )
+        if self.sparse:
+            self._model.rest(self.spec.thresholds)
         self._streamer.take_demand()  # of nobody's step
         self.load_seconds = perf_counter() - started
 

@@ -15,7 +15,8 @@ STREAMABLE = (Kind.EMBED, Kind.FFN, Kind.EXPERT, Kind.NEURONS)
 
 
 NEURON_USE = 0.1
-"""The share of neurons that a few tokens in a row are expected to want (bench/LOG.md)."""
+"""The share of neurons that a few tokens in a row are expected to want (bench/LOG.md), where some
+rest of themselves."""
 
 
 def parameter_count(store: Store) -> int:
@@ -108,7 +109,7 @@ def plannable(store: Store, head: bool = False, predict: bool = False) -> Bundle
     use[experts] = spec.top_k / max(spec.n_experts, 1)
     use[embeds] = 1 / max(int(embeds.sum()), 1)
     neurons = kinds == Kind.NEURONS
-    use[neurons] = NEURON_USE
+    use[neurons] = NEURON_USE if spec.rests else 1
     return Bundles(
         layouts=store.entries["layout"].astype(np.int64),
         sizes=sizes,

@@ -232,7 +232,10 @@ def _neurons(
 
 
 def _neuron_share(store: Store, predict: bool) -> float:
-    """Of neurons, what one token wants: as was found when the store was calibrated."""
+    """Of neurons, what one token wants: all where none rest of themselves, else as was found when
+    the store was calibrated."""
+    if not store.spec.rests:
+        return 1.0
     try:
         share = float(store.recipe["predictor"]["predicted" if predict else "active"])
     except (KeyError, TypeError, ValueError):

@@ -61,9 +61,10 @@ class ModelSpec:
     are not `gated`, up alone goes through the activation. Layers are `parallel` where attention and
     FFN read the same residual stream; with a `shared_norm` also the same norm of it
     (no routed layer does). With `neurons` the store has FFNs taken apart: the matrix that decides
-    which neurons are active, and the others' rows and columns by neuron; ReLU alone decides so.
-    With `ranks`, of each layer that of its predictor (0 where its FFN is not taken apart), neurons
-    also have what decides by neuron.
+    which neurons are active, and the others' rows and columns by neuron. With `ranks`, of each
+    layer that of its predictor (0 where its FFN is not taken apart), neurons also have what decides
+    by neuron. `thresholds` has for each layer up to which magnitude neurons count as resting in a
+    sparse run: 0 where that was not calibrated. Where ReLU lets none rest, there must be some.
     """
 
     model_type: str
@@ -97,6 +98,7 @@ class ModelSpec:
     shared_norm: bool = False
     neurons: bool = False
     ranks: tuple[int, ...] = ()
+    thresholds: tuple[float, ...] = ()
 
     def __post_init__(self):
         for name in _POSITIVE:
@@ -111,9 +113,9 @@ class ModelSpec:
         _check(self.positions in POSITIONS, "positions", self.positions)
         shares = self.parallel and not any(self.routed)
         _check(shares or not self.shared_norm, "shared_norm", self.shared_norm)
-        relu = self.activation in ("relu", "relu2") and not all(self.routed)
-        _check(relu or not self.neurons, "neurons", self.neurons)
+        _check(not (self.neurons and all(self.routed)), "neurons", self.neurons)
         self._check_ranks()
+        self._check_thresholds()
         _check(0 <= self.norm_eps <= 1, "norm_eps", self.norm_eps)
         _check(0 <= self.clip_qkv <= 1e30, "clip_qkv", self.clip_qkv)
         _check(self.head_dim > 2 or self.rope.type != "dynamic", "head_dim", self.head_dim)
@@ -137,6 +139,20 @@ class ModelSpec:
         for rank, routed in zip(self.ranks, self.routed, strict=True):
             _check(rank == 0 if routed else 1 <= rank <= self.hidden, "ranks", rank)
 
+    def _check_thresholds(self) -> None:
+        given = self.thresholds
+        if not given:
+            _check(self.rests or not self.neurons, "thresholds", given)
+            return
+        _check(self.neurons and len(given) == self.n_layers, "thresholds", len(given))
+        for threshold, routed in zip(given, self.routed, strict=True):
+            _check(0 <= threshold <= (0 if routed else 1e30), "thresholds", threshold)
+
+    @property
+    def rests(self) -> bool:
+        """Whether neurons rest of themselves: with other activations all add something."""
+        return self.activation in ("relu", "relu2")
+
     def to_dict(self) -> dict:
         """Plain JSON types; `from_dict` takes it back. What came later and says what the stores
         before it meant is left out, so that readers of those can read this."""
@@ -152,7 +168,7 @@ class ModelSpec:
         return cls(**values)
 
 
-_LATER = ("norm", "positions", "gated", "parallel", "shared_norm", "neurons", "ranks")
+_LATER = ("norm", "positions", "gated", "parallel", "shared_norm", "neurons", "ranks", "thresholds")
 _POSITIVE = (
     "n_layers", "hidden", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_positions",
 )  # fmt: skip
@@ -163,7 +179,10 @@ _COUNTS = ("intermediate", "n_experts", "top_k", "expert_intermediate", "shared_
 _TYPES = {
     "str": str, "int": int, "float": (int, float), "bool": bool, "RopeSpec": dict,
     "int | None": (int, type(None)), "tuple[int, ...]": list, "tuple[bool, ...]": list,
+    "tuple[float, ...]": list,
 }  # fmt: skip
+
+_ITEMS = {"tuple[bool, ...]": (bool,), "tuple[float, ...]": (int, float)}
 
 
 def _typed(cls, data, where: str) -> dict:
@@ -184,10 +203,10 @@ def _typed(cls, data, where: str) -> dict:
         kind = known[name].type
         if isinstance(value, tuple):
             value = list(value)
-        item = bool if kind == "tuple[bool, ...]" else int
+        items = _ITEMS.get(kind, (int,))
         wrong = not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool")
         if isinstance(value, list) and not wrong:
-            wrong = not all(type(v) is item for v in value)
+            wrong = not all(type(v) in items for v in value)
             value = tuple(value)
         if wrong:
             raise CorruptError(f"reading {where}.{name}: {value!r:.80} is not a {kind}")

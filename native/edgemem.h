@@ -175,9 +175,10 @@ uint64_t em_read_bytes(em_core *core, const void *data, uint64_t bytes);
 int64_t em_peak(em_core *core, int32_t dtype, int32_t items);
 
 /* An FFN whose neurons lie apart. One matrix decides which of them are active: that of the gate, or
- * without a gate that of up; of the active ones alone a row is used, which holds, where there is a
- * gate, the row of up, and the column of down. Offsets are in the bundle of what is not neurons;
- * -1 means absent.
+ * without a gate that of up. Those rest whose magnitude behind the activation is at most
+ * `threshold`: with 0, those that add nothing. Of the active ones alone a row is used, which holds,
+ * where there is a gate, the row of up, and the column of down. Offsets are in the bundle of what
+ * is not neurons; -1 means absent.
  *
  * With a predictor no matrix decides: of those neurons alone a row is used for which
  * score(reduce(x)) + score_bias is above 0, and it begins with the row that decides. */
@@ -187,7 +188,8 @@ typedef struct {
     int32_t deciding_dtype, dtype, predictor_dtype; /* `dtype` is that of rows */
     int32_t rank;
     int32_t row_parts; /* rows of `hidden` columns that a neuron's row is made of */
-    int32_t gated, hidden, intermediate, activation; /* EM_RELU or EM_RELU2 */
+    int32_t gated, hidden, intermediate, activation;
+    float threshold;
 } em_neurons;
 
 /* Rows in memory, where `rows` is NULL, or those of a set. */
@@ -201,9 +203,9 @@ typedef struct {
 /* `rank`: the largest of a predictor, no larger than `hidden`; 0 where there is none. */
 uint64_t em_neurons_scratch(int32_t n_threads, int32_t n_tokens, int32_t hidden,
                             int32_t intermediate, int32_t rank);
-/* out[t] += ffn(x[t]), as em_ffn_run computes it with all neurons where rows are floats (with a
- * predictor: with those that it names for token t); `*used`: rows that some token took. EM_FLASH
- * where rows could not be read; then `out` is not touched. */
+/* out[t] += ffn(x[t]), as em_ffn_run computes it with all neurons where rows are floats and the
+ * threshold is 0 (with a predictor: with those that it names for token t); `*used`: rows that some
+ * token took. EM_FLASH where rows could not be read; then `out` is not touched. */
 int32_t em_neurons_run(em_core *core, const em_neurons *neurons, const void *bundle,
                        const em_neuron_rows *rows, const float *x, int32_t n_tokens, float *out,
                        int64_t *used);

@@ -1,10 +1,12 @@
 /* FFNs whose neurons lie apart: which are active is computed, and the others are neither read nor
  * multiplied. What they would add is zero, so that the sums are those of all neurons, in their
- * order. Or a predictor names those that may be active (arXiv 2312.11514, section 3.1), then what
- * it misses is missing; no matrix is multiplied by whole. */
+ * order. Or those with little activation count as resting too (arXiv 2404.08763), or a predictor
+ * names those that may be active (arXiv 2312.11514, section 3.1): then what they add is missing. No
+ * matrix is multiplied by whole where they are named. */
 #include "core.h"
 #include "rows.h"
 
+#include <math.h>
 #include <string.h>
 
 /* Neurons that are activated and looked at together, and columns of `out` that are summed so; in
@@ -64,6 +66,13 @@ static void note_taking(em_core *core, int64_t all_ns, int64_t waited_ns) {
 
 /* ---- which neurons are active --------------------------------------------------------------- */
 
+/* h = activation(h), or 0 where that is no more than the threshold. Lets NaN pass. */
+static void activate(const neurons_task *t, float *h, int64_t n) {
+    float threshold = t->is->threshold;
+    t->kernels->gate(h, NULL, (int32_t)n, t->is->activation);
+    for (int64_t j = 0; j < n; j++) h[j] = fabsf(h[j]) <= threshold ? 0 : h[j];
+}
+
 static void find_active(void *arg, int64_t item, int32_t thread) {
     (void)thread;
     neurons_task *t = arg;
@@ -76,7 +85,7 @@ static void find_active(void *arg, int64_t item, int32_t thread) {
         if (predicts(t->is))
             for (int64_t j = 0; j < n; j++) h[j] = !(h[j] <= 0);
         else
-            t->kernels->gate(h, NULL, (int32_t)n, t->is->activation);
+            activate(t, h, n);
         for (int64_t j = 0; j < n; j++) active[j] |= h[j] != 0;
     }
     for (int64_t j = 0; j < n; j++) {
@@ -221,7 +230,7 @@ static void multiply_group(void *arg, int64_t item, int32_t thread) {
         for (int32_t i = 0; i < taken; i++) {
             float *h = t->h + (int64_t)own.tokens[i] * f->intermediate + first;
             float *made = own.made + i * EM_LANES;
-            t->kernels->gate(made, NULL, n, f->activation);
+            activate(t, made, n);
             for (int32_t j = 0; j < n; j++) h[j] = h[j] != 0 ? made[j] : 0;
         }
     }
@@ -337,8 +346,8 @@ static bool valid(const em_neurons *f) {
                                      f->rank <= f->hidden && em_dtype_known(f->predictor_dtype)
                                : f->deciding >= 0 && em_dtype_known(f->deciding_dtype);
     return f->hidden >= 1 && f->intermediate >= 1 && em_dtype_known(f->dtype) && whole && decided &&
-           f->row_parts >= least && f->row_parts <= most &&
-           (f->activation == EM_RELU || f->activation == EM_RELU2);
+           f->row_parts >= least && f->row_parts <= most && f->activation >= EM_SILU &&
+           f->activation <= EM_RELU2 && f->threshold >= 0;
 }
 
 int32_t em_neurons_run(em_core *core, const em_neurons *f, const void *bundle,

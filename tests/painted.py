@@ -33,6 +33,7 @@ ROUTED = replace(
 )  # fmt: skip
 APART = replace(SPEC, hidden=32, head_dim=16, activation="relu", neurons=True)
 FORETOLD = replace(APART, ranks=(32,))
+RESTING = replace(APART, activation="silu", thresholds=(0.25,))
 TOKENIZER = b'{"model": {"type": "none"}}'
 
 

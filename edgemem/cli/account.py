@@ -30,6 +30,7 @@ def account(engine: Engine, generation: Generation) -> dict:
         "peak_rss_bytes": peak_bytes(),
         "kv": engine.kv,
         "predict": engine.predict,
+        "sparse": engine.sparse,
         "threads": engine.threads,
         "isa": engine.isa,
     }

@@ -115,7 +115,7 @@ def measured(
     device = doctor.known(store, folder)
     with opened as engine, options.progress_bar(label, " tokens") as progress:
         as_usual = dataclasses.replace(engine._streaming, trace=None) == Streaming()
-        rates = device if as_usual else None
+        rates = device if as_usual and not engine.sparse else None
         told = plan.outlook(engine._needs, engine.budget, *counts[:2], rates)
         report = benchmark.measure(engine, *counts, warm=warm, progress=progress)
     expected = told.expected and dataclasses.asdict(told.expected)
@@ -123,14 +123,14 @@ def measured(
 
 
 def measured_apart(
-    store: Path, memory: str, warm: bool, lookahead: bool, predict: bool, windowing: bool,
-    bundling: bool, trace: None, **values: str | int | None,
+    store: Path, memory: str, warm: bool, lookahead: bool, predict: bool, sparse: bool,
+    windowing: bool, bundling: bool, trace: None, **values: str | int | None,
 ) -> dict:  # fmt: skip
     """The same from a process of its own, whose memory is all that counts. It dies with us."""
     named = {name.replace("_", "-"): value for name, value in values.items() if value is not None}
     arguments = [word for name, value in named.items() for word in (f"--{name}", str(value))]
     arguments += ["--warm"] * warm + ["--no-lookahead"] * (not lookahead)
-    arguments += ["--predict"] * predict
+    arguments += ["--predict"] * predict + ["--sparse"] * sparse
     arguments += ["--no-windowing"] * (not windowing) + ["--no-bundling"] * (not bundling)
     command = [sys.executable, "-c", main_code(), "bench", "--memory", memory, "--json", *arguments]
     # Ctrl-C is for this process to hear, and to pass on as it leaves.

@@ -37,7 +37,8 @@ stays within a small multiple of the largest tensor.
     "--neurons", is_flag=True,
     help="Take FFNs apart, so that neurons which ReLU lets rest are neither read nor multiplied. "
     "The more of them rest, the more that brings, above all where memory is short; prompts are "
-    "read more slowly where many do not.",
+    "read more slowly where many do not. With other activations none rests, which is slower, but "
+    "below thresholds from 'calibrate --cost' in runs with --sparse.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace the store if it exists.")
 @options.JSON

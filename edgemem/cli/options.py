@@ -50,6 +50,9 @@ MEMORY = click.option(
     "--memory", metavar="SIZE", default="auto", show_default=True, help=f"{_MEMORY}."
 )
 
+_PAYS = 0.25
+"""Where more neurons than this share are used, FFNs that are whole are faster (bench/LOG.md)."""
+
 _KV_COSTS = {
     "q8_0": "perplexity by -0.01 % and +0.05 % where it was measured (tiny-moe, stories260k)",
     "f32": "keys and values are not rounded, where f16 costs less than 0.002 % of perplexity",
@@ -106,6 +109,11 @@ _MODEL = (
     ),
     click.option("--neurons", is_flag=True, help="Take the FFNs of a checkpoint apart (convert)."),
     PREDICT,
+    click.option(
+        "--sparse", is_flag=True,
+        help="Let neurons below their thresholds rest, of a store that was calibrated with --cost; "
+        "changes the answer.",
+    ),
     CACHE_DIR,
 )  # fmt: skip
 
@@ -168,7 +176,7 @@ def comparing_options(command: Callable) -> Callable:
 
 def model_options(command: Callable) -> Callable:
     """MODEL, a store or a checkpoint, how the latter is converted (--dtype, --neurons and
-    --cache-dir), and --predict."""
+    --cache-dir), --predict and --sparse."""
     return _apply(_MODEL, command)
 
 
@@ -215,6 +223,8 @@ def load_engine(
     def told(loading) -> None:
         if loading.predict:
             note(f"edgemem: --predict changes the answer: {prediction_cost(loading.store.recipe)}")
+        if loading.sparse:
+            note(f"edgemem: --sparse changes the answer: {sparsity_cost(loading.store.recipe)}")
         ready(loading)
 
     with usage_errors(), progress_bar("reading weights", "B") as progress:
@@ -233,6 +243,24 @@ def prediction_cost(recipe: dict) -> str:
             f"precision {100 * said['precision']:.0f} %), perplexity changes by "
             f"{100 * cost:+.2f} % ({said['perplexity']:.5g} to {said['predicted_perplexity']:.5g}) "
             "on the text that it was calibrated with"
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+        return "the store does not say what that costs; calibrate it again"
+
+
+def sparsity_cost(recipe: dict) -> str:
+    """What `edgemem calibrate --cost` found it to bring and to cost, and wrote into the store."""
+    try:
+        said = {name: float(value) for name, value in recipe["sparse"].items()}
+        cost = said["sparse_perplexity"] / said["perplexity"] - 1
+        percent = {name: f"{100 * value:.1f} %" for name, value in said.items()}
+        slow = "; with so many a store made without --neurons is faster"
+        return (
+            f"{percent['used']} of neurons are used instead of {percent['active']}, and so "
+            f"{percent['weights']} of the feed-forward weights instead of "
+            f"{percent['active_weights']}; perplexity changes by {100 * cost:+.2f} % "
+            f"({said['perplexity']:.5g} to {said['sparse_perplexity']:.5g}) on the text that it "
+            f"was calibrated with{slow if said['used'] > _PAYS else ''}"
         )
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
         return "the store does not say what that costs; calibrate it again"

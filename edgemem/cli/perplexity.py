@@ -37,8 +37,8 @@ the budget; with --limit only about as much of it as so many of the longest toke
 @options.engine_options("Most tokens of a window.  [default: --window]")
 @options.JSON
 def perplexity(
-    model, dtype, neurons, predict, cache_dir, file, window, limit, memory, context, kv, threads,
-    as_json,
+    model, dtype, neurons, predict, sparse, cache_dir, file, window, limit, memory, context, kv,
+    threads, as_json,
 ):  # fmt: skip
     from .. import perplexity as measure
 
@@ -55,7 +55,7 @@ def perplexity(
 
     opened = options.load_engine(
         model, memory, context or window, threads, ready, cache_dir, dtype, neurons, kv=kv,
-        predict=predict,
+        predict=predict, sparse=sparse,
     )  # fmt: skip
     with opened as engine, options.usage_errors():
         with options.progress_bar("measuring", " tokens") as progress:

@@ -39,8 +39,8 @@ read_bytes_per_token, stall_share and device_share.
 @options.streaming_options
 @options.JSON
 def run(
-    model, dtype, neurons, predict, cache_dir, prompt, file, max_tokens, stop, memory, context, kv,
-    threads, policy, profile, lookahead, trace, as_json, **sampling,
+    model, dtype, neurons, predict, sparse, cache_dir, prompt, file, max_tokens, stop, memory,
+    context, kv, threads, policy, profile, lookahead, trace, as_json, **sampling,
 ):  # fmt: skip
     if prompt is not None and file is not None:
         raise click.UsageError("give the prompt with -p or with -f, not both")
@@ -55,7 +55,7 @@ def run(
 
     opened = options.load_engine(
         model, memory, context, threads, ready, cache_dir, dtype, neurons, kv=kv, policy=policy,
-        profile=profile, lookahead=lookahead, trace=trace, predict=predict,
+        profile=profile, lookahead=lookahead, trace=trace, predict=predict, sparse=sparse,
     )  # fmt: skip
     with opened as engine:
         generate(engine, text, as_json, **arguments)

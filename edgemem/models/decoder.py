@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,7 @@ class Layer:
         parts = [part(work, index, ops, tensors) for part in feed_forward]
         ops.keep(parts)
         self.experts = next((p for p in parts if isinstance(p, Experts)), None)
+        self.neurons = next((p for p in parts if isinstance(p, Neurons)), None)
 
     def run(self, kv: KvCache, n: int) -> None:
         self.ops.run(n, kv.layers[self._index], kv.position)
@@ -159,6 +160,12 @@ class Decoder(ABC):
                 self.watch(index, self._work.scratch.h.array[:n])
         kv.position += n
         return self._read_out(n, n_logits)
+
+    def rest(self, thresholds: Sequence[float]) -> None:
+        """Let neurons of up to each layer's magnitude rest from now on (Neurons.rest)."""
+        for layer, threshold in zip(self._layers, thresholds, strict=True):
+            if layer.neurons is not None:
+                layer.neurons.rest(threshold)
 
     def trim(self, n_tokens: int) -> None:
         """Give memory that steps of up to n tokens do not touch back until it is used again."""

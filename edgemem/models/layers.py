@@ -143,6 +143,10 @@ class Neurons:
         op.x, op.out = s.h.pointer, s.x.pointer
         ops.keep(self)
 
+    def rest(self, threshold: float) -> None:
+        """Let neurons of up to that magnitude rest from now on; 0 is exact."""
+        self._neurons.threshold = threshold
+
 
 class SharedExpert(Dense):
     """An expert that every token takes, weighted by the sigmoid of its own gate."""

@@ -53,7 +53,7 @@ def change(value, rng) -> None:
             inner[path[-1]] = copy.deepcopy(VALUES[rng.integers(len(VALUES))])
 
 
-@pytest.fixture(scope="module", params=["SPEC", "ROUTED", "APART", "FORETOLD"])
+@pytest.fixture(scope="module", params=["SPEC", "ROUTED", "APART", "FORETOLD", "RESTING"])
 def store_bytes(request, tmp_path_factory) -> bytes:
     spec = getattr(painted, request.param)
     return painted.write(tmp_path_factory.mktemp("store") / "a", spec).read_bytes()

@@ -48,6 +48,10 @@ _CONFIGS = {
         "model_type": "llama", "num_hidden_layers": 2, "hidden_act": "relu", "hidden_size": 64,
         "mlp_bias": True,
     },
+    "resting": {
+        "model_type": "llama", "num_hidden_layers": 1, "hidden_size": 64,
+        "tie_word_embeddings": True,
+    },
     "routed": {
         "model_type": "qwen2_moe", "num_hidden_layers": 2, "mlp_only_layers": [1], "num_experts": 3,
         "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True,
@@ -76,21 +80,27 @@ class Golden:
     @property
     def neurons(self) -> bool:
         """Whether its FFNs are taken apart."""
-        return self.shape in ("neurons", "foretold")
+        return self.shape in ("neurons", "foretold", "resting")
 
     @property
     def spec(self) -> ModelSpec:
         """What its store says of the model, but for what generation defaults add."""
+        spec = describe(self.config, {}).spec
         ranks = (32, 32) if self.shape == "foretold" else ()
-        return replace(describe(self.config, {}).spec, neurons=self.neurons, ranks=ranks)
+        thresholds = (0.25,) if self.shape == "resting" else ()
+        return replace(spec, neurons=self.neurons, ranks=ranks, thresholds=thresholds)
 
     def convert(self, source: Path, target: Path) -> None:
         """As the golden store was made."""
-        if not self.spec.ranks:
+        if not self.spec.ranks and not self.spec.thresholds:
             converters.convert(source, target, self.dtype, neurons=self.neurons)
             return
         plain, found = source / "plain.edgemem", weights(self)
         converters.convert(source, plain, self.dtype, neurons=True)
+        if self.spec.thresholds:
+            with Store.open(plain) as store:
+                calibrated.write_thresholds(store, target, self.spec.thresholds, {"used": 0.5})
+            return
         bundles = (found[Kind.PREDICTOR, layer, 0] for layer in range(self.spec.n_layers))
         predictors = [Predictor(b["reduce"], b["score"], b["score_bias"][0]) for b in bundles]
         with Store.open(plain) as store:
@@ -105,6 +115,7 @@ GOLDEN = (
     Golden("neurons", "F16", "keep"),
     Golden("neurons", "F16", "q8_0"),
     Golden("foretold", "F16", "q8_0"),
+    Golden("resting", "F16", "keep"),
     Golden("routed", "BF16", "keep"),
     Golden("routed", "BF16", "q8_0"),
     Golden("routed", "BF16", "q4_0"),

@@ -84,7 +84,9 @@ def test_the_converter_still_writes_the_same_bundles(golden, tmp_path):
 @pytest.mark.parametrize("golden", [g for g in make.GOLDEN if g.neurons], ids=lambda g: g.path.stem)
 def test_rows_of_neurons_have_their_checksums(golden):
     with Store.open(golden.path) as store:
-        for bundle_id in (i for n in range(2) for i in store.find(Kind.NEURONS, n).tolist()):
+        for bundle_id in (
+            i for n in range(store.spec.n_layers) for i in store.find(Kind.NEURONS, n).tolist()
+        ):
             layout = store.layout_of(bundle_id)
             rows, sums = (
                 store.read_segment(bundle_id, layout[s]) for s in ("neurons", "checksums")

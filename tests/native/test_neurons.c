@@ -1,6 +1,6 @@
 /* FFNs taken apart: against float64, the bytes of the FFN that is whole where rows are floats, and
  * the same bytes for every instruction set, number of threads and cut of tokens; with a predictor
- * the same of the neurons that it names. */
+ * the same of the neurons that it names, and with a threshold of those above it. */
 #include "check.h"
 
 #include <math.h>
@@ -190,6 +190,16 @@ static bool named(const problem *p, int32_t token, int32_t i) {
     return f->reduce < 0 || score > 0;
 }
 
+static double activated(int32_t activation, double x) {
+    switch (activation) {
+    case EM_SILU: return x / (1 + exp(-x));
+    case EM_GELU: return x * 0.5 * (1 + erf(x / sqrt(2)));
+    case EM_GELU_TANH: return x * 0.5 * (1 + tanh(0.7978845608 * (x + 0.044715 * x * x * x)));
+    case EM_GELU_QUICK: return x / (1 + exp(-1.702 * x));
+    default: return x > 0 ? (activation == EM_RELU2 ? x * x : x) : 0;
+    }
+}
+
 static void it_is_right(const problem *p, double bound) {
     const em_neurons *f = &p->neurons;
     float out[TOKENS * HIDDEN];
@@ -206,7 +216,8 @@ static void it_is_right(const problem *p, double bound) {
                 u += p->x[t * HIDDEN + c] * matrix_element(p->up, f->dtype, HIDDEN, i, c);
             }
             if (!named(p, t, i)) continue;
-            double h = g > 0 ? (f->activation == EM_RELU2 ? g * g : g) * (f->gated ? u : 1) : 0;
+            double h = activated(f->activation, g);
+            h = fabs(h) <= f->threshold ? 0 : h * (f->gated ? u : 1);
             for (int r = 0; r < HIDDEN; r++)
                 expected[t * HIDDEN + r] += h * matrix_element(p->turned, f->dtype, HIDDEN, i, r);
         }
@@ -308,9 +319,16 @@ static void arguments_are_checked(const problem *p) {
     float out[TOKENS * HIDDEN] = {0};
     int64_t used;
     em_neurons bad = p->neurons;
-    bad.activation = EM_SILU;
+    bad.activation = EM_RELU2 + 1;
     CHECK(em_neurons_run(core, &bad, p->bundle, &rows, p->x, 1, out, &used) == EM_INVALID, "%s",
-          "silu");
+          "an activation that is none");
+    const float none[] = {-1, NAN};
+    for (int32_t i = 0; i < 2; i++) {
+        bad = p->neurons;
+        bad.threshold = none[i];
+        CHECK(em_neurons_run(core, &bad, p->bundle, &rows, p->x, 1, out, &used) == EM_INVALID,
+              "threshold %g", none[i]);
+    }
     bad = p->neurons;
     bad.row_parts = 4;
     CHECK(em_neurons_run(core, &bad, p->bundle, &rows, p->x, 1, out, &used) == EM_INVALID, "%s",
@@ -378,6 +396,44 @@ static void predicted(int32_t dtype, int32_t gated) {
     free_problem(&p);
 }
 
+static int64_t used_of(const problem *p, int32_t token) {
+    em_core *core = open_core(1, NULL);
+    em_neuron_rows rows = {p->rows, NULL, 0};
+    float out[HIDDEN] = {0};
+    int64_t used = -1;
+    int32_t status =
+        em_neurons_run(core, &p->neurons, p->bundle, &rows, p->x + token * HIDDEN, 1, out, &used);
+    CHECK(status == EM_OK, "status %d", status);
+    em_core_close(core);
+    return used;
+}
+
+/* Other activations than ReLU let no neuron rest unless a threshold does. */
+static void thresholded(int32_t dtype, int32_t gated, int32_t activation) {
+    static problem p;
+    double bound = dtype >= EM_Q8_0 ? 0.02 : 1e-5;
+    make_problem(&p, dtype, dtype, gated, activation);
+    it_is_right(&p, bound);
+    if (dtype < EM_Q8_0) the_bytes_are_those_of_the_whole(&p);
+    int64_t all = used_of(&p, 0);
+    CHECK(all == INNER || activation >= EM_RELU, "%ld used", (long)all);
+    p.neurons.threshold = 0.1f;
+    /* Blocks round what decides, so that float64 finds others near the threshold. */
+    it_is_right(&p, dtype >= EM_Q8_0 ? 0.05 : bound);
+    there_is_one_answer(&p);
+    int64_t some = used_of(&p, 0);
+    CHECK(some > 0 && some < all, "%ld of %ld used", (long)some, (long)all);
+    p.neurons.threshold = 1e30f;
+    CHECK(used_of(&p, 0) == 0, "activation %d", activation);
+    overflow_is_not_hidden(&p);
+    free_problem(&p);
+    make_problem(&p, dtype, dtype, gated, activation);
+    naming_all_gives_the_bytes_of_the_exact(&p);
+    p.neurons.threshold = 0.1f;
+    it_is_right(&p, dtype >= EM_Q8_0 ? 0.05 : bound);
+    free_problem(&p);
+}
+
 int main(void) {
     for_each_isa(rows_of_any_length);
     for (int32_t gated = 0; gated <= 1; gated++) {
@@ -385,6 +441,9 @@ int main(void) {
         all_of(EM_BF16, EM_Q8_0, gated);
         all_of(EM_Q4_0, EM_F16, gated);
         for (int32_t dtype = EM_F32; dtype <= EM_Q4_0; dtype++) predicted(dtype, gated);
+        for (int32_t activation = EM_SILU; activation <= EM_RELU2; activation++)
+            thresholded(activation % 5, gated, activation);
+        thresholded(EM_Q8_0, gated, EM_SILU);
     }
     return check_report();
 }

@@ -176,13 +176,14 @@ def test_equal_names_and_other_formats_live_side_by_side(gguf, cache, tmp_path):
     assert as_store(gguf, dtype="keep") in stores
 
 
-def test_neurons_are_another_store(folder, cache, tmp_path):
+def test_neurons_are_another_store(cache, tmp_path):
     apart = tiny.write(tmp_path / "relu", "opt", 1, activation="relu", max_positions=64).folder
     plain, _ = token_ids(apart)
     assert token_ids(apart, "--neurons")[0] == plain and len(set(cache.iterdir())) == 2
     with Store.open(as_store(apart, neurons=True)) as store:
         assert store.spec.neurons
-    assert "leave --neurons out" in run("run", folder, "-p", "x", "--neurons", code=1)[1]
+    routed = tiny.write(tmp_path / "routed", "mixtral", 1).folder
+    assert "leave --neurons out" in run("run", routed, "-p", "x", "--neurons", code=1)[1]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])

@@ -386,6 +386,20 @@ def test_a_store_of_neurons_is_read_back(tmp_path):
         assert (layout["neurons"].rows, layout["neurons"].cols) == (24, 64)
 
 
+def test_thresholds_are_numbers_in_range():
+    data = json.loads(fmt.encode_meta(replace(meta(), spec=painted.RESTING)))
+    assert fmt.decode_meta(json.dumps(data).encode()).spec == painted.RESTING
+    fine = [[0], [1.5]]
+    wrong = [value for value in HOSTILE if value not in fine]
+    for value in [*fine, *wrong, [10**400], [1e31], [True], ["0"], [0.1, 0.1]]:
+        data["spec"]["thresholds"] = value
+        if value in fine:
+            assert fmt.decode_meta(json.dumps(data).encode()).spec.thresholds == tuple(value)
+            continue
+        with pytest.raises((CorruptError, UnsupportedError)):
+            fmt.decode_meta(json.dumps(data).encode())
+
+
 def test_a_store_of_what_is_foretold_is_read_back(tmp_path):
     path = painted.write(tmp_path / "a", painted.FORETOLD)
     with Store.open(path) as store:
