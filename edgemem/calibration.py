@@ -9,34 +9,33 @@ it can say what that costs.
 from __future__ import annotations
 
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from .arguments import context_limit
+from .budget import Budget, current_bytes
 from .converters import calibrated
 from .engine import Engine, load
 from .errors import UnsupportedError
 from .format import Kind
 from .kernels.reference import activate, unpack
-from .perplexity import perplexity
+from .perplexity import encode_start, perplexity
 from .predictors import low_rank, placement
 from .sequence import TokenSequence
+from .recording import Recording, recording
 from .session import check_ids
 from .store import Store
-from .tokenizer import byte_count
 from .writer import check_target
 
 RECALL = 0.98
 """Of the activations' sum; what is missing costs about as much perplexity (bench/LOG.md)."""
-TOKENS = 8192
-JUDGED = 4
-"""One token of so many that are used judges."""
+TOKENS = 12288
+JUDGED = 3
+"""One token in so many of the second half judges."""
 WINDOW = 256
 LEAST_TOKENS = 64
 _PIECE_ROWS = 1024
@@ -91,17 +90,18 @@ def calibrate(
 ) -> CalibrationReport:  # fmt: skip
     """Give a store predictors that recall so much of its activations; `text` or token ids.
 
-    Writes `target`, or replaces the store where there is none. Of the text so many tokens are used:
-    three quarters from its first half to train, one from its second to judge. Exact runs of the new
-    store give what the old one gave. `memory` is the budget of the runs; training takes about
-    16 bytes for each token and neuron of a layer beside. `progress(doing, done, total)`.
+    Writes `target`, or replaces the store where there is none. Of the text the first `limit` tokens
+    are used: their first half trains, a third of the second judges. Exact runs of the new store
+    give what the old one gave. `memory` is the budget of the runs; training takes about 26 bytes
+    for each token and neuron of a layer beside, and 4 bytes of disk for each token and number
+    that layers read. `progress(doing, done, total)`.
 
     Raises ValueError for arguments and a text that is too short, UnsupportedError for a store whose
     FFNs are not taken apart or have no ReLU, StoreError and BudgetError, before any work; and what
     running raises.
     """
     started, path = time.perf_counter(), Path(store)
-    out, force = path if target is None else Path(target), force or target is None
+    out, force = path.resolve() if target is None else Path(target), force or target is None
     if not 0 < recall < 1:
         raise ValueError(f"recall must be between 0 and 1, not {recall}")
     check_limit(limit)
@@ -110,18 +110,21 @@ def calibrate(
         _check_rests(source)
         check_target(out, force)
         window = min(WINDOW, context_limit(source.spec))
-        with tempfile.TemporaryFile(dir=out.parent) as file:
-            with load(path, memory, window, threads) as engine:
-                seen, unseen = halves(engine, text, limit - limit // JUDGED, limit // JUDGED)
-                recorded = _record(engine, [*seen, *unseen], file, progress)
-                exact = perplexity(engine, unseen, window).perplexity
-            fits, orders = _fits(source, recorded, len(seen), recall, progress)
-            predictors, reports = _judged(source, recorded, len(seen), fits, recall, progress)
+        budget, before = Budget(memory).limit, current_bytes()
+        with load(path, budget, window, threads) as engine:
+            seen, unseen = halves(engine, text, limit)
+            unseen = unseen[: max(len(unseen) // JUDGED, LEAST_TOKENS // 2)]
+            recorded = _record(engine, [*seen, *unseen], out.parent, progress)
+            exact = perplexity(engine, unseen, window).perplexity
+        fits, orders = _fits(source, recorded, len(seen), recall, progress)
+        predictors, reports = _judged(source, recorded, len(seen), fits, recall, progress)
+        del recorded
         quality = _mean([report.quality for report in reports])
         said = asdict(quality) | {"perplexity": exact}
 
         def run_it(written: Path) -> dict:
-            with load(written, memory, window, threads, predict=True) as engine:
+            left = max(0, current_bytes() - before)  # by training
+            with load(written, budget + left, window, threads, predict=True) as engine:
                 said["predicted_perplexity"] = perplexity(engine, unseen, window).perplexity
             return said
 
@@ -159,47 +162,24 @@ def _check_rests(store: Store) -> None:
         )
 
 
-def halves(
-    engine: Engine, text: str | Sequence[int], seen: int, judged: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """So many ids of the text's first half, to learn from, and of its second, to judge by, int32.
-    Raises ValueError for a text that is too short."""
+def halves(engine: Engine, text: str | Sequence[int], limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """The halves of a text's first `limit` ids: to learn from, and to judge by, int32. Raises
+    ValueError for a text that is too short."""
     if isinstance(text, str):
-        engine.promise_text(byte_count(text))
-        text = engine.tokenizer.encode(text, special=False)
-    ids = check_ids(text, engine.spec.vocab_size)
+        text = encode_start(engine, text, limit)
+    ids = check_ids(text, engine.spec.vocab_size)[:limit]
     if len(ids) < LEAST_TOKENS:
         raise ValueError(f"the text has {len(ids)} tokens; calibrating needs {LEAST_TOKENS}")
     half = len(ids) // 2
-    return ids[:half][:seen], ids[half:][:judged]
+    return ids[:half], ids[half:]
 
 
-@contextmanager
-def recording(engine: Engine, count: int, file, every: int = 1) -> Iterator[np.ndarray]:
-    """What each layer's FFN reads of one in `every` of the `count` tokens that run meanwhile,
-    float32 [layers, tokens, hidden], in a file."""
-    spec, done = engine.spec, 0
-    shape = (spec.n_layers, -(-count // every), spec.hidden)
-    recorded = np.memmap(file, np.float32, "w+", shape=shape)
-
-    def watch(layer: int, inputs: np.ndarray) -> None:
-        nonlocal done
-        some = inputs[-done % every :: every]
-        first = -(-done // every)
-        recorded[layer, first : first + len(some)] = some
-        done += len(inputs) if layer == spec.n_layers - 1 else 0
-
-    engine._model.watch = watch
-    try:
-        yield recorded
-    finally:
-        engine._model.watch = None
-
-
-def _record(engine: Engine, ids: Sequence[int], file, progress: Progress | None) -> np.ndarray:
+def _record(
+    engine: Engine, ids: Sequence[int], folder: Path, progress: Progress | None
+) -> Recording:
     """What each layer's FFN reads of each token (see `recording`)."""
     told = telling(progress, "recording")
-    with recording(engine, len(ids), file) as recorded:
+    with recording(engine, len(ids), folder) as recorded:
         for start in range(0, len(ids), engine.context):
             part = ids[start : start + engine.context]
             sequence = TokenSequence(engine)
@@ -210,14 +190,14 @@ def _record(engine: Engine, ids: Sequence[int], file, progress: Progress | None)
 
 
 def _fits(
-    store: Store, recorded: np.ndarray, seen: int, recall: float, progress: Progress | None
+    store: Store, recorded: Recording, seen: int, recall: float, progress: Progress | None
 ) -> tuple[dict[int, low_rank.Fit], list[np.ndarray | None]]:
     """By layer: predictors in the making, and where neurons lie."""
     told, fits, layers = telling(progress, "training"), {}, dense_layers(store)
     orders: list[np.ndarray | None] = [None] * store.spec.n_layers
     for done, layer in enumerate(layers, 1):
         weights = Deciding(store, layer, with_up=True)
-        of = weights.layer(recorded[layer, :seen])
+        of = weights.layer(recorded.inputs(layer, 0, seen))
         fits[layer] = low_rank.Fit(of, weights.deciding, 2 + store.spec.gated, recall)
         orders[layer] = placement.order(of.activations > 0)
         told(done, len(layers))
@@ -225,7 +205,7 @@ def _fits(
 
 
 def _judged(
-    store: Store, recorded: np.ndarray, seen: int, fits: dict[int, low_rank.Fit], recall: float,
+    store: Store, recorded: Recording, seen: int, fits: dict[int, low_rank.Fit], recall: float,
     progress: Progress | None,
 ) -> tuple[list[low_rank.Predictor | None], list[LayerReport]]:  # fmt: skip
     """Predictors by layer, as a store gives them back, and what the unseen text says of them."""
@@ -234,7 +214,7 @@ def _judged(
     reports = []
     for layer, fit in fits.items():
         predictors[layer] = made = calibrated.stored(fit.predictor(threshold))
-        of = Deciding(store, layer, with_up=True).layer(recorded[layer, seen:])
+        of = Deciding(store, layer, with_up=True).layer(recorded.inputs(layer, seen))
         quality = low_rank.judge(made, of)
         reports.append(LayerReport(layer, made.rank, quality))
         told(len(reports), len(fits))

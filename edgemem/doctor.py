@@ -80,7 +80,7 @@ class Device:
         """The readings that are like the runtime's own: direct where that works, by io_uring where
         that does."""
         direct = any(r.direct for r in self.flash)
-        names = {r.engine for r in self.flash}
+        names = {r.engine for r in self.flash if r.direct == direct}
         engine = next(name for name in ENGINES if name in names)
         return [r for r in self.flash if r.direct == direct and r.engine == engine]
 
@@ -114,10 +114,14 @@ def examine(
     in a folder a file of up to 256 MiB is written, which has no name and ends with this process.
     `progress(done, total)` is called between measurements. Raises FlashError where that cannot be.
     """
+    path = _file(place, folder)
+    if not Path(place).is_dir():
+        _file_bytes(Path(place))  # where nothing can be read, nothing is known
     found = None if again else known(place, folder)
     if found is None:
+        _check_writable(path.parent)
         found = measure(place, progress)
-        _keep(found, _file(place, folder))
+        _keep(found, path)
     return found
 
 
@@ -324,6 +328,17 @@ def _file(place: str | os.PathLike, folder: str | os.PathLike) -> Path:
     return Path(folder) / f"doctor-{key}.json"
 
 
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise FlashError(
+            f"keeping what is measured in {folder}: {error.strerror}; choose another folder with "
+            "--cache-dir"
+        ) from error
+
+
 def _keep(device: Device, path: Path) -> None:
     """Written beside and renamed: whoever reads it finds all or nothing."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
@@ -344,7 +359,11 @@ def _keep(device: Device, path: Path) -> None:
 def _is_sound(device: Device) -> bool:
     """Whether a file of figures has all that plans take, as numbers that can be."""
     rates = [r.bytes_per_second for r in device.flash]
-    rates += [device.dram_bytes_per_second, *(device.multiply_adds[name] for name in BY_NAME)]
+    rates += [
+        device.measured_at,
+        device.dram_bytes_per_second,
+        *(device.multiply_adds[name] for name in BY_NAME),
+    ]
     counts = [n for r in device.flash for n in (r.bytes, r.depth)]
     known_engines = all(r.engine in ENGINES for r in device.flash)
     finite = all(0 < rate < float("inf") for rate in rates)

@@ -20,9 +20,15 @@ rest of themselves."""
 
 
 def parameter_count(store: Store) -> int:
-    """Weights of the model, padding left out; tied tables count once."""
+    """Weights of the model, padding left out; tied tables count once, as does what decides where
+    neurons have it too. Predictors are none."""
+    extra = store.spec.hidden * bool(store.spec.ranks)
     per_layout = [
-        sum(s.rows * s.cols for s in layout.segments if s.dtype is not U32)
+        sum(
+            s.rows * (s.cols - extra * (s.name == "neurons"))
+            for s in layout.segments
+            if s.dtype is not U32 and "reduce" not in layout
+        )
         for layout in store.layouts
     ]
     return int(_layout_uses(store) @ np.array(per_layout, np.int64))

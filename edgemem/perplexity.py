@@ -19,7 +19,7 @@ import numpy as np
 from .errors import UnsupportedError
 from .sequence import TokenSequence
 from .session import check_ids
-from .tokenizer import byte_count, check_unicode
+from .tokenizer import Tokenizer, byte_count, check_unicode
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -57,7 +57,7 @@ def perplexity(
 ) -> PerplexityReport:  # fmt: skip
     """Measure the perplexity of `text` (or token ids), of its first `limit` tokens if given.
 
-    Of a text with a `limit` only the first `text_bytes(engine, limit)` bytes are encoded. What
+    Of a text with a `limit` only the first `text_bytes(tokenizer, limit)` bytes are encoded. What
     encoding needs is taken from the budget: BudgetError where it does not fit.
 
     `progress(done_tokens, total_tokens)` is called after each window. Raises ValueError for a
@@ -87,24 +87,25 @@ def check(engine: Engine, text: str | Sequence[int], window: int, limit: int | N
     if limit is not None and limit < 2:
         raise ValueError(f"limit must be at least 2 tokens, not {limit}")
     engine.promise_all_logits()
-    ids = _encode(engine, text, limit) if isinstance(text, str) else text
+    ids = encode_start(engine, text, limit) if isinstance(text, str) else text
     ids = check_ids(ids, engine.spec.vocab_size)[:limit]
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens; perplexity needs at least 2")
     return ids
 
 
-def text_bytes(engine: Engine, limit: int | None) -> int | None:
+def text_bytes(tokenizer: Tokenizer, limit: int | None) -> int | None:
     """The bytes of a text that are encoded for its first `limit` tokens; None for all of them.
 
     They hold more tokens than that, so that where the text is cut does not touch the limit.
     """
-    longest = None if limit is None else engine.tokenizer.longest_token
+    longest = None if limit is None else tokenizer.longest_token
     return None if longest is None else (limit + _SPARE_TOKENS) * longest
 
 
-def _encode(engine: Engine, text: str, limit: int | None) -> list[int]:
-    most = text_bytes(engine, limit)
+def encode_start(engine: Engine, text: str, limit: int | None) -> list[int]:
+    """Ids of a text, at least its first `limit`; encoding is put into the budget."""
+    most = text_bytes(engine.tokenizer, limit)
     if most is not None and len(text) > most // 4:
         text = text[:most]
         check_unicode(text)

@@ -9,7 +9,7 @@ that is follows from the slots, by kind:
   28 and 9 % at x = 10, 13.5 and 25 %. Runs of Qwen3-30B-A3B's shape read 25 and 15 % at 14 and 20;
   in recorded texts the default policy misses 40, 31, 14 % (qwen), and 40, 34, 22 % (gpt-oss);
 * of neurons a token wants few, mostly those of the tokens before: with room for r times as many it
-  misses 1 / (1 + r). Runs of OPT-6.7B's shape miss 32 and 15 % with r = 2 and 5.
+  misses 1 / (1 + (r / 1.5)²): 50, 36, 8, 4 % at r = 1.5, 2, 5, 7 (bench/LOG.md).
 
 Reads go on while products are computed, but not all: `_together`. The constants were fitted to what
 runs took (bench/LOG.md); the paces are this device's (doctor.py).
@@ -17,6 +17,7 @@ runs took (bench/LOG.md); the paces are this device's (doctor.py).
 
 from __future__ import annotations
 
+import importlib
 import os
 from dataclasses import dataclass
 from math import exp
@@ -113,7 +114,8 @@ def look(
     budget = Budget(memory)
     with Store.open(path) as store:
         check_predict(store, predict)
-        # As an engine does, before it looks what the process has.
+        # As an engine does, before it looks what the process has; and be as large as one.
+        importlib.import_module(".engine", __package__)
         _ = Tokenizer(store.tokenizer_json, store.tokenizer_config)
         length = context or prompt_tokens + new_tokens
         needs = Needs(store, budget.limit, length, threads, kv, predict)
@@ -238,7 +240,7 @@ def _neuron_share(store: Store, predict: bool) -> float:
         return 1.0
     try:
         share = float(store.recipe["predictor"]["predicted" if predict else "active"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return NEURON_SHARE
     return share if 0 < share <= 1 else NEURON_SHARE
 

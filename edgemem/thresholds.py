@@ -10,7 +10,6 @@ a text, and then on the second, which learns of it last.
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,13 +27,13 @@ from .calibration import (
     check_limit,
     dense_layers,
     halves,
-    recording,
     telling,
 )
 from .converters import calibrated
 from .engine import Engine, load
 from .errors import UnsupportedError
 from .perplexity import perplexity
+from .recording import Recording, recording
 from .store import Store
 from .writer import check_target
 
@@ -116,7 +115,7 @@ def choose_thresholds(
     not even the least share costs as little; and what running raises.
     """
     started, path = time.perf_counter(), Path(store)
-    out, force = path if target is None else Path(target), force or target is None
+    out, force = path.resolve() if target is None else Path(target), force or target is None
     if not cost > 0:
         raise ValueError(f"cost must be above 0, not {cost}")
     check_limit(limit)
@@ -124,11 +123,8 @@ def choose_thresholds(
         check_apart(source)
         check_target(out, force)
         window = min(WINDOW, context_limit(source.spec))
-        with (
-            tempfile.TemporaryFile(dir=out.parent) as file,
-            load(path, memory, window, threads) as engine,
-        ):
-            search = _Search(engine, source, text, limit, file, progress)
+        with load(path, memory, window, threads) as engine:
+            search = _Search(engine, source, text, limit, out.parent, progress)
             place = search.choose(cost)
             if place < 0:
                 raise UnsupportedError(
@@ -149,11 +145,11 @@ class _Search:
     """Thresholds [shares, layers], and what running with them costs."""
 
     def __init__(
-        self, engine: Engine, store: Store, text: str | Sequence[int], limit: int, file,
+        self, engine: Engine, store: Store, text: str | Sequence[int], limit: int, folder: Path,
         progress: Progress | None,
     ):  # fmt: skip
-        self._engine, self._store, self._file, self._progress = engine, store, file, progress
-        self.seen, self.unseen = halves(engine, text, limit - limit // 2, limit // 2)
+        self._engine, self._store, self._folder, self._progress = engine, store, folder, progress
+        self.seen, self.unseen = halves(engine, text, limit)
         self.tried: list[tuple[float, float]] = []
         with self._recording(self.seen) as inputs:
             self._exact = self._run(self.seen, "recording")
@@ -167,12 +163,12 @@ class _Search:
 
     def _recording(self, ids: np.ndarray):
         # An odd step, as else the first token of a window, which is unlike others, came too often.
-        return recording(self._engine, len(ids), self._file, -(-len(ids) // _SAMPLED) | 1)
+        return recording(self._engine, len(ids), self._folder, -(-len(ids) // _SAMPLED) | 1)
 
-    def _made(self, inputs: np.ndarray) -> tuple[np.ndarray, dict[int, float]]:
+    def _made(self, inputs: Recording) -> tuple[np.ndarray, dict[int, float]]:
         """Thresholds that lose each of SHARES, and by layer the share of neurons that are active
         without, of what layers read."""
-        made, active = np.zeros((len(SHARES), len(inputs))), {}
+        made, active = np.zeros((len(SHARES), inputs.layers)), {}
         told, layers = telling(self._progress, "sorting"), dense_layers(self._store)
         for done, layer in enumerate(layers, 1):
             found = np.sort(self._magnitudes(layer, inputs), axis=None)
@@ -183,9 +179,9 @@ class _Search:
             told(done, len(layers))
         return made, active
 
-    def _magnitudes(self, layer: int, inputs: np.ndarray) -> np.ndarray:
+    def _magnitudes(self, layer: int, inputs: Recording) -> np.ndarray:
         """float32 [tokens, width]."""
-        return Deciding(self._store, layer).magnitudes(inputs[layer])
+        return Deciding(self._store, layer).magnitudes(inputs.inputs(layer))
 
     def choose(self, cost: float) -> int:
         """The place in SHARES of the largest share that costs no more on the first half of the

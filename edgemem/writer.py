@@ -17,6 +17,7 @@ import errno
 import itertools
 import os
 import re
+import stat
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -74,6 +75,9 @@ class StoreWriter:
             with _told(self.path):
                 _remove_leftovers(self.path)
                 self._create()
+                if force and hasattr(os, "fchmod"):  # what is replaced keeps who may read it
+                    with suppress(FileNotFoundError):
+                        os.fchmod(self._file.fileno(), stat.S_IMODE(self.path.stat().st_mode))
             self._write(fmt.encode_header(page_size, crc32c))
         except BaseException:
             self.abort()

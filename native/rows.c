@@ -104,7 +104,8 @@ static flight *plan(em_rows *r, const em_row_set *s, int32_t first, int32_t n) {
     uint64_t start = page_floor(row_start(s, r->missing[first])), end = start;
     for (; i < n; i++) {
         uint64_t from = row_start(s, r->missing[i]), to = page_ceil(from + s->row_bytes);
-        if (i > first && (page_floor(from) > end || to - start > r->stage_bytes)) break;
+        bool follows = from >= start && to >= end && page_floor(from) <= end;
+        if (i > first && (!follows || to - start > r->stage_bytes)) break;
         end = to;
     }
     *f = (flight){first, i, 0, start, 0, end - start, r->staging + (uint64_t)tag * r->stage_bytes};

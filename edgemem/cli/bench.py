@@ -105,21 +105,25 @@ def measured(
         with options.usage_errors():
             benchmark.check(engine, *counts)
 
-    try:
-        opened = options.load_engine(store, memory, context, threads, ready, **streaming)
-    except BudgetError as error:
-        options.note(f"edgemem: {error}")
-        return {"memory": memory, "error": "does not fit", "message": str(error)}
     label = f"measuring in {memory}"
     folder = default_folder() if cache_dir is None else cache_dir
     device = doctor.known(store, folder)
-    with opened as engine, options.progress_bar(label, " tokens") as progress:
-        as_usual = dataclasses.replace(engine._streaming, trace=None) == Streaming()
-        rates = device if as_usual and not engine.sparse else None
-        told = plan.outlook(engine._needs, engine.budget, *counts[:2], rates)
-        report = benchmark.measure(engine, *counts, warm=warm, progress=progress)
+    try:
+        opened = options.load_engine(store, memory, context, threads, ready, **streaming)
+        with opened as engine, options.progress_bar(label, " tokens") as progress:
+            as_usual = dataclasses.replace(engine._streaming, trace=None) == Streaming()
+            rates = device if as_usual and not engine.sparse else None
+            told = plan.outlook(engine._needs, engine.budget, *counts[:2], rates)
+            report = benchmark.measure(engine, *counts, warm=warm, progress=progress)
+            how = {name: getattr(engine._streaming, name) for name in _COMPARED}
+    except BudgetError as error:
+        options.note(f"edgemem: {error}")
+        return {"memory": memory, "error": "does not fit", "message": str(error)}
     expected = told.expected and dataclasses.asdict(told.expected)
-    return {"memory": memory, "expected": expected} | dataclasses.asdict(report)
+    return {"memory": memory, "expected": expected} | how | dataclasses.asdict(report)
+
+
+_COMPARED = ("loading", "windowing", "bundling")
 
 
 def measured_apart(

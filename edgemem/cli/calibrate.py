@@ -45,7 +45,7 @@ The store is replaced, when all is done, or written anew where -o is given.
     help="Choose thresholds: by so much may perplexity rise, 0.01 for 1 %.",
 )  # fmt: skip
 @click.option(
-    "--limit", type=int, metavar="N", show_default="8192", help="Use so many tokens of the text."
+    "--limit", type=int, metavar="N", show_default="12288", help="Use so many tokens of the text."
 )
 @click.option("--force", is_flag=True, help="Replace OUT.edgemem if it exists.")
 @options.MEMORY
@@ -53,13 +53,18 @@ The store is replaced, when all is done, or written anew where -o is given.
 @options.JSON
 def calibrate(store, file, output, recall, cost, limit, force, memory, threads, as_json):
     from .. import calibration, thresholds
+    from ..perplexity import text_bytes
+    from ..store import Store
+    from ..tokenizer import Tokenizer
 
     if recall is not None and cost is not None:
         raise click.UsageError("--recall is for predictors, --cost for thresholds: choose one")
     named = (("recall", recall), ("cost", cost), ("limit", limit))
     given = {name: value for name, value in named if value is not None}
     work = calibration.calibrate if cost is None else thresholds.choose_thresholds
-    text = options.read_text(file)
+    with Store.open(store) as opened:
+        tokenizer = Tokenizer(opened.tokenizer_json, opened.tokenizer_config)
+    text = options.read_text(file, text_bytes(tokenizer, limit or calibration.TOKENS))
     with handled(unwind, "SIGTERM", "SIGHUP"), options.usage_errors(), _Bars() as bars:
         report = work(
             store, text, output, memory=memory, threads=threads, force=force, progress=bars, **given

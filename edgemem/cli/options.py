@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -234,7 +235,7 @@ def load_engine(
 def prediction_cost(recipe: dict) -> str:
     """What `edgemem calibrate` found it to cost, and wrote into the store."""
     try:
-        said = {name: float(value) for name, value in recipe["predictor"].items()}
+        said = _numbers(recipe["predictor"])
         cost = said["predicted_perplexity"] / said["perplexity"] - 1
         missed = 1 - said["recall"]
         return (
@@ -244,14 +245,22 @@ def prediction_cost(recipe: dict) -> str:
             f"{100 * cost:+.2f} % ({said['perplexity']:.5g} to {said['predicted_perplexity']:.5g}) "
             "on the text that it was calibrated with"
         )
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
         return "the store does not say what that costs; calibrate it again"
+
+
+def _numbers(said: dict) -> dict[str, float]:
+    """What a store says, which may be anything."""
+    found = {name: float(value) for name, value in said.items()}
+    if not all(map(math.isfinite, found.values())):
+        raise ValueError("numbers that cannot be")
+    return found
 
 
 def sparsity_cost(recipe: dict) -> str:
     """What `edgemem calibrate --cost` found it to bring and to cost, and wrote into the store."""
     try:
-        said = {name: float(value) for name, value in recipe["sparse"].items()}
+        said = _numbers(recipe["sparse"])
         cost = said["sparse_perplexity"] / said["perplexity"] - 1
         percent = {name: f"{100 * value:.1f} %" for name, value in said.items()}
         slow = "; with so many a store made without --neurons is faster"
@@ -262,7 +271,7 @@ def sparsity_cost(recipe: dict) -> str:
             f"({said['perplexity']:.5g} to {said['sparse_perplexity']:.5g}) on the text that it "
             f"was calibrated with{slow if said['used'] > _PAYS else ''}"
         )
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
         return "the store does not say what that costs; calibrate it again"
 
 

@@ -46,7 +46,7 @@ def perplexity(
 
     def ready(engine):
         nonlocal text
-        most = measure.text_bytes(engine, limit)
+        most = measure.text_bytes(engine.tokenizer, limit)
         size = options.file_size(file) if most is None else min(most, options.file_size(file))
         engine.promise_text(size)  # of a file, before it is read
         fits = max(size, engine.text_room())
@@ -61,7 +61,8 @@ def perplexity(
         with options.progress_bar("measuring", " tokens") as progress:
             report = measure.perplexity(engine, text, window, limit, progress)
     if as_json:
-        options.print_json(dataclasses.asdict(report))
+        how = {"kv": kv, "predict": predict, "sparse": sparse}
+        options.print_json(dataclasses.asdict(report) | how)
         return
     print(f"perplexity {report.perplexity:.4f} ± {report.standard_error:.4f}")
     options.note(

@@ -176,6 +176,8 @@ def check_bundles(entries: np.ndarray, meta: Meta) -> None:
         _check_layout(meta.layouts[layout], bundle_parts(spec, Kind(kind), layer), layer)
         if kind == Kind.NEURONS and spec.hidden % meta.layouts[layout]["neurons"].dtype.block:
             raise CorruptError(f"the neurons of layer {layer} are not made of whole blocks")
+        if kind == Kind.PREDICTOR and len({s.dtype for s in meta.layouts[layout].segments[:2]}) > 1:
+            raise CorruptError(f"the predictor of layer {layer} is not of one number format")
     _check_table(entries[:embeds], Kind.EMBED, meta, expected=not spec.tied)
     _check_table(entries[len(entries) - heads :], Kind.HEAD, meta, expected=True)
 

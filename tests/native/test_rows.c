@@ -1,6 +1,7 @@
 /* Rows that come and go, against a plain model: what is taken has the bytes of the file, on either
  * engine and whatever reads do; those that were used last stay. */
 #include "check.h"
+#include "rows.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -202,6 +203,30 @@ static void a_file_that_ends_early_is_told(void) {
     end_world(&w);
 }
 
+/* What is wanted later may lie before what was wanted first. */
+static void places_of_two_wants_may_cross(void) {
+    world w;
+    make_world(&w);
+    for (int32_t s = 1; s < SETS; s++)
+        for (int32_t i = 0; i < ROWS; i++) w.places[s][i] = (uint32_t)(ROWS - 1 - i);
+    for (int32_t s = 1; s < SETS; s++)
+        for (int32_t i = 0; i < ROWS; i++)
+            w.checksums[s][i] = em_crc32c(0, row_of(&w, s, i), ROW_BYTES[s]);
+    em_rows *r = open_rows(&w, NULL, 2, NULL);
+    for (int32_t step = 0; step < 20; step++) {
+        int32_t set = 1 + step % 2, ids[ROOM];
+        const uint8_t *at[ROOM];
+        int64_t waited = 0;
+        for (int32_t i = 0; i < ROOM; i++) ids[i] = (step * 13) % 200 + 2 * i;
+        CHECK(em_rows_begin(r, set) == EM_OK, "step %d", step);
+        for (int32_t i = 0; i < ROOM; i += 8) em_rows_want(r, ids + i, 8, &waited);
+        CHECK(em_rows_finish(r, ids, ROOM, at, &waited) == EM_OK, "step %d", step);
+        check_bytes(&w, set, ids, ROOM, at, 0);
+    }
+    em_rows_close(r);
+    end_world(&w);
+}
+
 static void arguments_are_checked(void) {
     world w;
     make_world(&w);
@@ -244,6 +269,7 @@ int main(void) {
     }
     what_is_used_often_or_of_late_stays();
     a_file_that_ends_early_is_told();
+    places_of_two_wants_may_cross();
     arguments_are_checked();
     return check_report();
 }

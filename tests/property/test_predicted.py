@@ -1,7 +1,9 @@
 """Neurons that are foretold: one answer at every budget, which is the exact one where all are."""
 
 import contextlib
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -15,6 +17,7 @@ import edgemem
 from edgemem import converters
 from edgemem._native import lib
 from edgemem.calibration import calibrate
+from edgemem.cli import options
 from edgemem.converters import calibrated
 from edgemem.errors import UnsupportedError
 from edgemem.perplexity import perplexity
@@ -66,7 +69,7 @@ def trained(request, shared, tmp_path_factory):
     source = shared / "models" / "tiny-relu"
     converters.convert(source, path, dtype=request.param, neurons=True)
     text = (shared / "text" / "wikitext-2-valid.txt").read_text()
-    return path, out, calibrate(path, text[:200_000], out, recall=0.95, limit=4096)
+    return path, out, calibrate(path, text[:200_000], out, recall=0.95, limit=6144)
 
 
 def test_a_trained_model_is_told_by_few_of_its_neurons(trained):
@@ -100,7 +103,7 @@ def test_the_store_says_what_prediction_costs(trained, shared):
     text = (shared / "text" / "wikitext-2-valid.txt").read_text()[:200_000]
     with edgemem.load(out, predict=True, context=256) as engine:
         ids = engine.tokenizer.encode(text, special=False)
-        unseen = ids[len(ids) // 2 :][: report.judged_tokens]
+        unseen = ids[:6144][3072:][: report.judged_tokens]
         found = perplexity(engine, unseen, 256).perplexity
     assert found == pytest.approx(said["predicted_perplexity"], rel=1e-9)
 
@@ -222,3 +225,50 @@ def test_the_command_line_says_what_it_costs(trained, shared, tmp_path):
     assert "changes the answer" not in done.stderr
     done = edgemem_cli("run", path, "--predict", "-p", "The city", "-n", 4)
     assert done.returncode == 1 and "edgemem calibrate" in done.stderr
+
+
+def test_a_store_in_its_place_keeps_its_link_and_who_may_read_it(trained, tmp_path):
+    path, out, _ = trained
+    real, link = tmp_path / "real.edgemem", tmp_path / "link.edgemem"
+    real.write_bytes(path.read_bytes())
+    real.chmod(0o600)
+    link.symlink_to(real)
+    calibrate(link, np.arange(5, 205), recall=0.7, limit=200)
+    assert link.is_symlink() and real.stat().st_mode & 0o777 == 0o600
+    assert loaded(real) == loaded(path)
+
+
+def test_a_small_budget_suffices_to_the_end(trained, tmp_path):
+    """Training takes more: what runs before and after it keeps to the budget all the same."""
+    path, _, _ = trained
+    script = (
+        "import sys, numpy as np; from edgemem.calibration import calibrate\n"
+        "calibrate(sys.argv[1], np.arange(5, 4101), sys.argv[2], memory='110M', limit=4096)"
+    )
+    argv = [sys.executable, "-c", script, str(path), str(tmp_path / "o.edgemem")]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert loaded(tmp_path / "o.edgemem") == loaded(path)
+
+
+def test_no_room_for_what_is_recorded_is_told_before_any_work(trained, tmp_path, monkeypatch):
+    path, _, _ = trained
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(edgemem.StoreError, match="No space left.*smaller limit"):
+        calibrate(path, np.arange(5, 205), tmp_path / "o.edgemem", limit=200)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "said", (None, [], "x", {}, {"recall": 10**400}, {"recall": "nan"}, {"predicted": [1]})
+)
+def test_what_a_store_says_of_its_cost_may_be_anything(said):
+    whole = {"predicted": 0.1, "precision": 1, "recall": 1, "perplexity": 2}
+    good = whole | {"predicted_perplexity": 3}
+    assert "+50.00 %" in options.prediction_cost({"predictor": good})
+    lie = good | said if isinstance(said, dict) and said else said
+    assert "does not say" in options.prediction_cost({"predictor": lie})

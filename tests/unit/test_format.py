@@ -458,6 +458,7 @@ def test_neurons_that_do_not_fit_their_model_are_refused(tmp_path, change):
         lambda m: m["spec"].update(neurons=False),
         lambda m: _segment(m, "reduce").update(cols=31),
         lambda m: _segment(m, "score").update(dtype="u32"),
+        lambda m: _segment(m, "score").update(dtype="f16"),
         lambda m: _segment(m, "score_bias").update(cols=23),
         lambda m: _segment(m, "neurons").update(cols=64),
     ],

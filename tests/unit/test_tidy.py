@@ -28,7 +28,17 @@ FLOORS = {
     "spec": 1, "dtypes": 1, "trace": 1, "tracefile": 1, "memory": 1,
     "errors": 0,
 }  # fmt: skip
-SEES_ALL = {"__init__", "__main__", "cli", "doctor", "plan", "profile", "calibration", "thresholds"}
+SEES_ALL = {
+    "__init__",
+    "__main__",
+    "cli",
+    "doctor",
+    "plan",
+    "profile",
+    "calibration",
+    "recording",
+    "thresholds",
+}
 CONVERTERS_SEE = 3
 
 HOMES = {
