@@ -29,16 +29,9 @@ FLOORS = {
     "errors": 0,
 }  # fmt: skip
 SEES_ALL = {
-    "__init__",
-    "__main__",
-    "cli",
-    "doctor",
-    "plan",
-    "profile",
-    "calibration",
-    "recording",
+    "__init__", "__main__", "cli", "doctor", "plan", "profile", "calibration", "recording",
     "thresholds",
-}
+}  # fmt: skip
 CONVERTERS_SEE = 3
 
 HOMES = {
