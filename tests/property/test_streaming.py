@@ -66,7 +66,9 @@ def test_a_head_that_streams_changes_no_answer(kind, stores, monkeypatch):
     with edgemem.load(stores[kind]) as engine:
         expected = answer(engine)
     plannable = inventory.plannable
-    monkeypatch.setattr(inventory, "plannable", lambda store, head=True: plannable(store, True))
+    monkeypatch.setattr(
+        inventory, "plannable", lambda store, head=True, predict=False: plannable(store, True, predict)
+    )
     with streaming.opened(stores[kind], 0.0) as engine:
         kinds = engine.store.entries["kind"][engine._plan.streamed]
         assert Kind.HEAD in kinds and answer(engine) == expected
