@@ -67,7 +67,7 @@ def test_a_head_that_streams_changes_no_answer(kind, stores, monkeypatch):
         expected = answer(engine)
     plannable = inventory.plannable
     monkeypatch.setattr(
-        inventory, "plannable", lambda store, head=True, predict=False: plannable(store, True, predict)
+        inventory, "plannable", lambda store, _=True, predict=False: plannable(store, True, predict)
     )
     with streaming.opened(stores[kind], 0.0) as engine:
         kinds = engine.store.entries["kind"][engine._plan.streamed]
