@@ -54,7 +54,7 @@ STEP_SECONDS, LAYER_SECONDS = 0.3e-3, 10e-6
 """Python's part of a step, and what each layer adds."""
 TURN_SECONDS, FORESEEING_SECONDS = 20e-6, 60e-6
 """Taking the bundles of a layer that streams; where it is routed, asking the next one's router."""
-NEURON_SECONDS = 2e-6
+NEURON_SECONDS = 0.3e-6
 """Finding one neuron that comes and goes, and gathering it."""
 
 
