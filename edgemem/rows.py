@@ -20,7 +20,7 @@ from .store import Store, open_direct, read_error
 
 DEPTH = 128
 """Reads in flight: they are small (bench/LOG.md)."""
-_PAGE = 4096
+_PAGE, _HUGE_PAGE = 4096, 2 << 20
 
 
 class RowCache:
@@ -188,9 +188,11 @@ def _places(store: Store, bundle: int) -> np.ndarray | None:
 
 
 def overhead_bytes(store: Store) -> int:
-    """What a RowCache of all that comes apart takes beside rows: tables, and buffers for reads."""
+    """What a RowCache of all that comes apart takes beside rows: tables, buffers for reads, and of
+    the last huge page of each set what is beyond its room."""
     rows = [_rows_of(store, int(i)) for i in np.flatnonzero(store.entries["kind"] == Kind.NEURONS)]
     if not rows:
         return 0
     stage = max(lib.em_row_stage_bytes(_row_bytes(segment)) for segment in rows)
-    return 2 * DEPTH * stage + 28 * sum(segment.rows for segment in rows)
+    beyond = sum(min(_HUGE_PAGE, segment.bytes) // 2 for segment in rows)
+    return 2 * DEPTH * stage + 28 * sum(segment.rows for segment in rows) + beyond
