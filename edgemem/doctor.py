@@ -330,8 +330,8 @@ def _file(place: str | os.PathLike, folder: str | os.PathLike) -> Path:
 
 def _check_writable(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise FlashError(
             f"keeping what is measured in {folder}: {error.strerror}; choose another folder with "

@@ -189,10 +189,10 @@ def _places(store: Store, bundle: int) -> np.ndarray | None:
 
 def overhead_bytes(store: Store) -> int:
     """What a RowCache of all that comes apart takes beside rows: tables, buffers for reads, and of
-    the last huge page of each set what is beyond its room."""
+    the last huge page of each large set what is beyond its room, about half."""
     rows = [_rows_of(store, int(i)) for i in np.flatnonzero(store.entries["kind"] == Kind.NEURONS)]
     if not rows:
         return 0
     stage = max(lib.em_row_stage_bytes(_row_bytes(segment)) for segment in rows)
-    beyond = sum(min(_HUGE_PAGE, segment.bytes) // 2 for segment in rows)
+    beyond = sum(segment.bytes > _HUGE_PAGE for segment in rows) * _HUGE_PAGE // 2
     return 2 * DEPTH * stage + 28 * sum(segment.rows for segment in rows) + beyond

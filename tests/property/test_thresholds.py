@@ -95,7 +95,7 @@ def test_what_was_chosen_costs_no_more_than_was_asked(chosen):
     assert report.sparsity.lost in SHARES
     with edgemem.load(out, sparse=True, context=256) as engine:
         ids = engine.tokenizer.encode(text, special=False)
-        unseen = ids[len(ids) // 2 :][: report.judged_tokens]
+        unseen = ids[report.tokens :][: report.judged_tokens]
         found = perplexity(engine, unseen, 256).perplexity
     assert found == pytest.approx(report.sparsity.sparse_perplexity, rel=1e-9)
 
@@ -105,7 +105,7 @@ def test_tokens_use_as_many_neurons_as_is_said(chosen):
     for sparse, said in ((True, report.sparsity.used), (False, report.sparsity.active)):
         with streaming.opened(out, 0.5, 1, sparse=sparse, context=256) as engine:
             ids = engine.tokenizer.encode(text, special=False)
-            unseen = ids[len(ids) // 2 :][:256]
+            unseen = ids[report.tokens :][:256]
             with engine.session() as session:
                 session.feed(unseen)
             neurons = len(unseen) * engine.spec.n_layers * engine.spec.intermediate

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import edgemem
-from edgemem import doctor, plan
+from edgemem import converters, doctor, plan
 from edgemem.budget import MIB
 from edgemem.cli import cli
 from edgemem.doctor import Device, Reading
@@ -62,7 +62,7 @@ def store(request):
 def tiny_relu_neurons(shared, tmp_path_factory):
     """tiny-relu with its FFNs taken apart."""
     path = tmp_path_factory.mktemp("plan") / "neurons.edgemem"
-    edgemem.converters.convert(shared / "models" / "tiny-relu", path, neurons=True)
+    converters.convert(shared / "models" / "tiny-relu", path, neurons=True)
     return path
 
 
