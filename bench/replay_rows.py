@@ -1,4 +1,4 @@
-"""Rows of bundles that come apart, replayed: in the places that a live run has, without bytes; and
+"""Rows of bundles that come apart, replayed: in the slots that a live run has, without bytes; and
 in what LRU and Belady would make of the same room.
 
 The rules are native/neurons.c's: rows are wanted as it is decided which are active, part by part. A
@@ -132,14 +132,14 @@ def _check(holds: bool, otherwise: str) -> None:
 # --- Caches ---------------------------------------------------------------------------------------
 
 
-class Places:
-    """One set in the places of native/row_places.c, which take turns as native/neurons.c does."""
+class Slots:
+    """One set in the slots of native/row_slots.c, which take turns as native/neurons.c does."""
 
     def __init__(self, count: int, room: int):
-        native = lib.em_row_places_open(count, room, count)
+        native = lib.em_row_slots_open(count, room, count)
         if native == ffi.NULL:
-            raise MemoryError(f"places for {count} rows")
-        self._native, self._room = ffi.gc(native, lib.em_row_places_close), room
+            raise MemoryError(f"slots for {count} rows")
+        self._native, self._room = ffi.gc(native, lib.em_row_slots_close), room
         chunks = -(-count // CHUNK)
         parts = min(PARTS, chunks)
         self._ends = [(part + 1) * chunks // parts * CHUNK for part in range(parts)]
@@ -148,13 +148,13 @@ class Places:
 
     def resize(self, room: int) -> None:
         """Give room to so many rows."""
-        lib.em_row_places_resize(self._native, room)
+        lib.em_row_slots_resize(self._native, room)
         self._room = room
 
     def turn(self, ids: np.ndarray) -> int:
         """Take rows (int32, ascending); returns how many of them were there."""
         hits = wanted = 0
-        lib.em_row_places_begin(self._native)
+        lib.em_row_slots_begin(self._native)
         for end in [] if self._crowded else np.searchsorted(ids, self._ends).tolist():
             if end > self._room:
                 break
@@ -167,35 +167,35 @@ class Places:
         if not len(ids):
             return 0
         hits = first = 0
-        lib.em_row_places_keep(self._native, *_pointed(ids))
+        lib.em_row_slots_keep(self._native, *_pointed(ids))
         while first < len(ids):
-            end = first + lib.em_row_places_fit(self._native, *_pointed(ids[first:]))
-            lib.em_row_places_begin(self._native)
+            end = first + lib.em_row_slots_fit(self._native, *_pointed(ids[first:]))
+            lib.em_row_slots_begin(self._native)
             hits += self._want(ids[first:end])
             first = end
-        lib.em_row_places_keep(self._native, ffi.NULL, 0)
+        lib.em_row_slots_keep(self._native, ffi.NULL, 0)
         return hits
 
     def _want(self, ids: np.ndarray) -> int:
         absent = pointer(self._absent, "int32_t *")
-        return len(ids) - lib.em_row_places_want(self._native, *_pointed(ids), absent)
+        return len(ids) - lib.em_row_slots_want(self._native, *_pointed(ids), absent)
 
 
 def _pointed(ids: np.ndarray):
     return pointer(ids, "int32_t *"), len(ids)
 
 
-def places(
+def hits_of(
     rows: Rows, room: np.ndarray, resized: dict[int, list[np.ndarray]] | None = None
 ) -> np.ndarray:
-    """Hits of each event, int64 [events], in places that are empty at first."""
-    sets = [Places(*of) for of in zip(rows.counts.tolist(), room.tolist(), strict=True)]
+    """Hits of each event, int64 [events], in slots that are empty at first."""
+    sets = [Slots(*of) for of in zip(rows.counts.tolist(), room.tolist(), strict=True)]
     hits, changes = np.empty(len(rows.sets), np.int64), sorted((resized or {}).items())
     for event, (of, ids) in enumerate(rows.events()):
         while changes and changes[0][0] <= rows.steps[event]:
             for now in changes.pop(0)[1]:
-                for places_of, most in zip(sets, now.tolist(), strict=True):
-                    places_of.resize(most)
+                for slots, most in zip(sets, now.tolist(), strict=True):
+                    slots.resize(most)
         hits[event] = sets[of].turn(ids)
     return hits
 
@@ -234,7 +234,7 @@ def compare(rows: Rows, share: float) -> dict[str, float]:
     """Hit rates after the first third of the steps, with room for a share of each set."""
     room, first = rows.room_of(share), (int(rows.steps[-1]) + 1) // 3
     every = np.broadcast_to(room, (len(rows.sets), len(room)))
-    found = {"heat": places(rows, room), "lru": lru(rows, room), "belady": best(rows, every)}
+    found = {"heat": hits_of(rows, room), "lru": lru(rows, room), "belady": best(rows, every)}
     return {name: rows.hit_rate(hits, first) for name, hits in found.items()}
 
 
@@ -250,7 +250,7 @@ def show(rows: Rows, shares: list[float]) -> None:
 
 def show_again(rows: Rows) -> None:
     """Print whether a replay finds the hits that the live run recorded."""
-    hits = places(rows, rows.room, rows.resized)
+    hits = hits_of(rows, rows.room, rows.resized)
     print(
         f"{rows.name}: rows, room for {rows.room.sum()} of {rows.counts.sum()}: "
         f"hit rate {rows.hit_rate(hits):.4f} in replay, {rows.hit_rate(rows.hits):.4f} live, "

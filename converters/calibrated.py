@@ -12,6 +12,7 @@ import numpy as np
 from edgemem.dtypes import F32, LANES, Q8_0, DType, group_bytes, scale_plane_bytes
 from edgemem.errors import UnsupportedError
 from edgemem.format import Kind, Layout, bundle_parts
+from edgemem.kernels.reference import unpack
 from edgemem.predictors.low_rank import Predictor
 from edgemem.spec import ModelSpec
 from edgemem.store import Store
@@ -107,7 +108,6 @@ def _kept(store: Store) -> dict:
 
 def stored(predictor: Predictor) -> Predictor:
     """As a store gives it back."""
-    from edgemem.kernels.reference import unpack
 
     def again(matrix: np.ndarray) -> np.ndarray:
         return unpack(_packed(matrix), PREDICTOR_DTYPE, *matrix.shape, LANES).astype(np.float32)
@@ -168,9 +168,8 @@ def _whole_rows(store: Store, layer: int, spec: ModelSpec) -> tuple[np.ndarray, 
     ffn, apart = (int(store.find(kind, layer)[0]) for kind in (Kind.FFN, Kind.NEURONS))
     decider, there = store.layout_of(ffn).segments[0], store.layout_of(apart)
     rows, segment = _groups(store, apart, there["neurons"]), there["neurons"]
-    if "places" in there:
-        places = np.frombuffer(store.read_segment(apart, there["places"]), "<u4")
-        rows = rows[store.check_places(apart, places[: segment.rows])]
+    places = store.places(apart)
+    rows = rows if places is None else rows[places]
     if store.spec.ranks:
         return rows, segment.dtype
     dtype, made = _common(decider.dtype, segment.dtype), []

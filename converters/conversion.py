@@ -60,10 +60,10 @@ def convert(
     attention and FFN; norms and biases become f32, routers stay as they are, vocabulary tables
     become f16 or q8_0. With `neurons` FFNs are taken apart, so that neurons that rest are neither
     read nor multiplied: with ReLU of themselves, else below thresholds that are to be calibrated.
-    `progress(done_bytes, total_bytes)` is called as it goes. Everything that
-    can be checked is checked before the first byte is written, and a conversion that fails or is
-    interrupted leaves nothing behind. Raises ValueError for a bad argument, CheckpointError,
-    UnsupportedError and StoreError.
+    `progress(done_bytes, total_bytes)` is called as it goes. Everything that can be checked is
+    checked before the first byte is written, and a conversion that fails or is interrupted leaves
+    nothing behind. Raises ValueError for a bad argument, CheckpointError, UnsupportedError and
+    StoreError.
     """
     started = time.perf_counter()
     source, target = Path(source), Path(target)

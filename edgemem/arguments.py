@@ -40,12 +40,19 @@ class Streaming:
     bundling: bool = True
 
 
-def check_loading(store: Store, loading: str) -> None:
-    """Raises UnsupportedError where a baseline would be a weaker one than it has to be."""
-    if loading != LOADINGS[0] and store.spec.neurons:
+def check_loading(store: Store, streaming: Streaming) -> None:
+    """Raises UnsupportedError where a baseline would be a weaker one than it has to be, or none."""
+    usual = streaming.windowing and streaming.bundling
+    if not usual and not store.spec.neurons:
         raise UnsupportedError(
-            f"loading {store.path} in the {loading} way: its feed-forward networks are taken "
-            "apart, which slows whoever reads all of them; give a store made without --neurons"
+            f"loading {store.path} without windowing or bundling: those are of neurons, and its "
+            "feed-forward networks are not taken apart; give a store made with --neurons"
+        )
+    if streaming.loading != LOADINGS[0] and store.spec.neurons:
+        raise UnsupportedError(
+            f"loading {store.path} in the {streaming.loading} way: its feed-forward networks are "
+            "taken apart, which slows whoever reads all of them; give a store made without "
+            "--neurons"
         )
 
 

@@ -318,8 +318,8 @@ def _report(
     return Report(
         budget_bytes=engine.budget.limit, context=engine.context, kv=engine.kv,
         predict=engine.predict, sparse=engine.sparse,
-        threads=engine.threads, isa=engine.isa, io_engine=residency.engine, policy=how.policy,
-        lookahead=how.lookahead, warm=warm,
+        threads=engine.threads, isa=engine.isa, io_engine=engine._streamer.io_engine,
+        policy=how.policy, lookahead=how.lookahead, warm=warm,
         prompt_tokens=prompt_tokens, new_tokens=new_tokens, repetitions=len(times),
         load_seconds=engine.load_seconds,
         load_bytes_per_second=plan.resident_bytes / engine.load_seconds,

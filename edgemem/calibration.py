@@ -115,7 +115,8 @@ def calibrate(
             seen, unseen = halves(engine, text, limit)
             unseen = unseen[: max(len(unseen) // JUDGED, LEAST_TOKENS // 2)]
             recorded = _record(engine, [*seen, *unseen], out.parent, progress)
-            exact = perplexity(engine, unseen, window).perplexity
+            told = telling(progress, "measuring")
+            exact = perplexity(engine, unseen, window, None, told).perplexity
         fits, orders = _fits(source, recorded, len(seen), recall, progress)
         predictors, reports = _judged(source, recorded, len(seen), fits, recall, progress)
         del recorded
@@ -125,11 +126,12 @@ def calibrate(
         def run_it(written: Path) -> dict:
             left = max(0, current_bytes() - before)  # by training
             with load(written, budget + left, window, threads, predict=True) as engine:
-                said["predicted_perplexity"] = perplexity(engine, unseen, window).perplexity
+                found = perplexity(engine, unseen, window, None, told)
+                said["predicted_perplexity"] = found.perplexity
             return said
 
-        told = telling(progress, "writing")
-        size = calibrated.write(source, out, predictors, orders, run_it, force, told)
+        writing = telling(progress, "writing")
+        size = calibrated.write(source, out, predictors, orders, run_it, force, writing)
     return CalibrationReport(
         target=str(out), store_bytes=size, tokens=len(seen), judged_tokens=len(unseen),
         recall_wanted=recall, quality=quality, layers=reports,
@@ -239,6 +241,8 @@ class Deciding:
         self._up = None
         if store.spec.gated and with_up:
             self._up = _matrix(store, apart, "neurons", slice(-2 * hidden, -hidden))
+            places = store.places(apart)
+            self._up = self._up if places is None else self._up[places]
 
     def layer(self, inputs: np.ndarray) -> low_rank.Layer:
         """What they make of inputs [n, hidden]."""

@@ -119,7 +119,7 @@ class Engine:
         try:
             check_predict(self.store, predict)
             check_sparse(self.store, sparse, predict)
-            check_loading(self.store, streaming.loading)
+            check_loading(self.store, streaming)
             self._prepare(context)
             if ready is not None:
                 ready(self)
@@ -230,7 +230,7 @@ class Engine:
             self.store, self._streamer, self._core, self.chunk_tokens, self.predict
         )
         if self.sparse:
-            self._model.rest(self.spec.thresholds)
+            self.rest(self.spec.thresholds)
         self._streamer.take_demand()  # of nobody's step
         self.load_seconds = perf_counter() - started
 
@@ -291,6 +291,15 @@ class Engine:
         fits = TEXT_BYTES + (self.budget.spare + self._text_promise) // ENCODING_BYTES
         longest = None if tokens is None else self.tokenizer.longest_token
         return fits if longest is None else min(fits, tokens * longest)
+
+    def watch(self, watcher: Callable[[int, np.ndarray], None] | None) -> None:
+        """Show `watcher(layer, inputs)` what each layer's feed-forward parts read of every step,
+        float32 [n, hidden], the model's own; None: nobody."""
+        self._model.watch = watcher
+
+    def rest(self, thresholds: Sequence[float]) -> None:
+        """Let neurons of up to each layer's magnitude count as resting from now on."""
+        self._model.rest(thresholds)
 
     def close(self) -> None:
         """Free the weights and the store. Closing twice is fine; sessions cannot run afterwards."""

@@ -66,8 +66,8 @@ def recording(engine: Engine, count: int, folder: Path, every: int = 1) -> Itera
         recorded.put(layer, -(-done // every), inputs[-done % every :: every])
         done += len(inputs) if layer == spec.n_layers - 1 else 0
 
-    engine._model.watch = watch
+    engine.watch(watch)
     try:
         yield recorded
     finally:
-        engine._model.watch = None
+        engine.watch(None)

@@ -42,7 +42,7 @@ class RowCache:
         spans = [round_up(n * size, _PAGE) for n, size in zip(held, sizes, strict=True)]
         self._slab = Slab(sum(spans))
         self._checksums = [_words(store, i, "checksums") for i in self._ids]
-        self._places = [_places(store, i) for i in self._ids]
+        self._places = [store.places(i) for i in self._ids]
         sets = ffi.new("em_row_set[]", len(self._ids))
         start = self._slab.address
         for i, item in enumerate(sets):
@@ -71,6 +71,11 @@ class RowCache:
     @property
     def bytes(self) -> int:
         return self._slab.bytes
+
+    @property
+    def engine(self) -> str:
+        """The I/O engine that reads rows."""
+        return ffi.string(lib.em_rows_engine(self.native)).decode()
 
     @property
     def rooms(self) -> tuple[int, ...]:
@@ -179,12 +184,6 @@ def _row_bytes(segment: Segment) -> int:
 def _words(store: Store, bundle: int, name: str) -> np.ndarray:
     segment = store.layout_of(bundle)[name]
     return np.frombuffer(store.read_segment(bundle, segment), "<u4")[: segment.cols]
-
-
-def _places(store: Store, bundle: int) -> np.ndarray | None:
-    if "places" not in store.layout_of(bundle):
-        return None
-    return store.check_places(bundle, _words(store, bundle, "places"))
 
 
 def overhead_bytes(store: Store) -> int:

@@ -138,6 +138,15 @@ class Store:
         self._read_into(start, memoryview(data), self.describe(bundle_id))
         return bytes(data)
 
+    def places(self, bundle_id: int) -> np.ndarray | None:
+        """Which place each row of a bundle has among its rows, uint32 [n]; None: its own. Raises as
+        `read_segment` and `check_places` do."""
+        layout = self.layout_of(bundle_id)
+        if "places" not in layout:
+            return None
+        words = np.frombuffer(self.read_segment(bundle_id, layout["places"]), "<u4")
+        return self.check_places(bundle_id, words[: layout["places"].cols])
+
     def check_places(self, bundle_id: int, places: np.ndarray) -> np.ndarray:
         """`places` (uint32 [n]) of a bundle's rows; CorruptError where two rows share one."""
         if not np.array_equal(np.sort(places), np.arange(len(places))):

@@ -193,6 +193,12 @@ class Streamer:
         self._set("log", log.native, log)
         return log
 
+    @property
+    def io_engine(self) -> str:
+        """What reads bundles, or where none stream rows; or "none"."""
+        bundles = self._residency.engine
+        return self.rows.engine if self.rows is not None and bundles == "none" else bundles
+
     def take_demand(self) -> int:
         """Bytes of the bundles used since this was last asked, counted once for each use."""
         demand = self.stream.demand_bytes + self._resident_demand

@@ -158,7 +158,7 @@ class _Search:
     def _run(self, ids: np.ndarray, doing: str, place: int | None = None) -> float:
         """Perplexity with the thresholds at a place in SHARES, or exactly."""
         told, none = telling(self._progress, doing), [0.0] * self._store.spec.n_layers
-        self._engine._model.rest(none if place is None else self.thresholds[place])
+        self._engine.rest(none if place is None else self.thresholds[place])
         return perplexity(self._engine, ids, self._engine.context, progress=told).perplexity
 
     def _recording(self, ids: np.ndarray):

@@ -117,28 +117,28 @@ em_residency_stats em_residency_statistics(em_residency *residency);
 typedef int32_t em_observer(void *user, int32_t turn, const uint32_t *indices, int32_t n,
                             const int32_t *uses, int32_t tokens);
 
-/* ---- places: which rows of a set are in memory; what reads them is no concern of theirs -------
+/* ---- slots of rows: which of a set are in memory; what reads them is no concern of theirs ------
  */
 
 /* Room for some of n rows. What was used often and of late stays. */
-typedef struct em_row_places em_row_places;
+typedef struct em_row_slots em_row_slots;
 
 /* 1 <= room <= most_room <= n_rows. NULL where memory is short. */
-em_row_places *em_row_places_open(int32_t n_rows, int32_t room, int32_t most_room);
-void em_row_places_close(em_row_places *places);
-/* What does not fit any more loses its place. */
-void em_row_places_resize(em_row_places *places, int32_t room);
+em_row_slots *em_row_slots_open(int32_t n_rows, int32_t room, int32_t most_room);
+void em_row_slots_close(em_row_slots *slots);
+/* What does not fit any more loses its slot. */
+void em_row_slots_resize(em_row_slots *slots, int32_t room);
 /* A take begins. */
-void em_row_places_begin(em_row_places *places);
-/* Gives places to rows `ids` [n], after all that the take wanted before, and all together no more
+void em_row_slots_begin(em_row_slots *slots);
+/* Gives slots to rows `ids` [n], after all that the take wanted before, and all together no more
  * than there is room for: none of them loses it in this take. Those that had none are written to
  * `absent` [n]; gives their number. */
-int32_t em_row_places_want(em_row_places *places, const int32_t *ids, int32_t n, int32_t *absent);
+int32_t em_row_slots_want(em_row_slots *slots, const int32_t *ids, int32_t n, int32_t *absent);
 /* Lets none of these rows leave that is there now (but of no more than three quarters of the room,
  * the first ones), until the next call; what is wanted meanwhile goes through what is left. */
-void em_row_places_keep(em_row_places *places, const int32_t *ids, int32_t n);
+void em_row_slots_keep(em_row_slots *slots, const int32_t *ids, int32_t n);
 /* How many of `ids`, from the first on, one take may want. */
-int32_t em_row_places_fit(const em_row_places *places, const int32_t *ids, int32_t n);
+int32_t em_row_slots_fit(const em_row_slots *slots, const int32_t *ids, int32_t n);
 
 /* ---- rows: those of a bundle that come and go one by one --------------------------------------
  */
@@ -173,6 +173,7 @@ typedef struct em_rows em_rows;
 int32_t em_rows_open(int32_t fd, const em_row_set *sets, int32_t n_sets, const char *engine,
                      int32_t depth, const em_faults *faults, em_rows **rows);
 void em_rows_close(em_rows *rows);
+const char *em_rows_engine(const em_rows *rows);
 /* Bytes of one of the 2 * depth buffers that rows of so many bytes are read by way of. */
 uint64_t em_row_stage_bytes(uint64_t row_bytes);
 /* Changes how many rows a set may hold; what does not fit leaves, and its memory goes back. */

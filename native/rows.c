@@ -1,4 +1,4 @@
-/* Rows that come and go one by one. Which of them stay is said by row_places.c. What is absent is
+/* Rows that come and go one by one. Which of them stay is said by row_slots.c. What is absent is
  * read in one batch, neighbours together, by way of staging buffers: reads start and end at whole
  * pages, rows in memory lie close. One thread uses all this, and no lock. */
 #define _GNU_SOURCE /* O_DIRECT */
@@ -6,7 +6,7 @@
 #include "rows.h"
 
 #include "io.h"
-#include "row_places.h"
+#include "row_slots.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -18,7 +18,7 @@ enum { MAX_RETRIES = 1000, PAGE = 4096, BATCH = 16 };
 
 typedef struct {
     em_row_set is;
-    em_row_places *places;
+    em_row_slots *slots;
     bool crowded;
     uint32_t base; /* of its rows among those of all sets */
 } row_set;
@@ -91,7 +91,7 @@ static uint8_t *slot_address(const em_row_set *s, int32_t slot) {
 }
 
 static uint8_t *row_address(const row_set *s, int32_t id) {
-    return slot_address(&s->is, em_row_places_slot(s->places, id));
+    return slot_address(&s->is, em_row_slots_of(s->slots, id));
 }
 
 /* ---- reads ------------------------------------------------------------------------------------
@@ -141,10 +141,10 @@ static void fail(em_rows *r, int32_t set, int32_t id, int32_t error) {
 static void land_part(em_rows *r, int32_t set, const flight *f, int32_t error) {
     row_set *s = &r->sets[set];
     int32_t id = r->missing[f->first / r->parts], part = f->first % r->parts;
-    if (em_row_places_slot(s->places, id) < 0) return; /* another part of it failed */
+    if (em_row_slots_of(s->slots, id) < 0) return; /* another part of it failed */
     if (f->arrived < f->bytes) {
         fail(r, set, id, error);
-        em_row_places_vacate(s->places, id);
+        em_row_slots_vacate(s->slots, id);
         return;
     }
     uint64_t from = part_start(r, &s->is, part), bytes = part_start(r, &s->is, part + 1) - from;
@@ -156,11 +156,11 @@ static void check_parts(em_rows *r) {
     row_set *s = &r->sets[r->set];
     for (int32_t i = 0; i < r->n_missing; i++) {
         int32_t id = r->missing[i];
-        if (em_row_places_slot(s->places, id) < 0 ||
+        if (em_row_slots_of(s->slots, id) < 0 ||
             em_crc32c(0, row_address(s, id), s->is.row_bytes) == s->is.checksums[id])
             continue;
         fail(r, r->set, id, 0);
-        em_row_places_vacate(s->places, id);
+        em_row_slots_vacate(s->slots, id);
     }
 }
 
@@ -175,7 +175,7 @@ static void land(em_rows *r, int32_t set, const flight *f, int32_t error) {
         if (there) memcpy(to, f->buffer + (row_start(&s->is, id) - f->start), s->is.row_bytes);
         if (there && em_crc32c(0, to, s->is.row_bytes) == s->is.checksums[id]) continue;
         fail(r, set, id, there ? 0 : error);
-        em_row_places_vacate(s->places, id);
+        em_row_slots_vacate(s->slots, id);
     }
 #if defined(POSIX_FADV_DONTNEED)
     /* Or the page cache would keep a second copy. */
@@ -237,11 +237,11 @@ static void end_reads(em_rows *r) {
 }
 
 void em_rows_keep(em_rows *r, int32_t set, const int32_t *ids, int32_t n) {
-    em_row_places_keep(r->sets[set].places, ids, n);
+    em_row_slots_keep(r->sets[set].slots, ids, n);
 }
 
 int32_t em_rows_fit(const em_rows *r, int32_t set, const int32_t *ids, int32_t n) {
-    return em_row_places_fit(r->sets[set].places, ids, n);
+    return em_row_slots_fit(r->sets[set].slots, ids, n);
 }
 
 void em_rows_crowd(em_rows *r, int32_t set, bool crowded) { r->sets[set].crowded = crowded; }
@@ -268,7 +268,7 @@ int32_t em_rows_begin(em_rows *r, int32_t set) {
     r->failure.failed = 0;
     r->set = set;
     r->next = r->n_missing = 0;
-    em_row_places_begin(r->sets[set].places);
+    em_row_slots_begin(r->sets[set].slots);
     return EM_OK;
 }
 
@@ -280,7 +280,7 @@ static void count_stall(em_rows *r, int64_t ns, int64_t *waited_ns) {
 
 void em_rows_want(em_rows *r, const int32_t *ids, int32_t n, int64_t *waited_ns) {
     int32_t *missing = r->missing + r->n_missing;
-    int32_t absent = em_row_places_want(r->sets[r->set].places, ids, n, missing);
+    int32_t absent = em_row_slots_want(r->sets[r->set].slots, ids, n, missing);
     r->stats.hits += n - absent;
     r->stats.misses += absent;
     if (absent == 0) return;
@@ -319,6 +319,7 @@ int32_t em_rows_take(em_rows *r, int32_t set, const int32_t *ids, int32_t n, con
  */
 
 int32_t em_rows_room(const em_rows *r, int32_t set) { return r->sets[set].is.room; }
+const char *em_rows_engine(const em_rows *r) { return r->engine->name; }
 void em_rows_read_in(em_rows *r, int32_t parts) { r->parts = parts < 1 ? 1 : parts; }
 void em_rows_log(em_rows *r, em_demand_log *log) { r->log = log; }
 
@@ -340,7 +341,7 @@ int32_t em_rows_resize(em_rows *r, int32_t set, int32_t room) {
     if (set < 0 || set >= r->n_sets || room < 1 || room > r->sets[set].is.most_room)
         return EM_INVALID;
     row_set *s = &r->sets[set];
-    em_row_places_resize(s->places, room);
+    em_row_slots_resize(s->slots, room);
     if (room < s->is.room)
         em_pages_drop(slot_address(&s->is, room), (uint64_t)(s->is.room - room) * s->is.row_bytes);
     s->is.room = room;
@@ -349,13 +350,13 @@ int32_t em_rows_resize(em_rows *r, int32_t set, int32_t room) {
 
 void em_rows_clear(em_rows *r) {
     for (int32_t i = 0; r->owner == getpid() && i < r->n_sets; i++)
-        em_row_places_forget(r->sets[i].places);
+        em_row_slots_forget(r->sets[i].slots);
 }
 
 void em_rows_close(em_rows *r) {
     if (!r || r->owner != getpid()) return;
     if (r->io) r->engine->close(r->io);
-    for (int32_t i = 0; r->sets && i < r->n_sets; i++) em_row_places_close(r->sets[i].places);
+    for (int32_t i = 0; r->sets && i < r->n_sets; i++) em_row_slots_close(r->sets[i].slots);
     free(r->sets);
     free(r->missing);
     free(r->flights);
@@ -383,8 +384,8 @@ static bool allocate(em_rows *r, const em_row_set *sets) {
     if (!r->sets) return false;
     for (int32_t i = 0; i < r->n_sets; i++) {
         r->sets[i].is = sets[i];
-        r->sets[i].places = em_row_places_open(sets[i].n_rows, sets[i].room, sets[i].most_room);
-        if (!r->sets[i].places) return false;
+        r->sets[i].slots = em_row_slots_open(sets[i].n_rows, sets[i].room, sets[i].most_room);
+        if (!r->sets[i].slots) return false;
         r->sets[i].base = i ? r->sets[i - 1].base + (uint32_t)sets[i - 1].n_rows : 0;
         if (sets[i].row_bytes > longest) longest = sets[i].row_bytes;
         if (sets[i].most_room > most) most = sets[i].most_room;

@@ -14,7 +14,7 @@ void em_rows_want(em_rows *rows, const int32_t *ids, int32_t n, int64_t *waited_
 int32_t em_rows_finish(em_rows *rows, const int32_t *ids, int32_t n, const uint8_t **at,
                        int64_t *waited_ns);
 
-/* See em_row_places_keep, em_row_places_fit. */
+/* See em_row_slots_keep, em_row_slots_fit. */
 void em_rows_keep(em_rows *rows, int32_t set, const int32_t *ids, int32_t n);
 int32_t em_rows_fit(const em_rows *rows, int32_t set, const int32_t *ids, int32_t n);
 

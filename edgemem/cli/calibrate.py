@@ -79,6 +79,10 @@ def calibrate(store, file, output, recall, cost, limit, force, memory, threads, 
         f"to judge by, in {report.seconds:.0f} s",
         file=sys.stderr,
     )
+    if report.judged_tokens < _FEW:
+        options.note(
+            f"edgemem: so few tokens judge by chance; give {2 * _FEW} and more to judge by"
+        )
 
 
 class _Bars:
@@ -102,8 +106,10 @@ class _Bars:
         self._bar(done, total)
 
 
+_FEW = 256
+"""Fewer tokens than these judge by chance."""
 _UNITS = {
-    "recording": " tokens", "trying": " tokens", "judging": " tokens", "writing": "B"
+    "recording": " tokens", "measuring": " tokens", "trying": " tokens", "writing": "B"
 }  # fmt: skip
 
 

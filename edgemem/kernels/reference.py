@@ -295,9 +295,8 @@ class StoreWeights:
         bundle = self.bundle(self.store.find(Kind.FFN, layer)[0])
         for neurons in self.store.find(Kind.NEURONS, layer):
             rows = self.bundle(neurons)["neurons"]
-            if "places" in self.store.layout_of(int(neurons)):
-                places = self.store.layout_of(int(neurons))["places"]
-                rows = rows[np.frombuffer(self.store.read_segment(int(neurons), places), "<u4")]
+            places = self.store.places(int(neurons))
+            rows = rows if places is None else rows[places]
             hidden = self.store.spec.hidden
             up = {"up": rows[:, -2 * hidden : -hidden]} if self.store.spec.gated else {}
             bundle = {**bundle, **up, "down": rows[:, -hidden:].T}

@@ -39,11 +39,8 @@ def segments(store: Store, bundle_id: int) -> dict[str, np.ndarray]:
 
 def places(store: Store, bundle_id: int) -> np.ndarray:
     """Where each row of neurons is."""
-    layout = store.layout_of(bundle_id)
-    if "places" not in layout:
-        return np.arange(layout["neurons"].rows)
-    words = np.frombuffer(store.read_segment(bundle_id, layout["places"]), "<u4")
-    return words[: layout["neurons"].rows]
+    found = store.places(bundle_id)
+    return np.arange(store.layout_of(bundle_id)["neurons"].rows) if found is None else found
 
 
 @golden_stores

@@ -89,3 +89,9 @@ def test_baselines_are_not_made_weak(tmp_path, seed_base):
             edgemem.load(path, loading=loading)
     with pytest.raises(ValueError, match="stream, hybrid, naive"):
         edgemem.load(path, loading="eager")
+
+
+def test_what_is_of_neurons_is_refused_without_them(tiny_relu_store):
+    for options in ({"windowing": False}, {"bundling": False}):
+        with pytest.raises(UnsupportedError, match="--neurons"):
+            edgemem.load(tiny_relu_store, **options)

@@ -50,7 +50,7 @@ def foretold(trained, tmp_path_factory) -> str:
 
 def assert_replays(path) -> replay_rows.Rows:
     rows = replay_rows.read(path)
-    found = replay_rows.places(rows, rows.room, rows.resized)
+    found = replay_rows.hits_of(rows, rows.room, rows.resized)
     assert np.array_equal(found, rows.hits), np.flatnonzero(found != rows.hits)
     return rows
 

@@ -208,7 +208,7 @@ def test_nothing_beats_belady_and_all_room_misses_once(demand, room):
     rows = rows_of(demand)
     room = np.array([room])
     best = replay_rows.best(rows, np.broadcast_to(room, (len(demand), 1)))
-    for found in (replay_rows.lru(rows, room), replay_rows.places(rows, room)):
+    for found in (replay_rows.lru(rows, room), replay_rows.hits_of(rows, room)):
         assert found.sum() <= best.sum()
         assert (found <= np.diff(rows.starts)).all()
         if room == 8:
@@ -218,6 +218,6 @@ def test_nothing_beats_belady_and_all_room_misses_once(demand, room):
 def test_what_was_used_often_or_of_late_has_a_place():
     often, others = [0, 1], [[2 + i % 6] for i in range(40)]
     rows = rows_of(sum(([often, ids] for ids in others), []))
-    hits = replay_rows.places(rows, np.array([3]))
+    hits = replay_rows.hits_of(rows, np.array([3]))
     assert (hits[2::2] == 2).all() and (hits[1::2] == 0).all()
-    assert replay_rows.places(rows, np.array([3]), {1: [np.array([8])]}).sum() > hits.sum()
+    assert replay_rows.hits_of(rows, np.array([3]), {1: [np.array([8])]}).sum() > hits.sum()
