@@ -14,9 +14,8 @@ import numpy as np
 from edgemem import belady, tracefile
 from edgemem._native import ffi, lib, pointer
 from edgemem.errors import StoreError
+from edgemem.predictors.placement import part_ends
 
-CHUNK, PARTS = 1024, 4
-"""Rows that are decided about together, and in how many parts those of a set are."""
 MOST_ROWS = 1 << 24
 """Of all sets of a trace."""
 
@@ -140,9 +139,7 @@ class Slots:
         if native == ffi.NULL:
             raise MemoryError(f"slots for {count} rows")
         self._native, self._room = ffi.gc(native, lib.em_row_slots_close), room
-        chunks = -(-count // CHUNK)
-        parts = min(PARTS, chunks)
-        self._ends = [(part + 1) * chunks // parts * CHUNK for part in range(parts)]
+        self._ends = part_ends(count)
         self._absent = np.empty(count, np.int32)
         self._crowded = False
 

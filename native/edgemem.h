@@ -192,6 +192,10 @@ typedef struct {
     float threshold;
 } em_neurons;
 
+/* Neurons are decided about in so many parts of whole chunks; what a part wants is read while the
+ * next one is multiplied. */
+enum { EM_NEURON_CHUNK = 1024, EM_NEURON_PARTS = 4 };
+
 /* Rows in memory, where `rows` is NULL, or those of a set. */
 typedef struct {
     const void *resident;

@@ -9,9 +9,8 @@
 #include <math.h>
 #include <string.h>
 
-/* Neurons that are activated and looked at together, and columns of `out` that are summed so; in
- * how many parts it is decided which are active, where each part's reads run while the next is. */
-enum { NEURONS = 1024, COLUMNS = 256, PARTS = 4 };
+/* Columns of `out` that are summed together. */
+enum { COLUMNS = 256 };
 
 typedef struct {
     const em_kernels *kernels;
@@ -32,7 +31,9 @@ typedef struct {
     float *out;
 } neurons_task;
 
-static int64_t chunks_of(const em_neurons *f) { return (f->intermediate + NEURONS - 1) / NEURONS; }
+static int64_t chunks_of(const em_neurons *f) {
+    return (f->intermediate + EM_NEURON_CHUNK - 1) / EM_NEURON_CHUNK;
+}
 
 /* Of what a thread has for itself (own_scratch). */
 static uint64_t own_bytes(int32_t n_tokens, int32_t hidden, int32_t intermediate) {
@@ -49,7 +50,7 @@ uint64_t em_neurons_scratch(int32_t n_threads, int32_t n_tokens, int32_t hidden,
            em_acts_bytes(n_tokens, hidden) + em_arena_cost(n * width * 4) +
            em_arena_cost(n * (uint64_t)rank * 4) + em_arena_cost(n * (uint64_t)hidden * 4) +
            em_arena_cost(width * 4) + em_arena_cost(width * sizeof(void *)) +
-           em_arena_cost((width / NEURONS + 1) * 4);
+           em_arena_cost((width / EM_NEURON_CHUNK + 1) * 4);
 }
 
 static bool predicts(const em_neurons *f) { return f->reduce >= 0; }
@@ -77,8 +78,8 @@ static void find_active(void *arg, int64_t item, int32_t thread) {
     (void)thread;
     neurons_task *t = arg;
     int64_t chunk = t->first_chunk + item, width = t->is->intermediate, found = 0;
-    int64_t first = chunk * NEURONS, n = em_min(NEURONS, width - first);
-    bool active[NEURONS] = {false};
+    int64_t first = chunk * EM_NEURON_CHUNK, n = em_min(EM_NEURON_CHUNK, width - first);
+    bool active[EM_NEURON_CHUNK] = {false};
     for (int64_t i = 0; i < t->n_tokens; i++) {
         float *h = t->h + i * width + first;
         /* What is predicted has 1 until its row tells. All comparisons let NaN pass. */
@@ -119,7 +120,8 @@ static int32_t reduce(em_core *core, const neurons_task *t) {
 static int32_t decide_chunks(em_core *core, neurons_task *t, int64_t first, int64_t end) {
     const em_neurons *f = t->is;
     bool guess = predicts(f);
-    int64_t row = first * NEURONS, rows = em_min(end * NEURONS, f->intermediate) - row;
+    int64_t row = first * EM_NEURON_CHUNK,
+            rows = em_min(end * EM_NEURON_CHUNK, f->intermediate) - row;
     int32_t dtype = guess ? f->predictor_dtype : f->deciding_dtype;
     int32_t cols = guess ? f->rank : f->hidden;
     const float *bias = vector_at(t, guess ? f->score_bias : f->deciding_bias);
@@ -136,7 +138,7 @@ static int32_t decide_chunks(em_core *core, neurons_task *t, int64_t first, int6
     t->first_chunk = first;
     em_core_run(core, find_active, t, end - first, rows * t->n_tokens * 8);
     for (int64_t c = first; c < end; c++) {
-        memmove(t->active + t->n, t->active + c * NEURONS, (size_t)t->counts[c] * 4);
+        memmove(t->active + t->n, t->active + c * EM_NEURON_CHUNK, (size_t)t->counts[c] * 4);
         t->n += t->counts[c];
     }
     return EM_OK;
@@ -144,7 +146,7 @@ static int32_t decide_chunks(em_core *core, neurons_task *t, int64_t first, int6
 
 /* Finds what is active, and starts reading it as far as there is room: `*wanted` of them. */
 static int32_t decide(em_core *core, neurons_task *t, const em_neuron_rows *from, int32_t *wanted) {
-    int64_t chunks = chunks_of(t->is), parts = from->rows ? em_min(PARTS, chunks) : 1;
+    int64_t chunks = chunks_of(t->is), parts = from->rows ? em_min(EM_NEURON_PARTS, chunks) : 1;
     int32_t room = from->rows ? em_rows_room(from->rows, from->set) : 0;
     /* Where a turn before had more than there is room for, this one will too. */
     bool fits = from->rows && !em_rows_crowded(from->rows, from->set);
@@ -370,7 +372,7 @@ int32_t em_neurons_run(em_core *core, const em_neurons *f, const void *bundle,
     t.y = em_arena_take(&arena, n * (uint64_t)f->hidden * 4);
     t.active = em_arena_take(&arena, width * 4);
     t.rows = em_arena_take(&arena, width * sizeof *t.rows);
-    t.counts = em_arena_take(&arena, (width / NEURONS + 1) * 4);
+    t.counts = em_arena_take(&arena, (width / EM_NEURON_CHUNK + 1) * 4);
     t.own = em_arena_take(&arena, (uint64_t)em_pool_threads(core->pool) *
                                       own_bytes(n_tokens, f->hidden, f->intermediate));
     if (!fits || !t.own || !t.reduced || !t.h || !t.y || !t.active || !t.rows || !t.counts)

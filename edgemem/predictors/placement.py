@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import numpy as np
 
-CHUNK, PARTS = 1024, 4
-"""Neurons are decided about in so many parts of whole chunks (native/neurons.c)."""
+from .._native import lib
+
 MOST_ACTIVE = 0.2
 """Where more are, what is absent lies close in any order, and rounds want the one of ids."""
 _DIMENSIONS = 24
@@ -20,15 +20,21 @@ _WEIGHT_OF_RARE = 1e-3
 def order(active: np.ndarray) -> np.ndarray:
     """Neurons in the order of their places, int64 [width], for `active` bool [n, width] by token.
 
-    Reads begin while the last of the neurons are yet to be decided about, in PARTS parts: each
+    Reads begin while the last of the neurons are yet to be decided about, in parts: each
     keeps its own places, or few of a neuron's neighbours would be known by then.
     """
     if active.mean() > MOST_ACTIVE:
         return np.arange(active.shape[1])
-    chunks = -(-active.shape[1] // CHUNK)
-    ends = [min(active.shape[1], p * chunks // PARTS * CHUNK) for p in range(PARTS + 1)]
-    walks = [a + _walk(active[:, a:b]) for a, b in pairwise(ends) if b > a]
-    return np.concatenate(walks)
+    ends = pairwise([0, *part_ends(active.shape[1])])
+    return np.concatenate([first + _walk(active[:, first:end]) for first, end in ends])
+
+
+def part_ends(width: int) -> list[int]:
+    """Where the parts end in which so many neurons are decided about (em_neurons_run)."""
+    chunk = lib.EM_NEURON_CHUNK
+    chunks = -(-width // chunk)
+    parts = min(lib.EM_NEURON_PARTS, chunks)
+    return [min(width, (part + 1) * chunks // parts * chunk) for part in range(parts)]
 
 
 def _walk(active: np.ndarray) -> np.ndarray:
