@@ -106,53 +106,7 @@ EM_INLINE vi dot_chunk_q4(vi dot, const uint8_t *w, const int8_t *q, int c) {
 /* Where instructions multiply a whole block by many tokens', they take what tokens there are in
  * sixteens and eights. Returns how many. */
 #ifdef EM_TILE_TOKENS
-#define BLOCK_MATRICES(name, dtype, chunks, bias, widen)                                           \
-    EM_INLINE void name##_matrix(const uint8_t *weights, const em_acts *a, const em_out *o,        \
-                                 int64_t group, int64_t token, const int tokens) {                 \
-        const int64_t next = em_group_bytes(dtype, a->cols, EM_LANES);                             \
-        const uint8_t *base = weights + group * next;                                              \
-        const int64_t plane = em_scale_bytes(dtype, a->cols, EM_LANES);                            \
-        const int64_t block_bytes = (chunks) * 64 + 2 * EM_LANES, stride = a->blocks * EM_BLOCK;   \
-        _Alignas(64) int32_t dots[EM_TILE_TOKENS * EM_LANES];                                      \
-        _Alignas(64) uint8_t wide[EM_BLOCK * EM_LANES];                                            \
-        _Alignas(64) int8_t apart[EM_TILE_TOKENS * EM_BLOCK];                                      \
-        vf sum[EM_TILE_TOKENS];                                                                    \
-        int64_t row[EM_TILE_TOKENS];                                                               \
-        for (int t = 0; t < tokens; t++) row[t] = act_row(a, token + t) * a->blocks;               \
-        for (int t = 0; t < tokens; t++) sum[t] = vf_set1(0);                                      \
-        for (int64_t b = 0; b < a->blocks; b++) {                                                  \
-            if (token == 0) prefetch(base + plane + b * block_bytes, block_bytes);                 \
-            for (int t = 0; a->rows && t < tokens; t++)                                            \
-                memcpy(apart + t * EM_BLOCK, a->q + (row[t] + b) * EM_BLOCK, EM_BLOCK);            \
-            const int8_t *q = a->rows ? apart : a->q + (row[0] + b) * EM_BLOCK;                    \
-            tiles_dot(dots, q, a->rows ? EM_BLOCK : stride,                                        \
-                      widen(base + plane + b * ((chunks) * 64), wide));                            \
-            vf d = vf_load_f16((const uint16_t *)base + b * EM_LANES);                             \
-            for (int t = 0; t < tokens; t++) {                                                     \
-                vi offset = vi_set1(-(bias) * a->sum[row[t] + b]);                                 \
-                vf scale = vf_mul(d, vf_set1(a->scale[row[t] + b]));                               \
-                vi dot = vi_add(vi_load(dots + t * EM_LANES), offset);                             \
-                sum[t] = vf_fma(vf_from_vi(dot), scale, sum[t]);                                   \
-            }                                                                                      \
-        }                                                                                          \
-        for (int t = 0; t < tokens; t++) finish(sum[t], o, token + t, group * EM_LANES);           \
-    }                                                                                              \
-    static int32_t name##_matrices(const uint8_t *weights, int32_t first_group, int32_t n_groups,  \
-                                   const em_acts *a, int32_t n_tokens, const em_out *o) {          \
-        const int32_t sixteens = n_tokens / 16 * 16, end = n_tokens / 8 * 8;                       \
-        if (sixteens > 0) tiles_begin(16);                                                         \
-        for (int32_t t = 0; t < sixteens; t += 16)                                                 \
-            for (int32_t g = 0; g < n_groups; g++)                                                 \
-                name##_matrix(weights, a, o, first_group + g, t, 16);                              \
-        if (sixteens < end) tiles_begin(8);                                                        \
-        for (int32_t g = 0; sixteens < end && g < n_groups; g++)                                   \
-            name##_matrix(weights, a, o, first_group + g, sixteens, 8);                            \
-        if (end > 0) tiles_end();                                                                  \
-        return end;                                                                                \
-    }
-
-BLOCK_MATRICES(product_q8, EM_Q8_0, 8, EM_Q8_BIAS, widen_q8)
-BLOCK_MATRICES(product_q4, EM_Q4_0, 4, 8, widen_q4)
+#include "matrices.h"
 #else
 #define product_q8_matrices(weights, first_group, n_groups, a, n_tokens, o) 0
 #define product_q4_matrices(weights, first_group, n_groups, a, n_tokens, o) 0

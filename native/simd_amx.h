@@ -13,6 +13,11 @@
 #define TILE_ACTS 0
 #define TILE_WEIGHTS 1
 #define TILE_DOTS 2
+#define TILE_NEXT_ACTS 3
+#define TILE_NEXT_WEIGHTS 4
+#define TILE_NEXT_DOTS 5
+#define TILE_HALF_ACTS 6
+#define TILE_HALF_DOTS 7
 
 typedef struct {
     uint8_t palette, start_row, zeros[14];
@@ -62,7 +67,7 @@ EM_INLINE void tile_store(int tile, void *to, int64_t stride) {
     for (int r = 0; r < tiles.config.rows[tile]; r++)
         memcpy((uint8_t *)to + r * stride, tiles.rows[tile][r], tiles.config.row_bytes[tile]);
 }
-/* TDPBSUD: each of to's 32-bit sums += 4 signed bytes of a times 4 unsigned bytes of b. */
+/* TDPBSSD: each of to's 32-bit sums += 4 signed bytes of a times 4 signed bytes of b. */
 EM_INLINE void tile_dot(int to, int a, int b) {
     const tile_config *c = &tiles.config;
     tile_need(to != a && a != b && b != to && c->palette == 1);
@@ -74,7 +79,8 @@ EM_INLINE void tile_dot(int to, int a, int b) {
             memcpy(&sum, tiles.rows[to][m] + 4 * n, 4);
             for (int k = 0; k < tiles.config.row_bytes[a] / 4; k++)
                 for (int j = 0; j < 4; j++)
-                    sum += (int8_t)tiles.rows[a][m][4 * k + j] * tiles.rows[b][k][4 * n + j];
+                    sum +=
+                        (int8_t)tiles.rows[a][m][4 * k + j] * (int8_t)tiles.rows[b][k][4 * n + j];
             memcpy(tiles.rows[to][m] + 4 * n, &sum, 4);
         }
 }
@@ -94,7 +100,7 @@ EM_INLINE void tile_dot(int to, int a, int b) {
         _tile_loadd(tile, from, stride);                                                           \
     } while (0)
 #define tile_store(tile, to, stride) _tile_stored(tile, to, stride)
-#define tile_dot(to, a, b) _tile_dpbsud(to, a, b)
+#define tile_dot(to, a, b) _tile_dpbssd(to, a, b)
 
 EM_INLINE void memory_barrier(void) { __asm__ volatile("" ::: "memory"); }
 
@@ -112,50 +118,71 @@ static bool request_tiles(void) {
 
 #endif
 
-/* Between these two a thread's tiles hold blocks of `tokens` tokens; outside them it has none, so
- * that nobody else's are disturbed, and switching threads saves nothing. */
-EM_INLINE void tiles_begin(int tokens) {
+/* Between these two a thread's tiles are for blocks of 16 tokens, two at a time, or of 8; outside
+ * them it has none, so that nobody else's are disturbed, and switching threads saves nothing. */
+EM_INLINE void tiles_begin(void) {
+    static const uint8_t acts[] = {TILE_ACTS, TILE_NEXT_ACTS, TILE_HALF_ACTS};
+    static const uint8_t weights[] = {TILE_WEIGHTS, TILE_NEXT_WEIGHTS};
+    static const uint8_t dots[] = {TILE_DOTS, TILE_NEXT_DOTS, TILE_HALF_DOTS};
     tile_config config = {.palette = 1};
-    config.rows[TILE_ACTS] = config.rows[TILE_DOTS] = (uint8_t)tokens;
-    config.row_bytes[TILE_ACTS] = EM_BLOCK;
-    config.rows[TILE_WEIGHTS] = EM_BLOCK / 4;
-    config.row_bytes[TILE_WEIGHTS] = config.row_bytes[TILE_DOTS] = 4 * EM_LANES;
+    for (int i = 0; i < 3; i++) {
+        config.rows[acts[i]] = config.rows[dots[i]] = i < 2 ? EM_TILE_TOKENS : 8;
+        config.row_bytes[acts[i]] = EM_BLOCK;
+        config.row_bytes[dots[i]] = 4 * EM_LANES;
+    }
+    for (int i = 0; i < 2; i++) {
+        config.rows[weights[i]] = EM_BLOCK / 4;
+        config.row_bytes[weights[i]] = 4 * EM_LANES;
+    }
     tile_configure(&config);
 }
 EM_INLINE void tiles_end(void) { tile_end(); }
 
-/* dots[t * 16 + lane] = token t's block of q, `stride` bytes after the one before it, times row
- * `lane` of the 8 chunks w. */
-EM_INLINE void tiles_dot(int32_t *dots, const int8_t *q, int64_t stride, const uint8_t *w) {
-    tile_zero(TILE_DOTS);
-    tile_load(TILE_ACTS, q, stride);
-    tile_load(TILE_WEIGHTS, w, 4 * EM_LANES);
-    tile_dot(TILE_DOTS, TILE_ACTS, TILE_WEIGHTS);
-    tile_store(TILE_DOTS, dots, 4 * EM_LANES);
+/* dots[t * 16 + lane] = token t's block of q times row `lane` of the 8 chunks w. What comes `next`
+ * after another takes tiles of its own: it does not wait for that one's. */
+#define TILES_DOT(ACTS, WEIGHTS, DOTS)                                                             \
+    do {                                                                                           \
+        tile_zero(DOTS);                                                                           \
+        tile_load(ACTS, q, EM_BLOCK);                                                              \
+        tile_load(WEIGHTS, w, 4 * EM_LANES);                                                       \
+        tile_dot(DOTS, ACTS, WEIGHTS);                                                             \
+        tile_store(DOTS, dots, 4 * EM_LANES);                                                      \
+    } while (0)
+
+EM_INLINE void tiles_dot(int32_t *dots, const int8_t *q, const int8_t *w, const int tokens,
+                         bool next) {
+    if (tokens < EM_TILE_TOKENS)
+        TILES_DOT(TILE_HALF_ACTS, TILE_WEIGHTS, TILE_HALF_DOTS);
+    else if (next)
+        TILES_DOT(TILE_NEXT_ACTS, TILE_NEXT_WEIGHTS, TILE_NEXT_DOTS);
+    else
+        TILES_DOT(TILE_ACTS, TILE_WEIGHTS, TILE_DOTS);
 }
 
 EM_INLINE vi vi_load(const int32_t *p) { return _mm512_loadu_si512(p); }
 
-/* The 8 chunks of a block whose quants have 4 bits, as bytes. */
-EM_INLINE const uint8_t *widen_q4(const uint8_t *w, uint8_t *wide) {
-    vi nibble = _mm512_set1_epi8(15);
+/* The 8 chunks of a block, as signed bytes. */
+EM_INLINE void widen_q4(int8_t *wide, const uint8_t *w) {
+    vi nibble = _mm512_set1_epi8(15), bias = _mm512_set1_epi8(8);
     for (int c = 0; c < 4; c++) {
         vi both = _mm512_loadu_si512(w + 64 * c);
-        _mm512_storeu_si512(wide + 64 * c, _mm512_and_si512(both, nibble));
-        both = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-        _mm512_storeu_si512(wide + 64 * (c + 4), both);
+        vi low = _mm512_and_si512(both, nibble);
+        vi high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+        _mm512_storeu_si512(wide + 64 * c, _mm512_sub_epi8(low, bias));
+        _mm512_storeu_si512(wide + 64 * (c + 4), _mm512_sub_epi8(high, bias));
     }
-    return wide;
 }
-EM_INLINE const uint8_t *widen_q8(const uint8_t *w, uint8_t *wide) {
-    (void)wide;
-    return w;
+EM_INLINE void widen_q8(int8_t *wide, const uint8_t *w) {
+    vi bias = _mm512_set1_epi8((char)EM_Q8_BIAS);
+    for (int c = 0; c < 8; c++)
+        _mm512_storeu_si512(wide + 64 * c, _mm512_sub_epi8(_mm512_loadu_si512(w + 64 * c), bias));
 }
 
 /* Multiply-adds of tiles that stay where they are: how many, and what they add up to. */
 static int64_t tiles_peak(int32_t dtype, float *sum) {
     enum { ROUNDS = 512, CHAINS = 4 };
-    uint8_t ones[EM_TILE_TOKENS * EM_BLOCK], packed[EM_BLOCK * EM_LANES], wide[sizeof packed];
+    uint8_t ones[EM_TILE_TOKENS * EM_BLOCK], packed[EM_BLOCK * EM_LANES];
+    int8_t wide[sizeof packed];
     int32_t dots[CHAINS][EM_TILE_TOKENS * EM_LANES];
     tile_config config = {.palette = 1};
     int64_t total = 0;
@@ -167,7 +194,11 @@ static int64_t tiles_peak(int32_t dtype, float *sum) {
     }
     tile_configure(&config);
     tile_load(TILE_ACTS, ones, EM_BLOCK);
-    tile_load(TILE_WEIGHTS, dtype == EM_Q4_0 ? widen_q4(packed, wide) : packed, 4 * EM_LANES);
+    if (dtype == EM_Q4_0)
+        widen_q4(wide, packed);
+    else
+        widen_q8(wide, packed);
+    tile_load(TILE_WEIGHTS, wide, 4 * EM_LANES);
     tile_zero(2);
     tile_zero(3);
     tile_zero(4);
