@@ -189,9 +189,28 @@ class Store:
             self._read_into(start + done, part, self.describe(bundle_id))
             crc, done = crc32c(part, crc), done + len(part)
         faults = [] if crc == entry["crc32c"] else [self._fault(bundle_id)]
+        if not faults and entry["kind"] == Kind.NEURONS:
+            faults += self._verify_rows(bundle_id)
         if not self._zero(start + payload, start + int(entry["page_count"]) * self.page_size):
             faults.append(f"{self.describe(bundle_id)} is not padded with zeros")
         return faults
+
+    def _verify_rows(self, bundle_id: int) -> list[str]:
+        """What a run goes by that reads rows one by one: where they lie, and their checksums."""
+        layout, what = self.layout_of(bundle_id), self.describe(bundle_id)
+        rows = layout["neurons"]
+        checksums = np.frombuffer(self.read_segment(bundle_id, layout["checksums"]), "<u4")
+        try:
+            places = self.places(bundle_id)
+        except CorruptError as error:
+            return [str(error)]
+        start = int(self.entries[bundle_id]["page_first"]) * self.page_size + rows.offset
+        row = memoryview(bytearray(rows.bytes // rows.rows))
+        for id, place in enumerate(range(rows.rows) if places is None else places.tolist()):
+            self._read_into(start + place * len(row), row, what)
+            if crc32c(row) != checksums[id]:
+                return [f"neuron {id} of {self._fault(bundle_id)}"]
+        return []
 
     def _zero(self, start: int, stop: int) -> bool:
         """Whether the bytes in [start, stop), at most one page, are all zero."""

@@ -60,12 +60,16 @@ def _table(spec: ModelSpec, kind: Kind, lanes: int, dtype) -> list:
 
 
 def payload(bundle_id: int, layout: Layout) -> bytes:
-    """What `write` puts into a bundle: gaps between segments are zero."""
+    """What `write` puts into a bundle: gaps between segments are zero, checksums of rows true."""
     paint = (np.arange(layout.payload_bytes) * 7 + bundle_id * 31) % CYCLE + 1
     data, end = paint.astype(np.uint8), 0
     for segment in layout.segments:
         data[end : segment.offset] = 0
         end = segment.end
+    if "checksums" in layout:
+        rows = data[: layout["neurons"].bytes].reshape(layout["neurons"].rows, -1)
+        sums, at = [crc32c(row.tobytes()) for row in rows], layout["checksums"]
+        data[at.offset : at.end] = np.array(sums, "<u4").view(np.uint8)
     return data.tobytes()
 
 

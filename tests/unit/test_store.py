@@ -2,15 +2,19 @@
 
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import painted
 import pytest
 
 from edgemem import dtypes
+from edgemem._native import crc32c
 from edgemem.errors import CorruptError, FlashError, StoreError, UnsupportedError
 from edgemem.format import NO_LAYER, Kind
 from edgemem.store import Store
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +125,34 @@ def test_large_bundles_are_verified_in_parts(tmp_path, monkeypatch):
     path = painted.write(tmp_path / "a.edgemem", dtype=dtypes.F32)
     with Store.open(path) as store:
         assert store.verify().ok
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "fault"),
+    [
+        ("places", lambda words: words.fill(words[0]), "places of neurons bundle 0 of layer 1"),
+        ("places", lambda words: words.__setitem__(3, 1 << 31), "places of neurons bundle 0"),
+        ("places", lambda words: words.__setitem__([2, 5], words[[5, 2]]), "neuron 2 of neurons"),
+        ("checksums", lambda words: words.__setitem__(7, 0), "neuron 7 of neurons bundle 0"),
+    ],
+)
+def test_verify_notices_rows_that_are_not_where_they_should_be(tmp_path, name, change, fault):
+    """What lies about rows is written as it is read: the bundle's checksum fits."""
+    path = tmp_path / "a.edgemem"
+    data = bytearray((GOLDEN / "v1.0-foretold-q8_0.edgemem").read_bytes())
+    path.write_bytes(data)
+    with Store.open(path) as store:
+        assert store.verify().ok
+        bundle, entries = int(store.find(Kind.NEURONS, 1)[0]), store.entries.copy()
+        segment, size = store.layout_of(bundle)[name], int(entries["payload_bytes"][bundle])
+        start = int(entries["page_first"][bundle]) * store.page_size
+    change(np.frombuffer(data, "<u4", segment.cols, start + segment.offset))
+    entries["crc32c"][bundle] = crc32c(bytes(data[start : start + size]))
+    path.write_bytes(data)
+    painted.rewrite(path, directory=lambda _: entries)
+    with Store.open(path) as store:
+        (found,) = store.verify().faults
+    assert fault in found
 
 
 def test_threads_may_read_at_once(path):
