@@ -9,6 +9,7 @@ a text, and then on the second, which learns of it last.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -116,8 +117,8 @@ def choose_thresholds(
     """
     started, path = time.perf_counter(), Path(store)
     out, force = path.resolve() if target is None else Path(target), force or target is None
-    if not cost > 0:
-        raise ValueError(f"cost must be above 0, not {cost}")
+    if not 0 < cost < math.inf:
+        raise ValueError(f"cost must be above 0 and finite, not {cost}")
     check_limit(limit)
     with Store.open(path) as source:
         check_apart(source)
@@ -125,20 +126,31 @@ def choose_thresholds(
         window = min(WINDOW, context_limit(source.spec))
         with load(path, memory, window, threads) as engine:
             search = _Search(engine, source, text, limit, out.parent, progress)
-            place = search.choose(cost)
-            if place < 0:
+            chosen = search.choose(cost)
+            if chosen is None:
                 raise UnsupportedError(
                     f"choosing thresholds for {path}: to lose {100 * SHARES[0]:.2g} % of the "
                     f"activation costs over {100 * cost:g} % of perplexity; allow more (--cost)"
                 )
-            sparsity, layers = search.report(place)
-        told, thresholds = telling(progress, "writing"), search.thresholds[place].tolist()
+            sparsity, layers = search.report(chosen)
+        told, thresholds = telling(progress, "writing"), search.thresholds[chosen.index].tolist()
         size = calibrated.write_thresholds(source, out, thresholds, asdict(sparsity), force, told)
     return ThresholdReport(
         target=str(out), store_bytes=size, tokens=len(search.seen),
         judged_tokens=len(search.unseen), cost_wanted=cost, sparsity=sparsity, layers=layers,
         tried=search.tried, seconds=time.perf_counter() - started,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Thresholds of SHARES[index], and of the text's second half the perplexity, exactly and with
+    them, and what layers read with them."""
+
+    index: int
+    exact: float
+    sparse: float
+    inputs: Recording
 
 
 class _Search:
@@ -155,10 +167,10 @@ class _Search:
             self._exact = self._run(self.seen, "recording")
         self.thresholds, self._active = self._made(inputs)
 
-    def _run(self, ids: np.ndarray, doing: str, place: int | None = None) -> float:
-        """Perplexity with the thresholds at a place in SHARES, or exactly."""
+    def _run(self, ids: np.ndarray, doing: str, index: int | None = None) -> float:
+        """Perplexity with the thresholds of SHARES[index], or exactly."""
         told, none = telling(self._progress, doing), [0.0] * self._store.spec.n_layers
-        self._engine.rest(none if place is None else self.thresholds[place])
+        self._engine.rest(none if index is None else self.thresholds[index])
         return perplexity(self._engine, ids, self._engine.context, progress=told).perplexity
 
     def _recording(self, ids: np.ndarray):
@@ -183,33 +195,37 @@ class _Search:
         """float32 [tokens, width]."""
         return Deciding(self._store, layer).magnitudes(inputs.inputs(layer))
 
-    def choose(self, cost: float) -> int:
-        """The place in SHARES of the largest share that costs no more on the first half of the
-        text, or that of the next smaller ones that does not on the second; -1 where none does."""
+    def choose(self, cost: float) -> _Chosen | None:
+        """The largest of SHARES that costs no more on the first half of the text, or that of the
+        next smaller ones that does not on the second; None where none does."""
+        largest, exact = self._largest(cost), self._run(self.unseen, "judging")
+        for index in range(largest, -1, -1):
+            with self._recording(self.unseen) as inputs:
+                sparse = self._run(self.unseen, "judging", index)
+            if sparse / exact - 1 <= cost:
+                return _Chosen(index, exact, sparse, inputs)
+        return None
+
+    def _largest(self, cost: float) -> int:
+        """Which of SHARES is the largest that costs no more on the first half; -1: none."""
         fits, fails = -1, len(SHARES)
         while fails - fits > 1:
             middle = (fits + fails) // 2
             rise = self._run(self.seen, "trying", middle) / self._exact - 1
             self.tried.append((SHARES[middle], rise))
             fits, fails = (middle, fails) if rise <= cost else (fits, middle)
-        self._exact = self._run(self.unseen, "judging")
-        return next((i for i in range(fits, -1, -1) if self._judge(i) <= cost), -1)
+        return fits
 
-    def _judge(self, place: int) -> float:
-        with self._recording(self.unseen) as self._judged_inputs:
-            self._sparse = self._run(self.unseen, "judging", place)
-        return self._sparse / self._exact - 1
-
-    def report(self, place: int) -> tuple[Sparsity, list[LayerThreshold]]:
+    def report(self, chosen: _Chosen) -> tuple[Sparsity, list[LayerThreshold]]:
         """What was chosen brings and costs."""
         layers = []
         for layer, active in self._active.items():
-            threshold = float(self.thresholds[place, layer])
-            used = float((self._magnitudes(layer, self._judged_inputs) > threshold).mean())
+            threshold = float(self.thresholds[chosen.index, layer])
+            used = float((self._magnitudes(layer, chosen.inputs) > threshold).mean())
             layers.append(LayerThreshold(layer, threshold, used, active))
         used, active = (float(np.mean([getattr(x, n) for x in layers])) for n in ("used", "active"))
         others = 1 + self._store.spec.gated  # beside what decides, which every token multiplies
         weights, active_weights = ((1 + others * x) / (1 + others) for x in (used, active))
         return Sparsity(
-            SHARES[place], used, active, weights, active_weights, self._exact, self._sparse
+            SHARES[chosen.index], used, active, weights, active_weights, chosen.exact, chosen.sparse
         ), layers

@@ -166,7 +166,7 @@ def test_what_cannot_be_done_is_refused(chosen, tiny_moe_store, tmp_path):
         edgemem.load(path, sparse=True)
     for options, words in (
         ({"cost": 0}, "cost"), ({"cost": -1}, "cost"), ({"cost": float("nan")}, "cost"),
-        ({"limit": 5}, "limit"),
+        ({"cost": float("inf")}, "cost"), ({"limit": 5}, "limit"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             choose_thresholds(path, ids, **options)
