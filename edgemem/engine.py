@@ -135,7 +135,13 @@ class Engine:
         self.bos_id = self.tokenizer.bos_id if spec.bos_id is None else spec.bos_id
         self.eos_ids = self.store.eos_ids
         self._needs = needs = Needs(
-            self.store, self.budget.limit, context, self.threads, self.kv, self.predict
+            self.store,
+            self.budget.limit,
+            context,
+            self.threads,
+            self.kv,
+            self.predict,
+            sparse=self.sparse,
         )
         self.context, self.context_limit = needs.context, context_limit(spec)
         self.chunk_tokens, self.logits_tokens = needs.chunk_tokens, needs.logits_tokens

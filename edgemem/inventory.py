@@ -62,8 +62,13 @@ def by_dtype(store: Store) -> dict[str, int]:
 
 
 def bytes_as(store: Store, dtype: DType) -> int:
-    """About how many bytes the bundles would have, had the store been converted to `dtype`."""
-    per_layout = [sum(_bytes_as(s, dtype) for s in layout.segments) for layout in store.layouts]
+    """About how many bytes the bundles would have, had the store been converted to `dtype`, which
+    it then is without predictors."""
+    extra = store.spec.hidden * bool(store.spec.ranks)
+    per_layout = [
+        sum(_bytes_as(s, dtype, extra) for s in layout.segments if "reduce" not in layout)
+        for layout in store.layouts
+    ]
     return int(_layout_uses(store) @ np.array(per_layout, np.int64))
 
 
@@ -84,15 +89,17 @@ def _layout_uses(store: Store) -> np.ndarray:
     return np.bincount(store.entries["layout"], minlength=len(store.layouts)).astype(np.int64)
 
 
-def _bytes_as(segment: Segment, dtype: DType) -> int:
-    """Segment bytes in the other format; vectors and routers keep theirs."""
+def _bytes_as(segment: Segment, dtype: DType, extra: int) -> int:
+    """Segment bytes in the other format; vectors and routers keep theirs. `extra` columns of
+    neurons are there for predictors."""
     if segment.rows == 1 or (segment.lanes != LANES and segment.name not in ("rows", "neurons")):
         return segment.bytes
     if segment.name in ("router", "shared_gate"):
         return segment.bytes
     if segment.name == "rows" and dtype.name == "q4_0":
         dtype = BY_NAME["q8_0"]
-    return matrix_bytes(dtype, segment.rows, segment.cols, segment.lanes)
+    cols = segment.cols - extra * (segment.name == "neurons")
+    return matrix_bytes(dtype, segment.rows, cols, segment.lanes)
 
 
 def left_out(store: Store, predict: bool) -> np.ndarray:

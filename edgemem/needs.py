@@ -32,18 +32,18 @@ class Needs:
     """What a store needs of a budget of `limit` bytes, and how it makes do with that.
 
     `context` tokens (None: 4096 or what the model was made for, if that is less), a KV cache of the
-    type `kv`, `threads` and whether neurons are foretold are given; ValueError says that the model
-    has no such context. `plan` says what streams, and is None where not even the least fits: then
-    `items`, the sum, are more than the limit. Steps take `chunk_tokens`, or `logits_tokens` where
-    every position's logits are wanted.
+    type `kv`, `threads` and whether neurons are foretold, or may rest (`sparse`), are given;
+    ValueError says that the model has no such context. `plan` says what streams, and is None where
+    not even the least fits: then `items`, the sum, are more than the limit. Steps take
+    `chunk_tokens`, or `logits_tokens` where every position's logits are wanted.
     """
 
     def __init__(
         self, store: Store, limit: int, context: int | None, threads: int, kv: str,
-        predict: bool = False,
+        predict: bool = False, sparse: bool = False,
     ):  # fmt: skip
         self.store, self.spec, self.kv, self.threads = store, store.spec, kv, threads
-        self.predict = predict
+        self.predict, self.sparse = predict, sparse
         self.context = _context(store, context)
         label = f"KV cache ({self.context} tokens at {kv})"
         self.kv_item = Item(label, cache_bytes(self.spec, self.context, kv))
@@ -130,10 +130,16 @@ class Needs:
             if needed - self._weights_bytes + smaller <= spare:
                 size = show_size(smaller)
                 lines.append(
-                    f"the same model at {name} would fit: about {size} (convert --dtype {name})"
+                    f"the same model at {name} would fit: about {size} ({self._how(name)})"
                 )
                 break
         return lines + advise_memory(budget.promised + needed)
+
+    def _how(self, dtype: str) -> str:
+        """How to have the store in another number format. Its predictors and thresholds go."""
+        spec = self.spec
+        again = ", then calibrate again" if spec.ranks or any(spec.thresholds) else ""
+        return f"convert {'--neurons ' if spec.neurons else ''}--dtype {dtype}{again}"
 
 
 def advise_memory(needed: int) -> list[str]:

@@ -25,7 +25,7 @@ from math import exp
 import numpy as np
 
 from . import inventory, residency, rows, streamer
-from .arguments import MAX_THREADS, check_count, check_kv, check_predict
+from .arguments import MAX_THREADS, check_count, check_kv, check_predict, check_sparse
 from .benchmark import NEW_TOKENS, PROMPT_TOKENS
 from .benchmark import check as check_tokens
 from .budget import Budget, Item, fast_cpus
@@ -97,7 +97,7 @@ class Outlook:
 
 def look(
     path: str | os.PathLike, memory: str | int = "auto", context: int | None = None,
-    threads: int | None = None, kv: str = "f16", *, predict: bool = False,
+    threads: int | None = None, kv: str = "f16", *, predict: bool = False, sparse: bool = False,
     prompt_tokens: int = PROMPT_TOKENS, new_tokens: int = NEW_TOKENS,
     device: Device | None = None,
 ) -> Outlook:  # fmt: skip
@@ -114,11 +114,12 @@ def look(
     budget = Budget(memory)
     with Store.open(path) as store:
         check_predict(store, predict)
+        check_sparse(store, sparse, predict)
         # As an engine does, before it looks what the process has; and be as large as one.
         importlib.import_module(".engine", __package__)
         _ = Tokenizer(store.tokenizer_json, store.tokenizer_config)
         length = context or prompt_tokens + new_tokens
-        needs = Needs(store, budget.limit, length, threads, kv, predict)
+        needs = Needs(store, budget.limit, length, threads, kv, predict, sparse)
         check_tokens(needs, prompt_tokens, new_tokens, 1)
         budget.take(needs.items, lambda items, spare: needs.advise(budget, items, spare))
         return outlook(needs, budget, prompt_tokens, new_tokens, device)
@@ -190,7 +191,7 @@ def _stream(needs: Needs, place: int, slots: int, device: Device) -> _Stream:
     layout, each, count = (int(a[place]) for a in (plan.classes, plan.each, plan.counts))
     bundles = np.flatnonzero(store.entries["layout"] == layout)
     if plan.comes_apart[place]:
-        share = _neuron_share(store, needs.predict)
+        share = _neuron_share(needs)
         return _neurons(store, len(bundles), each // len(bundles), count, slots, share, device)
     kind, wanted = store.entries["kind"][bundles[0]], float(plan.demand[place])
     share, serial = _missed(kind, slots, count, store.spec.top_k)
@@ -233,16 +234,22 @@ def _neurons(
     )
 
 
-def _neuron_share(store: Store, predict: bool) -> float:
-    """Of neurons, what one token wants: all where none rest of themselves, else as was found when
-    the store was calibrated."""
-    if not store.spec.rests:
+def _neuron_share(needs: Needs) -> float:
+    """Of neurons, what one token wants: all where none rest, else as was found when the store was
+    calibrated."""
+    if not (needs.spec.rests or needs.sparse):
         return 1.0
-    try:
-        share = float(store.recipe["predictor"]["predicted" if predict else "active"])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return NEURON_SHARE
-    return share if 0 < share <= 1 else NEURON_SHARE
+    found = (("predictor", "active"), ("sparse", "active"))
+    if needs.predict or needs.sparse:
+        found = (("predictor", "predicted") if needs.predict else ("sparse", "used"),)
+    for work, name in found:
+        try:
+            share = float(needs.store.recipe[work][name])
+        except (KeyError, TypeError, ValueError, OverflowError):
+            continue
+        if 0 < share <= 1:
+            return share
+    return NEURON_SHARE
 
 
 def _together(streams: list[_Stream], compute: float, alone: float) -> float:
@@ -261,7 +268,7 @@ def _use(needs: Needs) -> np.ndarray:
     store, kinds = needs.store, needs.store.entries["kind"]
     use = inventory.plannable(store).use.copy()
     use[kinds == Kind.EMBED] = 0  # a row
-    use[kinds == Kind.NEURONS] = _neuron_share(store, needs.predict)
+    use[kinds == Kind.NEURONS] = _neuron_share(needs)
     use[inventory.left_out(store, needs.predict)] = 0
     return use
 

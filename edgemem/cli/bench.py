@@ -112,7 +112,7 @@ def measured(
         opened = options.load_engine(store, memory, context, threads, ready, **streaming)
         with opened as engine, options.progress_bar(label, " tokens") as progress:
             as_usual = dataclasses.replace(engine._streaming, trace=None) == Streaming()
-            rates = device if as_usual and not engine.sparse else None
+            rates = device if as_usual else None
             told = plan.outlook(engine._needs, engine.budget, *counts[:2], rates)
             report = benchmark.measure(engine, *counts, warm=warm, progress=progress)
             how = {name: getattr(engine._streaming, name) for name in _COMPARED}

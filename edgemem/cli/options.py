@@ -32,6 +32,11 @@ PREDICT = click.option(
     help="Use only neurons that are predicted to be active, of a store that was calibrated; "
     "changes the answer.",
 )  # fmt: skip
+SPARSE = click.option(
+    "--sparse", is_flag=True,
+    help="Let neurons below their thresholds rest, of a store that was calibrated with --cost; "
+    "changes the answer.",
+)  # fmt: skip
 CACHE_DIR = click.option(
     "--cache-dir", type=PATH, metavar="DIR",
     help="Where stores of checkpoints, and what was measured, are kept.  [default: "
@@ -110,11 +115,7 @@ _MODEL = (
     ),
     click.option("--neurons", is_flag=True, help="Take the FFNs of a checkpoint apart (convert)."),
     PREDICT,
-    click.option(
-        "--sparse", is_flag=True,
-        help="Let neurons below their thresholds rest, of a store that was calibrated with --cost; "
-        "changes the answer.",
-    ),
+    SPARSE,
     CACHE_DIR,
 )  # fmt: skip
 

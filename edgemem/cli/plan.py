@@ -32,6 +32,7 @@ and the text: it is what models like it showed. It is of the middle of -n tokens
     "Most tokens of a session.  [default: prompt and new tokens]", several_budgets=True
 )
 @options.PREDICT
+@options.SPARSE
 @options.CACHE_DIR
 @options.JSON
 def plan(store, memory, cache_dir, as_json, **more):

@@ -5,21 +5,24 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import painted
 import pytest
 from click.testing import CliRunner
 
 import edgemem
-from edgemem import converters, doctor, plan
-from edgemem.budget import MIB
+from edgemem import converters, doctor, inventory, plan
+from edgemem.budget import MIB, Budget
 from edgemem.cli import cli
 from edgemem.doctor import Device, Reading
 from edgemem.dtypes import BY_NAME
-from edgemem.errors import BudgetError
+from edgemem.errors import BudgetError, UnsupportedError
 from edgemem.needs import Needs
 from edgemem.store import Store
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 COUNTS = {"prompt_tokens": 20, "new_tokens": 6}
 ENVIRONMENT = {**os.environ, "PYTHONIOENCODING": "utf-8"}
 
@@ -63,6 +66,22 @@ def tiny_relu_neurons(shared, tmp_path_factory):
     """tiny-relu with its FFNs taken apart."""
     path = tmp_path_factory.mktemp("plan") / "neurons.edgemem"
     converters.convert(shared / "models" / "tiny-relu", path, neurons=True)
+    return path
+
+
+@pytest.fixture
+def resting(tiny_relu_neurons, tmp_path):
+    """The same with thresholds: of 30 % of neurons those leave 5."""
+    path = tmp_path / "resting.edgemem"
+    path.write_bytes(tiny_relu_neurons.read_bytes())
+
+    def changed(data: bytes) -> bytes:
+        said = json.loads(data)
+        said["spec"]["thresholds"] = [0.1] * said["spec"]["n_layers"]
+        said["recipe"]["sparse"] = {"active": 0.3, "used": 0.05}
+        return json.dumps(said).encode()
+
+    painted.rewrite(path, meta=changed)
     return path
 
 
@@ -189,6 +208,37 @@ def test_expectations_come_from_the_size_and_depth_that_are_read(tiny_moe_store)
     assert told.flash_seconds == pytest.approx(told.read_bytes / 1e9 / plan.BUNDLE_SHARE, rel=0.2)
 
 
+def test_what_rests_is_neither_read_nor_multiplied(resting, tiny_relu_neurons):
+    memory = budgets(resting)[-1]
+    exact, sparse = (
+        looked(resting, memory, device=device(), sparse=sparse).expected for sparse in (False, True)
+    )
+    assert sparse.read_bytes < 0.3 * exact.read_bytes
+    assert sparse.management_seconds < exact.management_seconds
+    assert sparse.compute_seconds < exact.compute_seconds
+    with pytest.raises(UnsupportedError, match="calibrate --cost"):
+        looked(tiny_relu_neurons, sparse=True)
+    with pytest.raises(ValueError, match="choose one"):
+        plan.look(GOLDEN / "v1.0-foretold-q8_0.edgemem", sparse=True, predict=True)
+
+
+def test_what_is_advised_says_what_a_conversion_does_not_keep(resting, tiny_relu_neurons):
+    for path, how in ((resting, "8_0, then calibrate again)"), (tiny_relu_neurons, "8_0)")):
+        with Store.open(path) as store:
+            needs = Needs(store, 0, 26, 1, "f16")
+            lines = needs.advise(Budget("1GiB"), needs.items, sum(i.bytes for i in needs.items))
+        assert any(line.endswith(f"(convert --neurons --dtype q{how}") for line in lines), lines
+
+
+def test_what_a_conversion_would_give_has_no_predictors():
+    sizes = []
+    for name in ("neurons", "foretold"):
+        with Store.open(GOLDEN / f"v1.0-{name}-q8_0.edgemem") as store:
+            sizes.append(inventory.bytes_as(store, BY_NAME["q4_0"]))
+    places = sum(4 * 40 for _ in range(2))
+    assert sizes[1] == sizes[0] + places
+
+
 # The commands
 
 
@@ -245,6 +295,15 @@ def test_without_figures_the_command_says_how_to_get_them(tiny_moe_store, tmp_pa
     assert "all resident" in shown.stdout
     said = json.loads(command(tiny_moe_store, "--cache-dir", tmp_path, "--json").stdout)
     assert said["device"] is None and said["results"][0]["expected"] is None
+
+
+def test_neurons_that_rest_have_a_row_too(resting, cache):
+    memory = budgets(resting)[-1]
+    shown = [
+        command(resting, "--memory", memory, "-p", 20, "-n", 6, "--cache-dir", cache, *more).stdout
+        for more in ((), ("--sparse",))
+    ]
+    assert "64/1536 neurons" in shown[1] and shown[0] != shown[1]
 
 
 def test_wrong_usage(tiny_moe_store, tmp_path):
