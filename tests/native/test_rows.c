@@ -153,19 +153,24 @@ static void what_is_used_often_or_of_late_stays(void) {
     end_world(&w);
 }
 
-/* Whatever goes wrong with the nth read: the right row is named, and the next take is right. */
+/* Whatever goes wrong with the nth read: the right row is named, the next take is right, and what
+ * is there of other sets is not touched. */
 static void faults_are_told(const char *engine, int32_t kind, int32_t error, int32_t parts) {
     for (int64_t nth = 0; nth < 12; nth++) {
         world w;
         make_world(&w);
-        em_faults faults = {.kind = kind, .first = nth, .count = 1, .seed = 77 + (uint64_t)nth};
+        int64_t before = parts > 1 ? ROOM * parts : 1; /* reads of the first set */
+        em_faults faults = {
+            .kind = kind, .first = before + nth, .count = 1, .seed = 77 + (uint64_t)nth};
         em_rows *r = open_rows(&w, engine, 4, &faults);
         if (r) em_rows_read_in(r, parts);
-        int32_t ids[ROOM], failed = 0;
-        const uint8_t *at[ROOM];
+        int32_t ids[ROOM], first[ROOM], failed = 0;
+        const uint8_t *at[ROOM], *first_at[ROOM];
+        int64_t waited = 0;
         for (int32_t i = 0; i < ROOM; i++) ids[i] = i * 5;
+        for (int32_t i = 0; i < ROOM; i++) first[i] = i;
+        if (r) CHECK(em_rows_take(r, 0, first, ROOM, first_at, &waited) == EM_OK, "%s", "first");
         for (int32_t step = 0; r && step < 3; step++) {
-            int64_t waited = 0;
             int32_t status = em_rows_take(r, 1, ids, ROOM, at, &waited);
             em_row_failure failure = em_rows_failure(r);
             CHECK(status == (failure.failed ? EM_FLASH : EM_OK), "status %d", status);
@@ -177,6 +182,7 @@ static void faults_are_told(const char *engine, int32_t kind, int32_t error, int
             CHECK(failure.set == 1 && failure.row % 5 == 0 && failure.error == error,
                   "row %d, error %d", failure.row, failure.error);
         }
+        if (r) check_bytes(&w, 0, first, ROOM, first_at, 0);
         /* A flipped bit may be one that belongs to no row. */
         CHECK(!r || failed == 1 || (failed == 0 && kind != EM_FAULT_ERROR), "read %ld: %d times",
               (long)nth, failed);
@@ -188,38 +194,82 @@ static void faults_are_told(const char *engine, int32_t kind, int32_t error, int
 static void a_file_that_ends_early_is_told(void) {
     world w;
     make_world(&w);
-    em_rows *r = open_rows(&w, NULL, 4, NULL);
-    const int32_t ids[] = {0, ROWS - 1};
-    const uint8_t *at[2];
+    em_rows *r = open_rows(&w, NULL, 1, NULL);
+    const int32_t ids[] = {0, 100, ROWS - 1};
+    const uint8_t *at[3];
     int64_t waited = 0;
     CHECK(ftruncate(fileno(w.file), (off_t)(w.sets[2].offset + 5 * ROW_BYTES[2])) == 0, "%d",
           errno);
-    CHECK(em_rows_take(r, 2, ids, 2, at, &waited) == EM_FLASH, "%s", "truncated");
+    CHECK(em_rows_take(r, 2, ids, 3, at, &waited) == EM_FLASH, "%s", "truncated");
     em_row_failure failure = em_rows_failure(r);
-    CHECK(failure.row == ROWS - 1 && failure.error == ENODATA, "row %d", failure.row);
+    CHECK(failure.row == 100 && failure.error == ENODATA, "row %d: the first", failure.row);
     CHECK(!em_rows_failure(r).failed, "%s", "it is told once");
     CHECK(em_rows_take(r, 2, ids, 1, at, &waited) == EM_OK, "%s", "what is left");
     em_rows_close(r);
     end_world(&w);
 }
 
-/* What is wanted later may lie before what was wanted first. */
-static void places_of_two_wants_may_cross(void) {
+/* Takes rows of the first set that were not there, and checks what that read. */
+static void check_reads(const world *w, em_rows *r, const int32_t *ids, int32_t n, int64_t reads,
+                        int64_t pages, const char *which) {
+    const uint8_t *at[ROOM];
+    int64_t waited = 0;
+    em_rows_clear(r);
+    em_row_stats before = em_rows_statistics(r);
+    CHECK(em_rows_take(r, 0, ids, n, at, &waited) == EM_OK, "%s", which);
+    check_bytes(w, 0, ids, n, at, 0);
+    em_row_stats after = em_rows_statistics(r);
+    CHECK(after.reads - before.reads == reads, "%s: %d reads", which,
+          (int)(after.reads - before.reads));
+    CHECK(after.read_bytes - before.read_bytes == pages * PAGE, "%s: %d pages", which,
+          (int)((after.read_bytes - before.read_bytes) / PAGE));
+}
+
+/* Of the first set five rows and a bit lie in each page. */
+static void neighbours_are_read_together(void) {
     world w;
     make_world(&w);
-    for (int32_t s = 1; s < SETS; s++)
+    em_rows *r = open_rows(&w, NULL, 4, NULL);
+    const int32_t in_a_row[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}, apart[] = {0, 1, 150, 151};
+    const int32_t in_pages_in_a_row[] = {0, 6}, with_a_page_between[] = {0, 12};
+    check_reads(&w, r, in_a_row, 10, 1, 2, "in a row");
+    check_reads(&w, r, apart, 4, 2, 2, "apart");
+    check_reads(&w, r, in_pages_in_a_row, 2, 1, 2, "in pages in a row");
+    check_reads(&w, r, with_a_page_between, 2, 2, 2, "with a page between");
+    em_rows_close(r);
+
+    /* All of one place after another, which ids are not. */
+    int32_t ids[ROOM], n = 0;
+    for (int32_t i = 0; i < ROWS; i++) w.places[0][i] = (uint32_t)(i * 7 % ROWS);
+    w.sets[0].places = w.places[0];
+    for (int32_t i = 0; i < ROWS; i++) {
+        w.checksums[0][i] = em_crc32c(0, row_of(&w, 0, i), ROW_BYTES[0]);
+        if (w.places[0][i] < ROOM) ids[n++] = i;
+    }
+    r = open_rows(&w, NULL, 4, NULL);
+    check_reads(&w, r, ids, n, 1, 7, "by place");
+    em_rows_close(r);
+    end_world(&w);
+}
+
+/* What is wanted later may lie before what was wanted first, even in the same page. */
+static void places_of_two_wants_may_cross(int32_t each) {
+    world w;
+    make_world(&w);
+    w.sets[0].places = w.places[0];
+    for (int32_t s = 0; s < SETS; s++)
         for (int32_t i = 0; i < ROWS; i++) w.places[s][i] = (uint32_t)(ROWS - 1 - i);
-    for (int32_t s = 1; s < SETS; s++)
+    for (int32_t s = 0; s < SETS; s++)
         for (int32_t i = 0; i < ROWS; i++)
             w.checksums[s][i] = em_crc32c(0, row_of(&w, s, i), ROW_BYTES[s]);
-    em_rows *r = open_rows(&w, NULL, 2, NULL);
+    em_rows *r = open_rows(&w, NULL, 1, NULL);
     for (int32_t step = 0; step < 20; step++) {
-        int32_t set = 1 + step % 2, ids[ROOM];
+        int32_t set = step % SETS, ids[ROOM], apart = 1 + step / SETS % 2;
         const uint8_t *at[ROOM];
         int64_t waited = 0;
-        for (int32_t i = 0; i < ROOM; i++) ids[i] = (step * 13) % 200 + 2 * i;
+        for (int32_t i = 0; i < ROOM; i++) ids[i] = (step * 13) % 200 + apart * i;
         CHECK(em_rows_begin(r, set) == EM_OK, "step %d", step);
-        for (int32_t i = 0; i < ROOM; i += 8) em_rows_want(r, ids + i, 8, &waited);
+        for (int32_t i = 0; i < ROOM; i += each) em_rows_want(r, ids + i, each, &waited);
         CHECK(em_rows_finish(r, ids, ROOM, at, &waited) == EM_OK, "step %d", step);
         check_bytes(&w, set, ids, ROOM, at, 0);
     }
@@ -269,7 +319,9 @@ int main(void) {
     }
     what_is_used_often_or_of_late_stays();
     a_file_that_ends_early_is_told();
-    places_of_two_wants_may_cross();
+    neighbours_are_read_together();
+    places_of_two_wants_may_cross(1);
+    places_of_two_wants_may_cross(8);
     arguments_are_checked();
     return check_report();
 }
