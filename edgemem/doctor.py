@@ -44,6 +44,7 @@ MEMORY_BYTES = 1 << 30
 BUFFER_BYTES = 128 * MIB
 KNEE = 0.9
 """Reads are large and deep enough that give this share of the best rate."""
+_MOUNTS, _IN_MEMORY = Path("/proc/self/mountinfo"), ("tmpfs", "ramfs")
 FORMAT = 1
 """Of the file in the cache folder; those of another are not read."""
 
@@ -110,8 +111,9 @@ def examine(
 ) -> Device:  # fmt: skip
     """The figures of the device that `place` lies on: those in `folder`, or measured and put there.
 
-    Measuring takes about 25 s and 1 GiB of memory. A file is read as it is, if it is large enough;
-    in a folder a file of up to 256 MiB is written, which has no name and ends with this process.
+    Measuring takes about 25 s and 1 GiB of memory. A file is read as it is, if it is large enough,
+    and leaves the page cache; in a folder a file of up to 256 MiB is written, which has no name and
+    ends with this process.
     `progress(done, total)` is called between measurements. Raises FlashError where that cannot be.
     """
     path = _file(place, folder)
@@ -134,6 +136,20 @@ def known(place: str | os.PathLike, folder: str | os.PathLike) -> Device | None:
         return device if _is_sound(device) else None
     except (EdgeMemError, OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def lies_in_memory(place: str | os.PathLike) -> bool:
+    """Whether a file system keeps what is at `place` in memory, as far as Linux tells: then what is
+    measured there is no flash."""
+    number = os.stat(place).st_dev
+    mounted = f"{os.major(number)}:{os.minor(number)}"
+    try:
+        lines = _MOUNTS.read_text().splitlines()
+    except OSError:
+        return False
+    parts = (line.partition(" - ") for line in lines)  # see proc_pid_mountinfo(5)
+    found = [said.split()[0] for at, _, said in parts if at.split()[2] == mounted]
+    return any(name in _IN_MEMORY for name in found)
 
 
 def measure(place: str | os.PathLike, progress: Progress | None = None) -> Device:

@@ -12,9 +12,10 @@ from . import options
 _HELP = """Measure what this device gives: flash, memory, and multiply-adds.
 
 PATH says which flash: a folder, in which a file without a name is written for a while (up to 256
-MiB, at most a quarter of what is free), or a store or any other large file, which is only read.
-By default it is the cache folder. The first time takes about 25 seconds; what was measured is kept
-in the cache folder, and told from there as long as the machine and the file system are the same.
+MiB, at most a quarter of what is free), or a store or any other large file, which is only read, and
+leaves the page cache. By default it is the cache folder. The first time takes about 25 seconds;
+what was measured is kept in the cache folder, and told from there as long as the machine and the
+file system are the same.
 
 Flash is read in random order, by either engine: past the page cache (direct) and through it, after
 it was told to forget the file (buffered). From these figures 'edgemem plan' says how fast models
@@ -35,6 +36,8 @@ def doctor(path, cache_dir, again, as_json):
     place = made_folder(folder) if path is None else path
     with options.progress_bar("measuring", " figures") as progress:
         device = device_doctor.examine(place, folder, again, progress)
+    if device_doctor.lies_in_memory(place):
+        options.note(f"edgemem: {place} lies in memory: its figures are not those of any flash")
     if as_json:
         knee = dataclasses.asdict(device.knee())
         options.print_json(dataclasses.asdict(device) | {"knee": knee})

@@ -268,6 +268,22 @@ def test_the_command_prints_a_table_and_json(file, cache):
     assert said == json.loads(json.dumps(dataclasses.asdict(found)))
 
 
+def test_memory_is_not_taken_for_flash(file, cache, monkeypatch):
+    number = file.stat().st_dev
+    mounts = file.parent / "mounts"
+    where = f"{os.major(number)}:{os.minor(number)} / /somewhere rw,relatime shared:7"
+    monkeypatch.setattr(doctor, "_MOUNTS", mounts)
+    for kind in ("ext4", "tmpfs"):
+        mounts.write_text(
+            f"22 27 0:999999 / /proc rw - proc proc rw\n25 24 {where} - {kind} x rw\n"
+        )
+        assert doctor.lies_in_memory(file) == (kind == "tmpfs")
+        shown = command(file, "--cache-dir", cache, "--json")
+        assert ("lies in memory" in shown.stderr) == (kind == "tmpfs")
+    mounts.unlink()
+    assert not doctor.lies_in_memory(file)
+
+
 def test_the_cache_folder_is_measured_by_default(cache, counted):
     command("--cache-dir", cache)
     assert counted == [cache] and cache.is_dir()
