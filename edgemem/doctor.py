@@ -27,6 +27,7 @@ from .benchmark import cpu_name
 from .budget import MIB, auto_bytes, fast_cpus, show_size
 from .dtypes import BY_NAME
 from .errors import EdgeMemError, FlashError, UnsupportedError
+from .format import parse_json
 from .kernels import Core
 from .store import open_direct
 
@@ -45,6 +46,7 @@ BUFFER_BYTES = 128 * MIB
 KNEE = 0.9
 """Reads are large and deep enough that give this share of the best rate."""
 _MOUNTS, _IN_MEMORY = Path("/proc/self/mountinfo"), ("tmpfs", "ramfs")
+_YEAR_3000, _MOST = 32_503_680_000, 1 << 40
 FORMAT = 1
 """Of the file in the cache folder; those of another are not read."""
 
@@ -130,7 +132,7 @@ def examine(
 def known(place: str | os.PathLike, folder: str | os.PathLike) -> Device | None:
     """The figures in `folder` of the device that `place` lies on; None where there are none."""
     try:
-        said = json.loads(_file(place, folder).read_text())
+        said = parse_json(_file(place, folder).read_bytes())
         flash = tuple(Reading(**reading) for reading in said.pop("flash"))
         device = Device(**said, flash=flash)
         return device if _is_sound(device) else None
@@ -381,8 +383,8 @@ def _is_sound(device: Device) -> bool:
         *(device.multiply_adds[name] for name in BY_NAME),
     ]
     counts = [n for r in device.flash for n in (r.bytes, r.depth)]
+    texts = all(isinstance(text, str) for text in (device.place, device.cpu))
     known_engines = all(r.engine in ENGINES for r in device.flash)
-    finite = all(0 < rate < float("inf") for rate in rates)
-    return (
-        bool(counts) and known_engines and finite and all(type(n) is int and n > 0 for n in counts)
-    )
+    finite = all(0 < rate < float("inf") for rate in rates) and device.measured_at < _YEAR_3000
+    counted = all(type(n) is int and 0 < n <= _MOST for n in (*counts, device.threads))
+    return bool(counts) and texts and known_engines and finite and counted

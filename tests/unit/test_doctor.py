@@ -155,9 +155,11 @@ def changed(**values):
         "", "{}", "[]", "no JSON", "\ud800", changed(flash=[]), changed(flash=[1]),
         changed(dram_bytes_per_second=0), changed(dram_bytes_per_second="fast"),
         changed(dram_bytes_per_second=float("nan")), changed(multiply_adds={}),
+        "[" * 100_000, changed(measured_at=1e300), changed(threads="two"), changed(place=3),
         changed(multiply_adds=[1]), changed(more=1),
         changed(flash=[dataclasses.asdict(Reading("io_uring", True, 4096, 0, 1.0))]),
         changed(flash=[dataclasses.asdict(Reading("steam", True, 4096, 1, 1.0))]),
+        changed(flash=[dataclasses.asdict(Reading("io_uring", True, 10**30, 1, 1.0))]),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_measured_anew(text, file, cache, counted):
