@@ -155,8 +155,8 @@ def expect(needs: Needs, slots: dict[int, int], tokens: int, device: Device) -> 
     compute = _compute_seconds(needs, use, tokens, device)
     alone = _compute_seconds(needs, use * (store.entries["kind"] == Kind.HEAD), 0, device)
     streams = [
-        _stream(needs, place, slots[layout], device)
-        for place, layout in enumerate(plan.classes.tolist())
+        _stream(needs, index, slots[layout], device)
+        for index, layout in enumerate(plan.classes.tolist())
     ]
     flash = sum(s.seconds for s in streams)
     management = _management_seconds(store, plan, use)
@@ -186,14 +186,14 @@ class _Stream:
     foreseen: bool = False
 
 
-def _stream(needs: Needs, place: int, slots: int, device: Device) -> _Stream:
+def _stream(needs: Needs, index: int, slots: int, device: Device) -> _Stream:
     store, plan = needs.store, needs.plan
-    layout, each, count = (int(a[place]) for a in (plan.classes, plan.each, plan.counts))
+    layout, each, count = (int(a[index]) for a in (plan.classes, plan.each, plan.counts))
     bundles = np.flatnonzero(store.entries["layout"] == layout)
-    if plan.comes_apart[place]:
+    if plan.comes_apart[index]:
         share = _neuron_share(needs)
         return _neurons(store, len(bundles), each // len(bundles), count, slots, share, device)
-    kind, wanted = store.entries["kind"][bundles[0]], float(plan.demand[place])
+    kind, wanted = store.entries["kind"][bundles[0]], float(plan.demand[index])
     share, serial = _missed(kind, slots, count, store.spec.top_k)
     missed = share * wanted
     # What a turn lacks is asked for at once, as far as there is room for it.

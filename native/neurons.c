@@ -382,7 +382,7 @@ int32_t em_neurons_run(em_core *core, const em_neurons *f, const void *bundle,
     int32_t wanted = 0, status = rows->rows ? em_rows_begin(rows->rows, rows->set) : EM_OK;
     if (status == EM_OK) status = decide(core, &t, rows, &wanted);
     if (status != EM_OK) {
-        int64_t waited;
+        int64_t waited = 0;
         if (wanted > 0) em_rows_finish(rows->rows, NULL, 0, NULL, &waited);
         return status;
     }
