@@ -330,3 +330,11 @@ def test_bench_says_what_was_expected(tiny_moe_store, cache):
     rate = expected.expected.tokens_per_second
     assert [float(row[place]) for row in rows] == [pytest.approx(rate, rel=0.02)] * 2
     assert json.loads(bench(*few, "--json", "--policy", "lru"))["results"][0]["expected"] is None
+
+
+def test_bench_says_what_was_expected_of_neurons_that_rest(resting, cache):
+    few = ("-p", 8, "-n", 3, "-r", 1, "--cache-dir", cache, "--json", "--sparse")
+    (result,) = json.loads(bench(resting, *few))["results"]
+    counts = {"prompt_tokens": 8, "new_tokens": 3, "sparse": True}
+    expected = looked(resting, device=device(), **counts).expected
+    assert result["expected"] == dataclasses.asdict(expected)
