@@ -132,7 +132,7 @@ static int64_t misses_of(em_rows *r, const int32_t *ids, int32_t n) {
 }
 
 /* Between two uses of what is used often, more rows pass than there is room for: it stays all the
- * same. Time is long enough to begin again. */
+ * same. */
 static void what_is_used_often_or_of_late_stays(void) {
     world w;
     make_world(&w);
@@ -149,6 +149,76 @@ static void what_is_used_often_or_of_late_stays(void) {
         memcpy(last, once, sizeof last);
     }
     CHECK(misses_of(r, last, 9) == 0, "%s", "the last ones");
+    em_rows_close(r);
+    end_world(&w);
+}
+
+static void pass_takes(em_rows *r, int32_t n) {
+    for (int32_t i = 0; i < n; i++) misses_of(r, NULL, 0);
+}
+
+static void rows_from(int32_t *ids, int32_t n, int32_t first) {
+    for (int32_t i = 0; i < n; i++) ids[i] = first + i;
+}
+
+/* After so many takes time begins again: what was used long ago leaves as before, also in takes
+ * with the number of the one that used it. */
+static void time_begins_again(void) {
+    enum { TAKES = 64 << 10, TAKE = 200 };
+    world w;
+    make_world(&w);
+    em_rows *r = open_rows(&w, NULL, 8, NULL);
+    int32_t old[ROOM], next[ROOM], once[9];
+    rows_from(old, ROOM, 0);
+    rows_from(next, ROOM, 50);
+    for (int32_t i = 1; i <= TAKE; i++) misses_of(r, old, ROOM);
+    pass_takes(r, TAKES - TAKE + TAKE - 1);
+    CHECK(misses_of(r, next, ROOM) == ROOM, "%s", "all have place");
+    CHECK(misses_of(r, next, ROOM) == 0, "%s", "all are there");
+
+    pass_takes(r, TAKES - 2 * TAKE - 3);
+    for (int32_t i = 0; i < TAKE; i++) misses_of(r, old, 10);
+    for (int32_t i = 0; i < 2 * TAKE; i++) {
+        rows_from(once, 9, 100 + 9 * i % 180);
+        misses_of(r, next, 10);
+        misses_of(r, once, 9);
+    }
+    CHECK(misses_of(r, next, 10) == 0 && misses_of(r, old, 10) == 10, "%s", "the old ones left");
+    em_rows_close(r);
+    end_world(&w);
+}
+
+/* What is kept stays until it is let go, whatever is taken; a quarter of the room is for others. */
+static void what_is_kept_stays(void) {
+    world w;
+    make_world(&w);
+    em_rows *r = open_rows(&w, NULL, 8, NULL);
+    int32_t kept[ROOM], others[ROOM], both[ROOM];
+    rows_from(kept, ROOM, 0);
+    rows_from(others, ROOM, 100);
+    rows_from(both, ROOM / 2, 10);
+    rows_from(both + ROOM / 2, ROOM / 2, 100);
+    em_rows_keep(r, 0, kept, ROOM);
+    CHECK(em_rows_fit(r, 0, others, ROOM) == ROOM, "%s", "what is absent is not kept");
+    misses_of(r, kept, ROOM);
+    em_rows_keep(r, 0, kept, ROOM / 2);
+    CHECK(em_rows_fit(r, 0, others, ROOM) == ROOM / 2, "%s", "beside what is kept");
+    CHECK(em_rows_fit(r, 0, both, ROOM) == ROOM / 2 + 10, "%s", "of which some are kept");
+    for (int32_t i = 0; i < 30; i++) {
+        rows_from(others, ROOM / 2, 100 + i);
+        misses_of(r, others, ROOM / 2);
+    }
+    CHECK(misses_of(r, kept, ROOM / 2) == 0, "%s", "kept");
+    em_rows_keep(r, 0, kept, 10);
+    CHECK(em_rows_fit(r, 0, others, ROOM) == ROOM - 10, "%s", "others are let go");
+    em_rows_keep(r, 0, NULL, 0);
+    rows_from(others, ROOM, 200);
+    misses_of(r, others, ROOM);
+    CHECK(misses_of(r, kept, ROOM) == ROOM, "%s", "let go");
+    em_rows_keep(r, 0, kept, ROOM);
+    CHECK(em_rows_fit(r, 0, others, ROOM) == ROOM / 4, "%s", "a quarter");
+    em_rows_clear(r);
+    CHECK(em_rows_fit(r, 0, others, ROOM) == ROOM, "%s", "nothing is kept any more");
     em_rows_close(r);
     end_world(&w);
 }
@@ -318,6 +388,8 @@ int main(void) {
             faults_are_told(engines[e], EM_FAULT_SHORT, -1, parts);
     }
     what_is_used_often_or_of_late_stays();
+    time_begins_again();
+    what_is_kept_stays();
     a_file_that_ends_early_is_told();
     neighbours_are_read_together();
     places_of_two_wants_may_cross(1);
