@@ -104,3 +104,30 @@ def test_a_layer_that_is_never_active_predicts_nothing(seed_base):
     predictor = fit.predictor(low_rank.threshold([fit], 0.9))
     assert not predictor.predicts(of.inputs).any()
     assert low_rank.judge(predictor, of).recall == 1.0
+
+
+def test_what_lies_in_few_directions_is_foretold_as_well_as_can_be(seed_base):
+    """Inputs have a mean, and neurons are not worth the same: those with most activation, and few
+    more, are predicted."""
+    of, weights = layer(seed_base + 10, noise=0)
+    shifted = of.inputs + np.float32(0.4)
+    products = (shifted @ weights.T - 1.3).astype(np.float32)
+    worth = np.random.default_rng(seed_base).lognormal(0, 1.5, WIDTH).astype(np.float32)
+    of = low_rank.Layer(shifted, products, worth * np.maximum(products, 0))
+    for recall in (0.5, 0.9):
+        fit = low_rank.Fit(of, weights, 2, recall)
+        found = low_rank.judge(fit.predictor(low_rank.threshold([fit], recall)), of)
+        largest = np.sort(of.activations, axis=None)[::-1].cumsum(dtype=np.float64)
+        least = np.searchsorted(largest, found.recall * largest[-1]) / largest.size
+        assert found.recall == pytest.approx(recall, abs=0.06)  # held-back tokens are few
+        assert found.predicted <= 1.03 * least and found.precision > 0.99
+
+
+def test_the_rank_is_the_one_that_costs_least(monkeypatch, seed_base):
+    monkeypatch.setattr(low_rank, "RANKS", (2, 4, 8, 16, 32, 48))
+    of, weights = layer(seed_base + 11, noise=0.1)
+    fit = low_rank.Fit(of, weights, 2, 0.95)
+    rows = low_rank.ROW_COST * WIDTH * 2 * HIDDEN
+    costs = {rank: rank * (HIDDEN + WIDTH) + rows * share for rank, share in fit.curve}
+    rank = fit.predictor(low_rank.threshold([fit], 0.95)).rank
+    assert rank == min(costs, key=costs.get) and 2 < rank < 48
