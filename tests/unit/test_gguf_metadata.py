@@ -219,6 +219,33 @@ def test_sentence_piece():
     assert found.config == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
+def test_gemma():
+    """Merges of characters, spaces written otherwise, bytes of what no token has, always BOS."""
+    tokens = ["<bos>", "<unk>", "<0xC3>", "<0xA9>", "\u2581", "a", "\u2581a", "\n", "\n\n", "[X]"]
+    types = [CONTROL, 2, BYTE, BYTE, 1, 1, 1, 1, 1, USER]
+    merges = ["\u2581 a", "\n \n"]
+    for kind, pre in (("gemma4", None), ("gpt2", "gemma4")):
+        found = vocabulary(
+            kind, tokens, types, merges=merges, pre=pre, bos_token_id=0, add_bos_token=False
+        )
+        ids = [0, 5, 6, 8, 7, 2, 3, 9, 4]
+        text = "a a\n\n\n\u00e9[X] "
+        tokenizer = Tokenizer(found.tokenizer_json, found.config)
+        assert encode(found, text) == ids and tokenizer.decode(ids) == text
+
+
+def test_sentence_piece_has_roles_where_the_file_names_none():
+    found = spm(bos_token_id=None, eos_token_id=None, unknown_token_id=None)
+    assert (found.bos_id, found.eos_ids) == (1, [2]) and found.config["unk_token"] == "<unk>"
+
+
+def test_tokens_that_others_make_no_ends():
+    tokens = ["<|return|>", "<|end|>", "<|call|>", "</s>", "<|tool_response>", "<turn|>", "x"]
+    for count, ends in ((2, [0, 1]), (3, [0, 2]), (4, [0, 2, 3]), (7, [0, 2, 4, 5])):
+        found = vocabulary(tokens=tokens[:count], types=[CONTROL] * count, merges=[])
+        assert found.eos_ids == ends
+
+
 def test_every_token_that_ends_a_text_is_found():
     tokens = ["a", "<|eot_id|>", "<|im_end|>", "<|x|>", "<|eom_id|>"]
     found = vocabulary(tokens=tokens, types=(1, 3, 1, 3, 3), merges=[], eos_token_id=3)
@@ -235,8 +262,11 @@ def test_ids_that_only_pad_have_no_token():
 @pytest.mark.parametrize(
     "keys, error",
     [
-        ({"kind": "t5"}, "tokenizer.ggml.model = 't5' is not supported; supported: gpt2, llama"),
-        ({"pre": "tekken"}, "tokenizer.ggml.pre = 'tekken' is not supported.*qwen2"),
+        (
+            {"kind": "t5"},
+            "tokenizer.ggml.model = 't5' is not supported; supported: gpt2, llama, gemma4",
+        ),
+        ({"pre": "tek"}, "tokenizer.ggml.pre = 'tek' is not supported.*qwen2"),
         ({"pre": None}, "tokenizer.ggml.pre = None is not supported"),
         ({"tokens": ("a", "b", "ab", "a")}, "has a token twice"),
         ({"types": (1, 1)}, "has 2 items; there are 4 tokens"),

@@ -98,7 +98,7 @@ class Metadata:
             raise self.error(key, f"has {len(value)} items; there are {length} tokens")
         return value
 
-    def token_id(self, name: str, vocab: int) -> int | None:
-        """tokenizer.ggml.<name>_token_id; None where absent or beyond the vocabulary."""
-        value = self.count(f"tokenizer.ggml.{name}_token_id", None)
+    def token_id(self, name: str, vocab: int, default: int | None = None) -> int | None:
+        """tokenizer.ggml.<name>_token_id; None where it is beyond the vocabulary."""
+        value = self.count(f"tokenizer.ggml.{name}_token_id", default)
         return value if value is not None and value < vocab else None

@@ -1,12 +1,11 @@
 """A tokenizer.json from GGUF metadata, which gives the ids that the original tokenizer gives.
 
-Two kinds, told apart by `tokenizer.ggml.model`. "gpt2": byte-level BPE with merges in the file,
-whose splitting of text into words goes by a name, `tokenizer.ggml.pre`; the patterns behind the
-names are those of the tokenizers that llama.cpp's convert_hf_to_gguf_update.py took them from.
-"llama": SentencePiece's BPE, which has scores instead of merges: it joins, again and again, the
-neighbours whose union has the highest score, the leftmost first. That is BPE with the merges of
-each piece into two pieces, ranked by the score of the whole, and it is how transformers'
-convert_slow_tokenizer.py reads such models (`generate_merges`).
+Three kinds, told apart by `tokenizer.ggml.model`. "gpt2": BPE with merges in the file, mostly of
+bytes, whose splitting of text into words goes by a name, `tokenizer.ggml.pre` (see `words`).
+"gemma4": the same with one way of splitting. "llama": SentencePiece's BPE, which has scores instead
+of merges: it joins, again and again, the neighbours whose union has the highest score, the leftmost
+first. That is BPE with the merges of each piece into two pieces, ranked by the score of the whole,
+and it is how transformers' convert_slow_tokenizer.py reads such models (`generate_merges`).
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import numpy as np
 from edgemem.errors import CheckpointError
 
 from .metadata import Metadata
+from .words import BY_NAME, BYTES, Words
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _SPECIAL = (_UNKNOWN, _CONTROL)
@@ -28,32 +28,31 @@ _PADDING = re.compile(r"\[PAD([0-9]+)\]")
 """What converters write for ids that have no token; the id stands in the name."""
 _MAX_PIECE = 256
 _SPACE = "\u2581"
+_ESCAPE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+_UNESCAPE = [
+    {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
 
-_GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-_WORDS = {
-    "llama-bpe": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-    "qwen2": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-}
-_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "olmo": "gpt-2"}
-_NFC = ("qwen2", "olmo")
-"""Whose original tokenizer composes characters first."""
-_WHOLE_WORDS = ("llama-bpe",)
-"""Where a word that is a token is taken as such, whatever the merges say."""
-_ADDS_BOS = ("llama-bpe", "llama")
-"""Where BOS comes first unless the file says otherwise."""
+_KINDS = ("gpt2", "llama", "gemma4")
+_SENTENCE_PIECE_ROLES = {"bos": 1, "eos": 2, "unknown": 0}
+"""Ids of the kind "llama" where the file names none, as in llama.cpp's llama-vocab.cpp."""
 
 _ENDS = frozenset({
-    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>",
-    "<end_of_turn>", "</s>", "<EOT>",
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|calls|>",
+    "<|flush|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "<end_of_utterance>", "</s>",
+    "<eos>", "<turn|>", "<|tool_response>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "[e~[",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
 })  # fmt: skip
 """Control tokens that end a turn or a text wherever they are in a vocabulary, as in llama.cpp's
 llama-vocab.cpp: the file names only one of them."""
+_NO_ENDS = (
+    ({"<|return|>", "<|call|>"}, "<|end|>"),
+    ({"<|calls|>", "<|flush|>"}, "<|end|>"),
+    ({"<|tool_response>"}, "</s>"),
+)
+"""Where a vocabulary has all of these, that one ends nothing."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +68,14 @@ class Vocabulary:
 
 def vocabulary_of(metadata: Metadata) -> Vocabulary:
     """Raises UnsupportedError for a kind of tokenizer or of words that is not known here."""
-    kind = metadata.text("tokenizer.ggml.model")
-    if kind not in ("gpt2", "llama"):
-        raise metadata.unsupported("tokenizer.ggml.model", "gpt2, llama")
-    tokens = _Tokens(metadata)
-    data = _byte_level(metadata, tokens) if kind == "gpt2" else _sentence_piece(metadata, tokens)
+    words, tokens = words_of(metadata), _Tokens(metadata)
+    data = _merged(metadata, tokens, words) if words else _sentence_piece(metadata, tokens)
     data |= {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": tokens.added(),
-        "post_processor": _ends_of_text(metadata, tokens, kind),
+        "post_processor": _ends_of_text(metadata, tokens, words),
     }
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     names = {name: tokens.special(name) for name in ("bos", "eos", "unknown", "padding")}
@@ -89,6 +85,22 @@ def vocabulary_of(metadata: Metadata) -> Vocabulary:
         if id is not None
     }
     return Vocabulary(text.encode(), config, names["bos"], tokens.ends(), tokens.size)
+
+
+def words_of(metadata: Metadata) -> Words | None:
+    """How the tokenizer makes words of a text; None for the kind that makes none.
+
+    Raises UnsupportedError for a kind of tokenizer or of words that is not known here.
+    """
+    kind = metadata.text("tokenizer.ggml.model")
+    if kind not in _KINDS:
+        raise metadata.unsupported("tokenizer.ggml.model", ", ".join(_KINDS))
+    if kind == "llama":
+        return None
+    name = kind if kind == "gemma4" else metadata.text("tokenizer.ggml.pre", None)
+    if name not in BY_NAME:
+        raise metadata.unsupported("tokenizer.ggml.pre", ", ".join(sorted(BY_NAME)))
+    return BY_NAME[name]
 
 
 class _Tokens:
@@ -111,7 +123,9 @@ class _Tokens:
 
     def special(self, name: str) -> int | None:
         """The id that the file gives a role to."""
-        id = self._metadata.token_id(name, len(self.texts))
+        kind = self._metadata.text("tokenizer.ggml.model")
+        default = _SENTENCE_PIECE_ROLES.get(name) if kind == "llama" else None
+        id = self._metadata.token_id(name, len(self.texts), default)
         return id if id is not None and self.texts[id] in self.ids else None
 
     @property
@@ -136,9 +150,10 @@ class _Tokens:
 
     def ends(self) -> list[int]:
         """Every id that ends a text."""
+        no_ends = {text for others, text in _NO_ENDS if others <= self.ids.keys()}
+        named = [self.ids[text] for text in _ENDS - no_ends if text in self.ids]
         found = {self.special(name) for name in ("eos", "eot", "eom")} - {None}
-        found |= {i for t, i in self.ids.items() if t in _ENDS and self.types[i] == _CONTROL}
-        return sorted(found)
+        return sorted(found | {id for id in named if self.types[id] == _CONTROL})
 
 
 def _pads(text: str, id: int) -> bool:
@@ -153,27 +168,21 @@ def _model(vocab: dict[str, int], merges: list, **settings) -> dict:
     return fixed | settings | {"vocab": vocab, "merges": merges}
 
 
-# ---- byte-level BPE ------------------------------------------------------------------------------
+# ---- BPE with merges -----------------------------------------------------------------------------
 
 
-def _byte_level(metadata: Metadata, tokens: _Tokens) -> dict:
-    given = metadata.text("tokenizer.ggml.pre", None)
-    name = _ALIASES.get(given, given)
-    if name != "gpt-2" and name not in _WORDS:
-        known = sorted({"gpt-2", *_WORDS, *_ALIASES})
-        raise metadata.unsupported("tokenizer.ggml.pre", ", ".join(known))
-    words = _GPT2
-    if name in _WORDS:
-        pattern = {"Regex": _WORDS[name]}
-        split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
-        words = {"type": "Sequence", "pretokenizers": [split, _GPT2 | {"use_regex": False}]}
+def _merged(metadata: Metadata, tokens: _Tokens, words: Words) -> dict:
     merges = [_pair(metadata, merge) for merge in metadata.texts("tokenizer.ggml.merges")]
-    return {
-        "normalizer": {"type": "NFC"} if given in _NFC else None,
-        "pre_tokenizer": words,
-        "decoder": _GPT2,
-        "model": _model(tokens.ids, merges, ignore_merges=name in _WHOLE_WORDS),
+    data = {
+        "normalizer": {"type": "NFC"} if words.composed else None,
+        "pre_tokenizer": words.steps(),
+        "decoder": BYTES,
+        "model": _model(tokens.ids, merges, ignore_merges=words.whole),
     }
+    if words.spaced:
+        data |= {"normalizer": _ESCAPE, "decoder": {"type": "Sequence", "decoders": _UNESCAPE}}
+        data["model"] |= _fallback(tokens)
+    return data
 
 
 def _pair(metadata: Metadata, merge: str) -> tuple[str, str]:
@@ -193,27 +202,24 @@ def _sentence_piece(metadata: Metadata, tokens: _Tokens) -> dict:
     if not np.isfinite(scores).all():
         raise CheckpointError(f"reading {metadata.path}: tokenizer.ggml.scores has no finite ones")
     prefixed = metadata.flag("tokenizer.ggml.add_space_prefix", True)
-    escape = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     prepend = [{"type": "Prepend", "prepend": _SPACE}] if prefixed else []
-    unescape = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
-    decoders = [unescape, {"type": "ByteFallback"}, {"type": "Fuse"}]
-    if prefixed:
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else []
+    merges = _merges(metadata, tokens, scores.tolist())
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, _ESCAPE]},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": [*_UNESCAPE, *strip]},
+        "model": _model(tokens.ids, merges, **_fallback(tokens)),
+    }
+
+
+def _fallback(tokens: _Tokens) -> dict:
+    """What becomes of characters that no token has: bytes, else one token for all of them."""
     unknown = tokens.special("unknown")
     if unknown is None and _UNKNOWN in tokens.types:
         unknown = tokens.types.index(_UNKNOWN)
-    return {
-        "normalizer": {"type": "Sequence", "normalizers": [*prepend, escape]},
-        "pre_tokenizer": None,
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": _model(
-            tokens.ids,
-            _merges(metadata, tokens, scores.tolist()),
-            unk_token=None if unknown is None else tokens.texts[unknown],
-            fuse_unk=True,
-            byte_fallback=True,
-        ),
-    }
+    text = None if unknown is None else tokens.texts[unknown]
+    return {"unk_token": text, "fuse_unk": True, "byte_fallback": True}
 
 
 def _merges(metadata: Metadata, tokens: _Tokens, scores: list[float]) -> list[tuple[str, str]]:
@@ -237,11 +243,10 @@ def _merges(metadata: Metadata, tokens: _Tokens, scores: list[float]) -> list[tu
 # ---- what comes before and after a text ----------------------------------------------------------
 
 
-def _ends_of_text(metadata: Metadata, tokens: _Tokens, kind: str) -> dict | None:
-    """The template that adds BOS and EOS where the file asks for them."""
-    pre = metadata.text("tokenizer.ggml.pre", None)
-    name = kind if kind == "llama" else _ALIASES.get(pre, pre)
-    first = metadata.flag("tokenizer.ggml.add_bos_token", name in _ADDS_BOS)
+def _ends_of_text(metadata: Metadata, tokens: _Tokens, words: Words | None) -> dict | None:
+    """The template that adds BOS and EOS where the file asks for them, or its words always do."""
+    first = metadata.flag("tokenizer.ggml.add_bos_token", words.bos if words else True)
+    first |= bool(words and words.spaced and words.bos)  # Gemma's first files said no
     last = metadata.flag("tokenizer.ggml.add_eos_token", False)
     bos = tokens.special("bos") if first else None
     eos = tokens.special("eos") if last else None

@@ -1,0 +1,220 @@
+"""Texts, and the words that each rule of `tokenizer.ggml.pre` makes of them.
+
+As llama.cpp says, but where it departs from the tokenizers that the rules are from.
+"""
+
+CUT = "\u00a6"
+
+EXPECTED = {
+    "llama-bpe": (
+        "I¦'m¦ he¦'LL¦ don¦'t¦ ¦123¦45¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r\n¦ d¦ ¦ ¦1",
+        "aB¦ ÉcolE¦ éte¦́漢字か한ไ",
+        'f¦(x¦)="¦a¦_b¦"//\n¦$+!?…。¦ «¦1',
+    ),
+    "dbrx": (
+        "I¦'m¦ he¦'LL¦ don¦'t¦ ¦123¦45¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r\n¦ d¦ ¦ ¦1",
+        "aB¦ ÉcolE¦ éte¦́漢字か한ไ",
+        'f¦(x¦)="¦a¦_b¦"//\n¦$+!?…。¦ «¦1',
+    ),
+    "glm4": (
+        "I¦'m¦ he¦'LL¦ don¦'t¦ ¦123¦45¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r\n¦ d¦ ¦ ¦1",
+        "aB¦ ÉcolE¦ éte¦́漢字か한ไ",
+        'f¦(x¦)="¦a¦_b¦"//\n¦$+!?…。¦ «¦1',
+    ),
+    "jais-2": (
+        "I¦'m¦ he¦'LL¦ don¦'t¦ ¦123¦45¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r\n¦ d¦ ¦ ¦1",
+        "aB¦ ÉcolE¦ éte¦́漢字か한ไ",
+        'f¦(x¦)="¦a¦_b¦"//\n¦$+!?…。¦ «¦1',
+        "a¦        ¦    ¦ b",
+    ),
+    "minicpm5": (
+        "I¦'m¦ he¦'LL¦ don¦'t¦ ¦123¦45¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r\n¦ d¦  ¦1",
+        "aB¦ ÉcolE¦ éte¦́漢字か한ไ",
+        'f¦(x¦)="¦a¦_b¦"//\n¦$+!?…。¦ «¦1',
+    ),
+    "qwen2": (
+        "I¦'m¦ he¦'LL¦ don¦'t¦ ¦1¦2¦3¦4¦5¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r\n¦ d¦ ¦ ¦1",
+        "aB¦ ÉcolE¦ été漢字か한ไ",
+        'f¦(x¦)="¦a¦_b¦"//\n¦$+!?…。¦ «¦1',
+    ),
+    "deepseek-r1-qwen": (
+        "I¦'m¦ he¦'LL¦ don¦'t¦ ¦1¦2¦3¦4¦5¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r\n¦ d¦ ¦ ¦1",
+        "aB¦ ÉcolE¦ éte¦́漢字か한ไ",
+        'f¦(x¦)="¦a¦_b¦"//\n¦$+!?…。¦ «¦1',
+    ),
+    "qwen35": (
+        "I¦'m¦ he¦'LL¦ don¦'t¦ ¦1¦2¦3¦4¦5¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r\n¦ d¦ ¦ ¦1",
+        "aB¦ ÉcolE¦ été漢字か한ไ",
+        'f¦(x¦)="¦a¦_b¦"//\n¦$+!?…。¦ «¦1',
+    ),
+    "laguna": (
+        "I¦'m¦ he¦'LL¦ don¦'t¦ ¦1¦2¦3¦4¦5¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r¦\n¦ d¦ ¦ ¦1",
+        "aB¦ ÉcolE¦ éte¦́漢字か한ไ",
+        'f¦(x¦)="¦a¦_b¦"//¦\n¦$+!?…。¦ «¦1',
+    ),
+    "ufakzeka": (
+        "I¦'m¦ he¦'LL¦ don¦'t¦ ¦1¦2¦3¦4¦5¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r\n¦ d¦ ¦ ¦1",
+        "aB¦ ÉcolE¦ éte¦́漢字か한ไ",
+        'f¦(x¦)="¦a¦_b¦"//\n¦$+!?…。¦ «¦1',
+    ),
+    "bailingmoe": (
+        "I¦'m¦ he¦'LL¦ don¦'t¦ ¦1¦2¦3¦4¦5¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r\n¦ d¦ ¦ ¦1",
+        "aB¦ ÉcolE¦ éte¦́漢字か한ไ",
+        'f¦(x¦)="¦a¦_b¦"//\n¦$+!?…。¦ «¦1',
+    ),
+    "seed-coder": (
+        "I¦'m¦ he¦'LL¦ don¦'t¦ ¦1¦2¦3¦4¦5¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r\n¦ d¦ ¦ ¦1",
+        "aB¦ ÉcolE¦ éte¦́漢字か한ไ",
+        'f¦(x¦)="¦a¦_b¦"//¦\n¦$+!?…。¦ «¦1',
+    ),
+    "exaone-moe": (
+        "I¦'m¦ he¦'LL¦ don¦'t¦ ¦1¦2¦3¦4¦5¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r\n¦ d¦ ¦ ¦1",
+        "aB ÉcolE été漢字か한ไ",
+        'f¦(x¦)="¦a¦_b¦"//\n¦$+!?…。¦ «¦1',
+        "so it is¦\n\n¦and¦ ¦1",
+    ),
+    "gpt-2": (
+        "I¦'m¦ he¦'¦LL¦ don¦'t¦ 12345¦ x¦²",
+        "a¦ ¦ b¦\n\n ¦\t¦c¦ \r\n¦ d¦ ¦ 1",
+        "aB¦ ÉcolE¦ éte¦́¦漢字か한ไ",
+        'f¦(¦x¦)="¦a¦_¦b¦"//¦\n¦$+!?…。¦ «¦1',
+    ),
+    "mpt": (
+        "I¦'m¦ he¦'¦LL¦ don¦'t¦ 12345¦ x¦²",
+        "a¦ ¦ b¦\n\n ¦\t¦c¦ \r\n¦ d¦ ¦ 1",
+        "aB¦ ÉcolE¦ été漢字か한ไ",
+        'f¦(¦x¦)="¦a¦_¦b¦"//¦\n¦$+!?…。¦ «¦1',
+    ),
+    "starcoder": (
+        "I¦'m¦ he¦'¦LL¦ don¦'t¦ ¦1¦2¦3¦4¦5¦ x¦²",
+        "a¦ ¦ b¦\n\n ¦\t¦c¦ \r\n¦ d¦  ¦1",
+        "aB¦ ÉcolE¦ éte¦́¦漢字か한ไ",
+        'f¦(¦x¦)="¦a¦_¦b¦"//¦\n¦$+!?…。¦ «¦1',
+    ),
+    "command-r": (
+        "I¦'m¦ he¦'¦LL¦ don¦'t¦ ¦1¦2¦3¦4¦5¦ x¦²",
+        "a¦ ¦ b¦\n\n ¦\t¦c¦ \r\n¦ d¦  ¦1",
+        "aB¦ ÉcolE¦ été漢字か한ไ",
+        'f¦(¦x¦)="¦a¦_¦b¦"//¦\n¦$+!?…。¦ «¦1',
+    ),
+    "falcon": (
+        "a¦ ¦ b¦\n\n ¦\t¦c¦ \r\n¦ d¦ ¦ ¦1",
+        'f¦(¦x¦)="¦a¦_¦b¦"//¦\n¦$+!?…。¦ ¦«¦1',
+    ),
+    "chameleon": (
+        "I¦'¦m¦ he¦'¦LL¦ don¦'¦t¦ ¦1¦2¦3¦4¦5¦ x¦²",
+        "a¦  ¦b¦\n¦\n¦ ¦\t¦c¦ \r¦\n¦ d¦  ¦1",
+        "aB¦ ÉcolE¦ éte¦́¦漢字か한ไ",
+        'f¦(¦x¦)¦=¦"¦a¦_¦b¦"¦/¦/¦\n¦$¦+¦!¦?¦…¦。¦ ¦«¦1',
+        "<¦sentinel¦:¦7¦>¦IMGIMGABZ¦    ¦x",
+    ),
+    "deepseek-llm": (
+        "I¦'¦m¦ he¦'¦LL¦ don¦'¦t¦ ¦1¦2¦3¦4¦5¦ x¦²",
+        "a¦ ¦ b¦\n¦\n¦ ¦\tc¦ ¦\r¦\n¦ d¦  ¦1",
+        "aB¦ É¦colE¦ é¦te¦́¦漢字か한ไ",
+        'f¦(¦x¦)="¦a¦_¦b¦"//¦\n¦$+!?¦…¦。¦ «¦1',
+    ),
+    "deepseek-coder": (
+        "I¦'¦m¦ he¦'¦LL¦ don¦'¦t¦ ¦1¦2¦3¦4¦5¦ x¦²",
+        "a¦ ¦ b¦\n¦\n¦ ¦\tc¦ ¦\r¦\n¦ d¦  ¦1",
+        "aB¦ ÉcolE¦ éte¦́¦漢字か한ไ",
+        'f¦(¦x¦)¦=¦"¦a¦_¦b¦"//¦\n¦$+¦!?¦…。¦ «¦1',
+    ),
+    "deepseek-v3": (
+        "I¦'m¦ he¦'LL¦ don¦'t¦ ¦123¦45¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r\n¦ d¦  ¦1",
+        "aB¦ ÉcolE¦ été¦漢字か¦한ไ",
+        'f¦(x¦)="¦a¦_b¦"//\n¦$+!?…。¦ «¦1',
+    ),
+    "spark2_5": (
+        "I¦'m¦ he¦'LL¦ don¦'t¦ ¦1¦2¦3¦4¦5¦ x¦²",
+        "a¦ ¦ b¦\n¦\n¦ ¦\tc¦ \r\n¦ d¦  ¦1",
+        "aB¦ ÉcolE¦ été¦漢字か¦한ไ",
+        'f¦(x¦)="¦a¦_b¦"//¦\n¦$+!?…。¦ «¦1',
+    ),
+    "afmoe": (
+        "I¦'m¦ he¦'LL¦ don¦'t¦ ¦12¦345¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r\n¦ d¦  ¦1",
+        "aB¦ ÉcolE¦ été¦漢字か한ไ",
+        'f¦(x¦)="¦a¦_b¦"//\n¦$+!?…。¦ «¦1',
+        "x¦ ¦1¦234¦567",
+    ),
+    "bloom": (
+        "I'm¦ he'LL¦ don't¦ 12345¦ x²",
+        "a¦ ¦ b¦\n\n \t¦c¦ \r\n¦ d¦ ¦ 1",
+        "aB¦ ÉcolE¦ été漢字か한ไ",
+        'f¦(¦x¦)¦="a_b"//¦\n¦$+¦!?…。¦ «1',
+        "a¦,¦b¦ (¦c¦)¦ d¦।¦ e",
+    ),
+    "viking": (
+        "I'm¦ he'LL¦ don't¦ ¦1¦2¦3¦4¦5¦ x¦²",
+        "a¦ ¦ b¦\n\n \t¦c¦ \r\n¦ d¦ ¦ ¦1",
+        "aB¦ ÉcolE¦ été漢字か한ไ",
+        'f¦(¦x¦)¦="a_b"//¦\n¦$+¦!?…。¦ «¦1',
+    ),
+    "superbpe": (
+        "I'm he'LL don't ¦12¦345¦ x¦²",
+        "a  b\n\n \tc \r\n d  ¦1",
+        "aB ÉcolE été漢字か한ไ",
+        'f(x)="a_b"//\n$+!?…。 «¦1',
+        "by the ¦1¦234¦567",
+    ),
+    "tekken": (
+        "I¦'m¦ he¦'LL¦ don¦'t¦ ¦1¦2¦3¦4¦5¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r\n¦ d¦ ¦ ¦1",
+        "a¦B¦ Écol¦E¦ été漢字か한ไ",
+        'f¦(x¦)="¦a¦_b¦"//\n¦$+!?…。¦ «¦1',
+    ),
+    "gpt-4o": (
+        "I'm¦ he'LL¦ don't¦ ¦123¦45¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r\n¦ d¦ ¦ ¦1",
+        "a¦B¦ Écol¦E¦ été漢字か한ไ",
+        'f¦(x¦)="¦a¦_b¦"//\n¦$+!?…。¦ «¦1',
+    ),
+    "granite-embed-multi-97m": (
+        "I'm¦ he'LL¦ don't¦ ¦123¦45¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r\n¦ d¦ ¦ ¦1",
+        "a¦B¦ Écol¦E¦ été漢字か한ไ",
+        'f¦(x¦)="¦a¦_b¦"//\n¦$+!?…。¦ «¦1',
+    ),
+    "tiny_aya": (
+        "I'm¦ he'LL¦ don't¦ ¦12¦345¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r\n¦ d¦  ¦1",
+        "a¦B¦ Écol¦E¦ été漢字か한ไ",
+        'f¦(x¦)="¦a¦_b¦"//\n¦$+!?…。¦ «¦1',
+        "x¦ ¦1¦234¦567¦,¦ ¦123¦4¦a",
+    ),
+    "kimi-k2": (
+        "I'm¦ he'LL¦ don't¦ ¦123¦45¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r\n¦ d¦ ¦ ¦1",
+        "a¦B¦ Écol¦E¦ été¦漢字¦か한ไ",
+        'f¦(x¦)="¦a¦_b¦"//\n¦$+!?…。¦ «¦1',
+        "x¦漢¦a¦字¦B¦々¦'s",
+    ),
+    "youtu": (
+        "I'm¦ he'LL¦ don't¦ ¦1¦2¦3¦4¦5¦ x¦²",
+        "a¦ ¦ b¦\n\n¦ ¦\tc¦ \r\n¦ d¦ ¦ ¦1",
+        "a¦B¦ Écol¦E¦ été¦漢字か¦한¦ไ",
+        'f¦(x¦)="¦a¦_b¦"//\n¦$+!?¦…。¦ «¦1',
+        "。¦ㄅㄆ¦字か¦ㅎ¦ a¦…",
+    ),
+    "default": (
+        "I¦'¦m¦ he¦'¦LL¦ don¦'¦t¦ ¦123¦45¦ x¦²",
+        "a¦ ¦ b¦\n\n ¦\t¦c¦ \r\n¦ d¦ ¦ ¦1",
+        "aB¦ ÉcolE¦ éte¦́¦漢字か한ไ",
+        'f¦(¦x¦)="¦a¦_¦b¦"//¦\n¦$+!?…。¦ ¦«¦1',
+    ),
+}
