@@ -1,6 +1,8 @@
 """Offline conversion of checkpoints into stores; imported as `edgemem.converters`."""
 
 from .bundler import DTYPES
+from .checkpoint import is_checkpoint
 from .conversion import ConversionReport, convert
+from .inspection import Inspection, inspect
 
-__all__ = ["DTYPES", "ConversionReport", "convert"]
+__all__ = ["DTYPES", "ConversionReport", "Inspection", "convert", "inspect", "is_checkpoint"]

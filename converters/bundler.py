@@ -128,7 +128,8 @@ class _Planner:
         self.prefix = naming.prefix_of(tensors, self.names.EMBED, self.names.PREFIXES)
         self.used: set[str] = set()
         self.missing: list[str] = []
-        self.layouts: dict[Layout, Layout] = {}
+        self.layouts: dict[tuple, Layout] = {}
+        self.parts: dict[tuple[Kind, int], tuple[Part, ...]] = {}
 
     def plan(self, apart: bool) -> Plan:
         embed, head = self._tables()
@@ -201,7 +202,9 @@ class _Planner:
         if kind == Kind.NEURONS:
             return self._neurons(layer)
         shapes, found = [], []
-        for part in bundle_parts(self.spec, kind, layer):
+        if (kind, layer) not in self.parts:
+            self.parts[kind, layer] = bundle_parts(self.spec, kind, layer)
+        for part in self.parts[kind, layer]:
             if part.optional and part.name not in self.biases:
                 continue
             where = self.names.sources(self.spec, self.prefix, kind, layer, index, part)
@@ -231,8 +234,10 @@ class _Planner:
 
     def _planned(self, kind, layer, index, shapes, found) -> PlannedBundle:
         """Bundles of one class share one Layout object: there may be tens of thousands."""
-        layout = Layout.build(shapes) if shapes else Layout(())
-        layout = self.layouts.setdefault(layout, layout)
+        key = tuple(shapes)
+        if key not in self.layouts:
+            self.layouts[key] = Layout.build(shapes) if shapes else Layout(())
+        layout = self.layouts[key]
         pieces = (
             Piece(s, *taken) for s, taken in zip(layout.segments, found, strict=True) if taken
         )

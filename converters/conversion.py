@@ -75,7 +75,7 @@ def convert(
     with open_checkpoint(source) as checkpoint:
         description = describe(checkpoint.config, checkpoint.generation)
         plan = bundler.plan(description, checkpoint.tensors, dtype, neurons)
-        _check_tokenizer(checkpoint)
+        tokenizer_of(checkpoint)
         _check_space(target, plan.payload_bytes)
         with StoreWriter(target, page_size, force) as writer:
             bundler.write(plan, writer, progress)
@@ -129,9 +129,10 @@ def _check_apart(source: Path, target: Path) -> None:
         )
 
 
-def _check_tokenizer(checkpoint: Checkpoint | GgufCheckpoint) -> None:
+def tokenizer_of(checkpoint: Checkpoint | GgufCheckpoint) -> Tokenizer:
+    """Raises UnsupportedError for what the tokenizers library does not understand."""
     try:
-        Tokenizer(checkpoint.tokenizer_json, checkpoint.tokenizer_config)
+        return Tokenizer(checkpoint.tokenizer_json, checkpoint.tokenizer_config)
     except UnsupportedError as error:
         file = checkpoint.path / "tokenizer.json"
         raise UnsupportedError(f"reading {file}: {error.__cause__ or error}") from None

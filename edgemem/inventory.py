@@ -5,14 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from .dtypes import BY_NAME, LANES, U32, DType, matrix_bytes
-from .format import Kind, Segment
+from .format import STREAMABLE, Kind, Segment
 from .planner import Bundles
 from .rows import overhead_bytes
 from .store import Store
-
-STREAMABLE = (Kind.EMBED, Kind.FFN, Kind.EXPERT, Kind.NEURONS)
-"""Kinds that stream where not everything fits: a step needs some of them, or one after another."""
-
 
 NEURON_USE = 0.1
 """The share of neurons that a few tokens in a row are expected to want (bench/LOG.md), where some

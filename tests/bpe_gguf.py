@@ -7,7 +7,7 @@ import pytest
 import tiny
 from edgemem.converters.checkpoint.gguf.metadata import Metadata
 from edgemem.converters.checkpoint.gguf.tensors import GgufFile
-from edgemem.converters.checkpoint.gguf.tokenizer import vocabulary_of
+from edgemem.converters.checkpoint.gguf.tokenizer import Vocabulary
 from gguf import TokenType
 
 from edgemem.tokenizer import Tokenizer
@@ -68,7 +68,7 @@ def glue(text: str) -> tuple[list[str], list[str]]:
 def made(path: Path) -> Tokenizer:
     """The tokenizer that is made of a file's vocabulary."""
     file = GgufFile(path)
-    vocabulary = vocabulary_of(Metadata(path, file.metadata))
+    vocabulary = Vocabulary(Metadata(path, file.metadata))
     file.close()
     return Tokenizer(vocabulary.tokenizer_json, vocabulary.config)
 

@@ -29,7 +29,7 @@ class Checkpoint:
 
     def __init__(self, path: Path):
         self.path = path
-        self._files: list[TensorFile] = []
+        self.files: list[TensorFile] = []
         if not os.path.isdir(path):
             raise CheckpointError(
                 f"reading {path}: it is not a directory; give the directory that holds config.json"
@@ -51,7 +51,7 @@ class Checkpoint:
             raise
 
     def close(self) -> None:
-        for file in self._files:
+        for file in self.files:
             file.close()
 
     def __enter__(self) -> Checkpoint:
@@ -164,7 +164,7 @@ class Checkpoint:
 
     def _open_file(self, name: str) -> TensorFile:
         file = TensorFile(self.path / name)
-        self._files.append(file)
+        self.files.append(file)
         return file
 
     def _no_tensors(self) -> CheckpointError:

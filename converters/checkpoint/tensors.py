@@ -87,6 +87,11 @@ class TensorFile:
             os.close(self._fd)
             self._fd = -1
 
+    @property
+    def bytes(self) -> int:
+        """The file's size."""
+        return self._size
+
     def read(self, offset: int, count: int) -> bytes:
         """Exactly `count` bytes."""
         parts, end = [], offset + count

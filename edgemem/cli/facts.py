@@ -1,12 +1,45 @@
-"""What `edgemem inspect` says of a store: facts for programs, and the same in lines for people."""
+"""What `edgemem inspect` says: facts for programs, and the same in lines for people."""
 
 from __future__ import annotations
 
-from .. import inventory
+from pathlib import Path
+
+from .. import converters, inventory
 from ..budget import show_size
 from ..kvcache import token_bytes
 from ..store import Store
 from ..tokenizer import Tokenizer
+
+
+def of(path: Path) -> dict:
+    """All facts about a checkpoint or a store."""
+    if converters.is_checkpoint(path):
+        return describe_checkpoint(converters.inspect(path))
+    with Store.open(path) as store:
+        return describe(store)
+
+
+def describe_checkpoint(found: converters.Inspection) -> dict:
+    """All facts about a checkpoint, as plain JSON types; what a store says too is called alike."""
+    spec = found.spec
+    return {
+        "path": str(found.path),
+        "file_count": found.file_count,
+        "file_bytes": found.file_bytes,
+        "architecture": found.architecture,
+        "spec": spec and spec.to_dict(),
+        "parameters": found.parameters,
+        "tensor_count": found.tensor_count,
+        "dense_bytes": found.dense_bytes,
+        "streamable_bytes": found.streamable_bytes,
+        "kv_bytes_per_token": spec and token_bytes(spec),
+        "bundles": found.bundles,
+        "dtype_bytes": found.dtype_bytes,
+        "tokenizer": found.tokenizer,
+        "generation": found.generation,
+        "runs": not found.obstacles,
+        "obstacles": found.obstacles,
+    }
 
 
 def describe(store: Store) -> dict:
@@ -41,26 +74,45 @@ def describe(store: Store) -> dict:
 
 def summarize(facts: dict) -> list[tuple[str, str]]:
     """Facts for people: (name, text) of each line."""
-    spec, tokenizer = facts["spec"], facts["tokenizer"]
+    spec, bundles = facts["spec"], facts["bundles"].items()
+    kind = spec["model_type"] if spec else facts["architecture"]
     sizes = " · ".join(f"{name} {show_size(size)}" for name, size in facts["dtype_bytes"].items())
-    recipe = ", ".join(f"{name} {value}" for name, value in facts["recipe"].items())
-    return [
-        ("model", f"{spec['model_type']}, {facts['parameters'] / 1e6:,.1f} M parameters"),
-        ("layers", f"{spec['n_layers']} of width {spec['hidden']}, {_ffn(spec)}"),
-        ("attention", _attention(spec)),
-        ("context", _context(facts)),
-        ("tokenizer", _tokenizer(tokenizer, spec)),
+    lines = [("model", f"{kind}, {facts['parameters'] / 1e6:,.1f} M parameters")]
+    if spec:
+        lines += [
+            ("layers", f"{spec['n_layers']} of width {spec['hidden']}, {_ffn(spec)}"),
+            ("attention", _attention(spec)),
+            ("context", _context(facts)),
+        ]
+    if facts["tokenizer"]:
+        lines.append(("tokenizer", _tokenizer(facts["tokenizer"], spec)))
+    lines += [
         ("formats", sizes),
         ("dense", f"{show_size(facts['dense_bytes'])} that every token needs at hand"),
         (
             "streamable",
             f"{show_size(facts['streamable_bytes'])} of experts and feed-forward networks",
         ),
-        ("bundles", " · ".join(_bundles(name, kind) for name, kind in facts["bundles"].items())),
+    ]
+    if bundles:
+        lines.append(("bundles", " · ".join(_bundles(name, kind) for name, kind in bundles)))
+    return lines + (_of_checkpoint(facts) if "runs" in facts else _of_store(facts))
+
+
+def _of_store(facts: dict) -> list[tuple[str, str]]:
+    recipe = ", ".join(f"{name} {value}" for name, value in facts["recipe"].items())
+    return [
         ("file", f"{show_size(facts['file_bytes'])} in pages of {facts['page_size']} bytes"),
         ("recipe", recipe),
         ("source", str(facts["provenance"].get("checkpoint", "unknown"))),
     ]
+
+
+def _of_checkpoint(facts: dict) -> list[tuple[str, str]]:
+    count, size = facts["file_count"], show_size(facts["file_bytes"])
+    files = ("file", size) if count == 1 else ("files", f"{count}, {size}")
+    answers = [f"no: {why}" for why in facts["obstacles"]] or ["yes"]
+    return [files, *(("runs", answer) for answer in answers)]
 
 
 def _ffn(spec: dict) -> str:
@@ -102,10 +154,9 @@ def _context(facts: dict) -> str:
     return f"{facts['spec']['max_positions']} tokens, {per_token} of KV cache each, at f16"
 
 
-def _tokenizer(tokenizer: dict, spec: dict) -> str:
-    padded = (
-        f" of {spec['vocab_size']} rows" if spec["vocab_size"] != tokenizer["vocab_size"] else ""
-    )
+def _tokenizer(tokenizer: dict, spec: dict | None) -> str:
+    rows = spec["vocab_size"] if spec else tokenizer["vocab_size"]
+    padded = f" of {rows} rows" if rows != tokenizer["vocab_size"] else ""
     bos = "none" if tokenizer["bos_id"] is None else tokenizer["bos_id"]
     eos = ", ".join(map(str, tokenizer["eos_ids"])) or "none"
     chat = ", chat template" if tokenizer["has_chat_template"] else ""

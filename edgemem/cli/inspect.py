@@ -1,4 +1,4 @@
-"""`edgemem inspect`: what a store holds."""
+"""`edgemem inspect`: what a store or a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import click
 
 from . import options
 
-_HELP = """Show what a store holds: model, sizes, number formats, bundles, tokenizer, origin.
+_HELP = """Show what a store or a checkpoint holds: model, sizes, number formats, tokenizer.
 
-Reads the directory only, no weights. --json prints one object with more detail.
+Of a checkpoint, a Hugging Face folder or a GGUF file, it says before any conversion what is dense
+and what streams, and whether edgemem runs it. Reads no weights. --json prints one object with more
+detail.
 """
 
 
-@click.command(help=_HELP, short_help="Show what a store holds.")
-@options.STORE
+@click.command(help=_HELP, short_help="Show what a store or a checkpoint holds.")
+@click.argument("path", type=options.PATH)
 @options.JSON
-def inspect(store, as_json):
-    from ..store import Store
-    from .facts import describe, summarize
+def inspect(path, as_json):
+    from . import facts as told
 
-    with Store.open(store) as opened:
-        facts = describe(opened)
+    facts = told.of(path)
     if as_json:
         options.print_json(facts)
         return
-    rows = summarize(facts)
+    rows = told.summarize(facts)
     width = max(len(name) for name, _ in rows)
     print(facts["path"])
     for name, text in rows:

@@ -25,7 +25,7 @@ from .frame import (
     encode_footer,
     encode_header,
 )
-from .layout import NO_LAYER, SEGMENT_ALIGN, Kind, Layout, Segment
+from .layout import NO_LAYER, SEGMENT_ALIGN, STREAMABLE, Kind, Layout, Segment
 from .meta import Meta, decode_meta, encode_meta, parse_json
 
 EMBED, DENSE, FFN, EXPERT, SHARED, HEAD, NEURONS, PREDICTOR = Kind
@@ -33,7 +33,8 @@ EMBED, DENSE, FFN, EXPERT, SHARED, HEAD, NEURONS, PREDICTOR = Kind
 __all__ = [
     "DENSE", "EMBED", "ENTRY", "EXPERT", "FFN", "FOOTER_BYTES", "HEAD", "HEADER_BYTES",
     "MAGIC", "MAJOR", "MAX_PAGE", "MINOR", "MIN_PAGE", "NEURONS", "NO_LAYER", "SEGMENT_ALIGN",
-    "PREDICTOR", "SHARED", "Footer", "Kind", "Layout", "Meta", "Part", "Section", "Segment",
+    "PREDICTOR", "SHARED", "STREAMABLE", "Footer", "Kind", "Layout", "Meta", "Part", "Section",
+    "Segment",
     "bundle_order", "bundle_parts", "check_directory", "check_page_size", "decode_footer",
     "decode_header", "decode_meta", "encode_footer", "encode_header", "encode_meta", "neuron_parts",
     "parse_json", "table_rows",

@@ -36,6 +36,10 @@ class Kind(IntEnum):
     PREDICTOR = 7
 
 
+STREAMABLE = (Kind.EMBED, Kind.FFN, Kind.EXPERT, Kind.NEURONS)
+"""Kinds that stream where not everything fits: a step needs some of them, or one after another."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """One matrix (or vector: lanes 1, rows 1) inside a bundle; `offset` counts from its start."""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from edgemem.converters.checkpoint.gguf.metadata import Metadata
 from edgemem.converters.checkpoint.gguf.tensors import GgufFile
-from edgemem.converters.checkpoint.gguf.tokenizer import vocabulary_of
+from edgemem.converters.checkpoint.gguf.tokenizer import Vocabulary
 from gguf import GGUFReader
 from mixed_texts import mixed_texts
 
@@ -38,7 +38,7 @@ def tokenizers(shared):
         if name not in made:
             path = shared / "tokenizers" / f"ggml-vocab-{name}.gguf"
             file = GgufFile(path)
-            vocabulary = vocabulary_of(Metadata(path, file.metadata))
+            vocabulary = Vocabulary(Metadata(path, file.metadata))
             file.close()
             made[name] = path, Tokenizer(vocabulary.tokenizer_json, vocabulary.config)
         return made[name]

@@ -7,7 +7,7 @@ import pytest
 import tiny_gguf
 from edgemem.converters.checkpoint.gguf.configuration import config_of
 from edgemem.converters.checkpoint.gguf.metadata import Metadata
-from edgemem.converters.checkpoint.gguf.tokenizer import vocabulary_of
+from edgemem.converters.checkpoint.gguf.tokenizer import Vocabulary
 from edgemem.converters.configuration import describe
 
 from edgemem.errors import CheckpointError, UnsupportedError
@@ -183,7 +183,9 @@ def vocabulary(kind="gpt2", tokens=("a", "b", "ab", "<e>"), types=(1, 1, 1, 3), 
     values |= {"pre": "gpt-2", "merges": ["a b"]} if kind == "gpt2" else {}
     values |= keys
     values = {f"tokenizer.ggml.{k}": v for k, v in values.items() if v is not None}
-    return vocabulary_of(metadata(keys=values))
+    found = Vocabulary(metadata(keys=values))
+    assert found.tokenizer_json and found.eos_ids is not found.bos_id
+    return found
 
 
 def spm(**keys):

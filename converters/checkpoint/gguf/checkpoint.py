@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cached_property
 from pathlib import Path
 
 from edgemem.errors import CheckpointError
@@ -13,7 +14,7 @@ from .header import MAGIC
 from .metadata import Metadata
 from .naming import renamed
 from .tensors import GgufFile, GgufTensor
-from .tokenizer import vocabulary_of
+from .tokenizer import Vocabulary
 
 _SPLIT_NAME = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")
 _MAX_SPLITS = 9999
@@ -44,38 +45,57 @@ class GgufCheckpoint:
     It has what `Checkpoint` has: `config`, `generation` and `tokenizer_config` as a Hugging Face
     folder would have them, `tokenizer_json`, `chat_template`, and `tensors` by Hugging Face names.
     Of a split file any part may be given. Raises CheckpointError or UnsupportedError, saying what
-    is wrong with which file.
+    is wrong with which file: at once if files are damaged, when it is asked for if something is
+    not known here.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._files: list[GgufFile] = []
+        self.files: list[GgufFile] = []
         try:
-            tensors = self._open()
-            first = self._files[0]
-            self._describe(Metadata(first.path, first.metadata), tensors)
+            self._tensors = self._open()
+            first = self.files[0]
+            self.metadata = Metadata(first.path, first.metadata)
+            self.generation = _generation(self.metadata)
+            self.chat_template = self.metadata.text("tokenizer.chat_template", None)
         except BaseException:
             self.close()
             raise
 
-    def _describe(self, metadata: Metadata, tensors: dict[str, GgufTensor]) -> None:
-        vocabulary, config = vocabulary_of(metadata), config_of(metadata, tensors)
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.metadata)
+
+    @cached_property
+    def config(self) -> dict:
+        config, vocabulary = config_of(self.metadata, self._tensors), self.vocabulary
         if vocabulary.size > config["vocab_size"]:
             raise CheckpointError(
-                f"reading {metadata.path}: it has {vocabulary.size} tokens, and embeddings for "
-                f"{config['vocab_size']}"
+                f"reading {self.metadata.path}: it has {vocabulary.size} tokens, and embeddings "
+                f"for {config['vocab_size']}"
             )
         ends = {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_ids}
-        self.config = config | ends
-        self.config_bytes = json.dumps(self.config, sort_keys=True).encode()
-        self.generation = _generation(metadata)
-        self.tokenizer_json = vocabulary.tokenizer_json
-        self.tokenizer_config = vocabulary.config
-        self.chat_template = metadata.text("tokenizer.chat_template", None)
-        self.tensors = renamed(tensors, _interleaved(self.config, metadata))
+        return config | ends
+
+    @property
+    def config_bytes(self) -> bytes:
+        return json.dumps(self.config, sort_keys=True).encode()
+
+    @property
+    def tokenizer_json(self) -> bytes:
+        return self.vocabulary.tokenizer_json
+
+    @property
+    def tokenizer_config(self) -> dict:
+        return self.vocabulary.config
+
+    @cached_property
+    def tensors(self) -> dict[str, GgufTensor]:
+        interleaved = self.metadata.architecture == "llama"
+        return renamed(self._tensors, _interleaved(self.config) if interleaved else {})
 
     def close(self) -> None:
-        for file in self._files:
+        for file in self.files:
             file.close()
 
     def __enter__(self) -> GgufCheckpoint:
@@ -90,7 +110,7 @@ class GgufCheckpoint:
         paths = self._parts()
         for number, path in enumerate(paths):
             file = GgufFile(path)
-            self._files.append(file)
+            self.files.append(file)
             if len(paths) > 1:
                 self._check_part(file, number, len(paths))
             for name, tensor in file.tensors.items():
@@ -99,7 +119,7 @@ class GgufCheckpoint:
                         f"reading {path}: tensor {name!r:.200} is in {tensors[name].file.path} too"
                     )
                 tensors[name] = tensor
-        first = self._files[0]
+        first = self.files[0]
         count = first.metadata.get("split.count", 1)
         total = first.metadata.get("split.tensors.count", len(tensors))
         if count not in (0, len(paths)) or (count and total != len(tensors)):
@@ -137,8 +157,6 @@ def _generation(metadata: Metadata) -> dict:
     return found
 
 
-def _interleaved(config: dict, metadata: Metadata) -> dict[str, int]:
+def _interleaved(config: dict) -> dict[str, int]:
     """Parts of a layer whose rows llama.cpp interleaved within each of so many heads."""
-    if metadata.architecture != "llama":
-        return {}
     return {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}

@@ -31,6 +31,7 @@ _MAX_NAME_BYTES = 1 << 12
 _MAX_DIMS = 4
 _FIRST_BYTES = 1 << 20
 
+_U64 = struct.Struct("<Q").unpack_from
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", _BOOL: "?",
             10: "<u8", 11: "<i8", 12: "<f8"}  # fmt: skip
@@ -48,10 +49,30 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class Strings:
+    """An array of strings that nobody may ask for: a vocabulary, its merges: most of a header.
+
+    `data` is that part of the file: u64 bytes, then UTF-8, `count` times; lengths were checked.
+    """
+
+    data: bytes
+    count: int
+
+    def tolist(self) -> list[str]:
+        """Raises UnicodeDecodeError."""
+        texts, at, data = [], 0, self.data
+        for _ in range(self.count):
+            start = at + 8
+            at = start + _U64(data, at)[0]
+            texts.append(data[start:at].decode())
+        return texts
+
+
+@dataclass(frozen=True)
 class Header:
     """A header as it was read; where tensors lie is checked by who knows their types.
 
-    Values are int, float, bool, str, a list of str, or a numpy array of numbers.
+    Values are int, float, bool, str, `Strings`, or a numpy array of numbers.
     """
 
     metadata: dict[str, object]
@@ -109,6 +130,12 @@ class _Cursor:
     def _take(self, count: int) -> int:
         """Where the next `count` bytes start in the data; they are there, and are passed by."""
         start, end = self.position, self.position + count
+        self._reach(end)
+        self.position = end
+        return start
+
+    def _reach(self, end: int) -> None:
+        """Have the data up to `end`."""
         if end > self._size:
             raise self.error("its header is longer than the file: truncated, or no GGUF file")
         if end > _MAX_HEADER_BYTES:
@@ -117,8 +144,6 @@ class _Cursor:
         if end > have:
             until = min(self._size, max(end, 2 * have, _FIRST_BYTES))
             self._data += self._read(have, until - have)
-        self.position = end
-        return start
 
     def bytes(self, count: int) -> bytes:
         start = self._take(count)
@@ -153,16 +178,23 @@ class _Cursor:
             return self._array(key)
         return self._numbers(key, code, 1)[0].item()
 
-    def _array(self, key: str) -> list[str] | np.ndarray:
+    def _array(self, key: str) -> Strings | np.ndarray:
         code, count = self.u32(), self.u64()
         if count > _MAX_ITEMS:
             raise self.error(f"{key} should have {count} items: out of range")
         if code == _ARRAY:
             raise UnsupportedError(f"{self.error(f'{key} is an array of arrays')}: not supported")
-        return self._strings(key, count) if code == _STRING else self._numbers(key, code, count)
+        return self._strings(count) if code == _STRING else self._numbers(key, code, count)
 
-    def _strings(self, key: str, count: int) -> list[str]:
-        return [self.string(key) for _ in range(count)]
+    def _strings(self, count: int) -> Strings:
+        start = at = self.position
+        for _ in range(count):
+            if at + 8 > len(self._data):
+                self._reach(at + 8)
+            at += 8 + _U64(self._data, at)[0]
+        self._reach(at)
+        self.position = at
+        return Strings(self._data[start:at], count)
 
     def _numbers(self, key: str, code: int, count: int) -> np.ndarray:
         dtype = _NUMBERS.get(code)

@@ -9,6 +9,8 @@ import numpy as np
 
 from edgemem.errors import CheckpointError, UnsupportedError
 
+from .header import Strings
+
 
 class Metadata:
     """The keys of a file. A key that starts with a dot belongs to the file's architecture.
@@ -54,6 +56,11 @@ class Metadata:
 
     def texts(self, key: str) -> list[str]:
         value = self._get(key, ())
+        try:
+            value = value.tolist() if isinstance(value, Strings) else value
+        except UnicodeDecodeError as error:
+            what = f"{self._full(key)} is not UTF-8 ({error.reason})"
+            raise CheckpointError(f"reading {self.path}: {what}") from None
         if not isinstance(value, list):
             raise self.error(key, "is no array of texts")
         return value

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -26,6 +26,8 @@ _SPECIAL = (_UNKNOWN, _CONTROL)
 _NORMAL = 1
 _PADDING = re.compile(r"\[PAD([0-9]+)\]")
 """What converters write for ids that have no token; the id stands in the name."""
+_UNNAMED = ("", "[")
+"""How texts of such ids begin."""
 _MAX_PIECE = 256
 _SPACE = "\u2581"
 _ESCAPE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
@@ -55,38 +57,6 @@ _NO_ENDS = (
 """Where a vocabulary has all of these, that one ends nothing."""
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """What a checkpoint carries about text. `size` is 1 more than the highest id of a token."""
-
-    tokenizer_json: bytes
-    config: dict
-    bos_id: int | None
-    eos_ids: list[int]
-    size: int
-
-
-def vocabulary_of(metadata: Metadata) -> Vocabulary:
-    """Raises UnsupportedError for a kind of tokenizer or of words that is not known here."""
-    words, tokens = words_of(metadata), _Tokens(metadata)
-    data = _merged(metadata, tokens, words) if words else _sentence_piece(metadata, tokens)
-    data |= {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": tokens.added(),
-        "post_processor": _ends_of_text(metadata, tokens, words),
-    }
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    names = {name: tokens.special(name) for name in ("bos", "eos", "unknown", "padding")}
-    config = {
-        {"unknown": "unk", "padding": "pad"}.get(name, name) + "_token": tokens.texts[id]
-        for name, id in names.items()
-        if id is not None
-    }
-    return Vocabulary(text.encode(), config, names["bos"], tokens.ends(), tokens.size)
-
-
 def words_of(metadata: Metadata) -> Words | None:
     """How the tokenizer makes words of a text; None for the kind that makes none.
 
@@ -103,8 +73,13 @@ def words_of(metadata: Metadata) -> Words | None:
     return BY_NAME[name]
 
 
-class _Tokens:
-    """The list of tokens and their types; ids that only pad the list have no token."""
+class Vocabulary:
+    """What a file says about text: tokens and their types; ids that only pad have no token.
+
+    Tokens are read at once, what is made of them when it is asked for: `tokenizer_json` is the
+    bytes of a tokenizer.json, `config` what a tokenizer_config.json would say. Raises
+    CheckpointError, and `tokenizer_json` as `words_of` does.
+    """
 
     def __init__(self, metadata: Metadata):
         self._metadata = metadata
@@ -114,12 +89,39 @@ class _Tokens:
             self.types = metadata.numbers("tokenizer.ggml.token_type", "iu", count).tolist()
         else:
             self.types = [_NORMAL] * count
-        named = [(t, id) for id, t in enumerate(self.texts) if t and not _pads(t, id)]
-        self.ids = dict(named)
-        if len(self.ids) < len(named):
+        self.ids = dict(zip(self.texts, range(count)))
+        unnamed = [
+            i for i, text in enumerate(self.texts) if text[:1] in _UNNAMED and _pads(text, i)
+        ]
+        for id in unnamed:
+            self.ids.pop(self.texts[id], None)
+        if len(self.ids) < count - len(unnamed):
             raise CheckpointError(
                 f"reading {metadata.path}: tokenizer.ggml.tokens has a token twice"
             )
+
+    @cached_property
+    def tokenizer_json(self) -> bytes:
+        metadata, words = self._metadata, words_of(self._metadata)
+        data = _merged(metadata, self, words) if words else _sentence_piece(metadata, self)
+        data |= {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": self.added(),
+            "post_processor": _ends_of_text(metadata, self, words),
+        }
+        return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+
+    @property
+    def config(self) -> dict:
+        roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+        ids = {f"{short}_token": self.special(name) for short, name in roles.items()}
+        return {key: self.texts[id] for key, id in ids.items() if id is not None}
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.special("bos")
 
     def special(self, name: str) -> int | None:
         """The id that the file gives a role to."""
@@ -130,6 +132,7 @@ class _Tokens:
 
     @property
     def size(self) -> int:
+        """1 more than the highest id of a token."""
         return 1 + max(self.ids.values(), default=-1)
 
     def added(self) -> list[dict]:
@@ -148,7 +151,8 @@ class _Tokens:
             if self.types[id] in (*_SPECIAL, _USER_DEFINED)
         ]
 
-    def ends(self) -> list[int]:
+    @property
+    def eos_ids(self) -> list[int]:
         """Every id that ends a text."""
         no_ends = {text for others, text in _NO_ENDS if others <= self.ids.keys()}
         named = [self.ids[text] for text in _ENDS - no_ends if text in self.ids]
@@ -158,7 +162,7 @@ class _Tokens:
 
 def _pads(text: str, id: int) -> bool:
     padding = _PADDING.fullmatch(text)
-    return padding is not None and padding[1] == str(id)
+    return not text or (padding is not None and padding[1] == str(id))
 
 
 def _model(vocab: dict[str, int], merges: list, **settings) -> dict:
@@ -171,7 +175,7 @@ def _model(vocab: dict[str, int], merges: list, **settings) -> dict:
 # ---- BPE with merges -----------------------------------------------------------------------------
 
 
-def _merged(metadata: Metadata, tokens: _Tokens, words: Words) -> dict:
+def _merged(metadata: Metadata, tokens: Vocabulary, words: Words) -> dict:
     merges = [_pair(metadata, merge) for merge in metadata.texts("tokenizer.ggml.merges")]
     data = {
         "normalizer": {"type": "NFC"} if words.composed else None,
@@ -197,7 +201,7 @@ def _pair(metadata: Metadata, merge: str) -> tuple[str, str]:
 # ---- SentencePiece BPE ---------------------------------------------------------------------------
 
 
-def _sentence_piece(metadata: Metadata, tokens: _Tokens) -> dict:
+def _sentence_piece(metadata: Metadata, tokens: Vocabulary) -> dict:
     scores = metadata.numbers("tokenizer.ggml.scores", "f", len(tokens.texts))
     if not np.isfinite(scores).all():
         raise CheckpointError(f"reading {metadata.path}: tokenizer.ggml.scores has no finite ones")
@@ -213,7 +217,7 @@ def _sentence_piece(metadata: Metadata, tokens: _Tokens) -> dict:
     }
 
 
-def _fallback(tokens: _Tokens) -> dict:
+def _fallback(tokens: Vocabulary) -> dict:
     """What becomes of characters that no token has: bytes, else one token for all of them."""
     unknown = tokens.special("unknown")
     if unknown is None and _UNKNOWN in tokens.types:
@@ -222,7 +226,7 @@ def _fallback(tokens: _Tokens) -> dict:
     return {"unk_token": text, "fuse_unk": True, "byte_fallback": True}
 
 
-def _merges(metadata: Metadata, tokens: _Tokens, scores: list[float]) -> list[tuple[str, str]]:
+def _merges(metadata: Metadata, tokens: Vocabulary, scores: list[float]) -> list[tuple[str, str]]:
     """Every way to make a piece of two, best score first, then the longer left half: of two ways
     to make one piece that overlap in a run of equal characters, the left one has it."""
     ids, found = tokens.ids, []
@@ -243,7 +247,7 @@ def _merges(metadata: Metadata, tokens: _Tokens, scores: list[float]) -> list[tu
 # ---- what comes before and after a text ----------------------------------------------------------
 
 
-def _ends_of_text(metadata: Metadata, tokens: _Tokens, words: Words | None) -> dict | None:
+def _ends_of_text(metadata: Metadata, tokens: Vocabulary, words: Words | None) -> dict | None:
     """The template that adds BOS and EOS where the file asks for them, or its words always do."""
     first = metadata.flag("tokenizer.ggml.add_bos_token", words.bos if words else True)
     first |= bool(words and words.spaced and words.bos)  # Gemma's first files said no
