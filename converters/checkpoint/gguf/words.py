@@ -205,7 +205,7 @@ _RULES = (
     Words("tekken", (_TEKKEN,), whole=True, bos=True),
     Words("gpt-4o llama4 kanana2 talkie minimax-m2", (_GPT4O,)),
     Words("granite-embed-multi-97m", (_GPT4O,), whole=True),
-    Words("tiny_aya cohere2moe", (r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O), composed=True),
+    Words("tiny_aya cohere2moe", (r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O)),
     Words("kimi-k2", (_KIMI,)),
     Words(
         "youtu",
