@@ -2,7 +2,7 @@
 
 The judge is llama.cpp, where it is installed: its ids for random texts, with a vocabulary whose
 merges do not respect any words. What it splits in another way than the tokenizer that a rule is
-from does is listed in DIFFERENT. What it says of a few texts is written down in CUTS.
+from does is listed in DIFFERENT. The words of a few texts are written down (`word_cuts`).
 """
 
 import functools
@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import tokenizers
 import word_cuts
-from mixed_texts import CHUNKS, mixed_texts
 from edgemem.converters.checkpoint.gguf.words import BY_NAME
 from gguf import TokenType
+from mixed_texts import CHUNKS, mixed_texts
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
@@ -26,7 +26,7 @@ from edgemem.tokenizer import Tokenizer
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 TEXTS = 10_000
 FEWER = 500
-"""Texts for a name, and for one more name of a rule."""
+"""How many texts are compared for each rule, and for each of its names."""
 
 RULES = {words.names.split()[0]: words for words in BY_NAME.values()}
 
