@@ -74,6 +74,8 @@ class KvCache:
             ffi.new("em_attention *", {
                 "n_heads": spec.n_heads, "n_kv_heads": spec.n_kv_heads, "head_dim": spec.head_dim,
                 "window": min(spec.windows[i], context), "kv_dtype": BY_NAME[kv].code,
+                "rotary": spec.ropes[spec.rope_of(i)].dims,
+                "scale": spec.attention_scale, "cap": spec.attention_cap,
                 "context": _rows(context),
                 "k_cache": ffi.cast("void *", self._slab.address + 2 * i * half),
                 "v_cache": ffi.cast("void *", self._slab.address + (2 * i + 1) * half),

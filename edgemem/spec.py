@@ -14,7 +14,9 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2")
 NORMS = ("rms", "layer")
 POSITIONS = ("rope", "learned")
 QK_NORMS = ("none", "head", "full")
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+SCORINGS = ("softmax", "sigmoid", "sparsemixer")
+MAX_GROUPS = 64
 MAX_DIM = 1 << 24
 """No dimension of any model comes near this; a larger one is damage or an attack."""
 
@@ -23,7 +25,10 @@ MAX_DIM = 1 << 24
 class RopeSpec:
     """Rotary position embedding; fields beyond `theta` are read by the types that define them.
 
-    All are bounded, generously, so that no frequency overflows or has no value.
+    All are bounded, generously, so that no frequency overflows or has no value. `dims` are how many
+    numbers of a head, its first, are rotated; 0 for all. Of longrope, frequencies are divided by
+    `long_factors` where a sequence is longer than `original_positions`, else by `short_factors`;
+    and where `long_attention_factor` is not 0, it then takes `attention_factor`'s place.
     """
 
     type: str = "default"
@@ -36,15 +41,26 @@ class RopeSpec:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    dims: int = 0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    long_attention_factor: float = 0.0
 
     def __post_init__(self):
         _check(self.type in ROPE_TYPES, "rope.type", self.type)
-        positions, scaled = self.original_positions, self.type in ("llama3", "yarn")
+        positions, scaled = self.original_positions, self.type in ("llama3", "yarn", "longrope")
         _check(scaled <= positions <= 1 << 40, "rope.original_positions", positions)
         _check(1 < self.theta <= 1e12, "rope.theta", self.theta)
         for name in _ROPE_SCALES:
             value = getattr(self, name)
             _check(1e-6 <= value <= 1e6, f"rope.{name}", value)
+        _check(0 <= self.dims <= MAX_DIM and self.dims % 2 == 0, "rope.dims", self.dims)
+        long = self.long_attention_factor
+        _check(0 <= long <= 1e6, "rope.long_attention_factor", long)
+        for name in ("short_factors", "long_factors"):
+            factors = getattr(self, name)
+            _check(self.type == "longrope" or not factors, f"rope.{name}", factors)
+            _check(all(1e-6 <= f <= 1e6 for f in factors), f"rope.{name}", factors)
         ramp = self.high_freq_factor > self.low_freq_factor
         _check(ramp or self.type != "llama3", "rope.high_freq_factor", self.high_freq_factor)
 
@@ -65,6 +81,17 @@ class ModelSpec:
     layer that of its predictor (0 where its FFN is not taken apart), neurons also have what decides
     by neuron. `thresholds` has for each layer up to which magnitude neurons count as resting in a
     sparse run: 0 where that was not calibrated. Where ReLU lets none rest, there must be some.
+
+    Embeddings are multiplied by `embedding_scale`, what a block (attention, or the feed-forward
+    parts together) adds to the residual stream by `residual_scale`, logits by `logit_scale`, and
+    attention scores by `attention_scale` (0: by 1 / sqrt(head_dim)). With a cap c > 0 scores or
+    logits s become c · tanh(s / c). With `post_norms` what a block adds is normed first. Layers
+    with a window have the `local_rope` where there is one. `scoring` says how router logits become
+    scores: by a "softmax" over all experts, a "sigmoid" of each, or "sparsemixer" with its
+    `router_jitter` (reference.choose). With a `router_bias` other scores decide than weigh. Of
+    `n_groups` > 1 groups of experts only the `top_groups` best are chosen from. Weights of those
+    chosen are multiplied by `routed_scale`. A shared expert is gated, or weighs 1 without
+    `shared_gated`.
     """
 
     model_type: str
@@ -99,6 +126,21 @@ class ModelSpec:
     neurons: bool = False
     ranks: tuple[int, ...] = ()
     thresholds: tuple[float, ...] = ()
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    attention_scale: float = 0.0
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
+    post_norms: bool = False
+    local_rope: RopeSpec | None = None
+    scoring: str = "softmax"
+    router_jitter: float = 0.0
+    router_bias: bool = False
+    n_groups: int = 0
+    top_groups: int = 0
+    routed_scale: float = 1.0
+    shared_gated: bool = True
 
     def __post_init__(self):
         for name in _POSITIVE:
@@ -116,9 +158,12 @@ class ModelSpec:
         _check(not (self.neurons and all(self.routed)), "neurons", self.neurons)
         self._check_ranks()
         self._check_thresholds()
+        self._check_scales()
+        self._check_routing()
+        for rope in self.ropes:
+            self._check_rope(rope)
         _check(0 <= self.norm_eps <= 1, "norm_eps", self.norm_eps)
         _check(0 <= self.clip_qkv <= 1e30, "clip_qkv", self.clip_qkv)
-        _check(self.head_dim > 2 or self.rope.type != "dynamic", "head_dim", self.head_dim)
         for name, ids in (("bos_id", (self.bos_id or 0,)), ("eos_ids", self.eos_ids)):
             _check(all(0 <= i < self.vocab_size for i in ids), name, getattr(self, name))
         _check(len(self.windows) == self.n_layers, "windows", len(self.windows))
@@ -131,6 +176,45 @@ class ModelSpec:
             _check(1 <= self.top_k <= self.n_experts, "top_k", self.top_k)
         if not all(self.routed):
             _check(self.intermediate >= 1, "intermediate", self.intermediate)
+
+    def _check_scales(self) -> None:
+        for name in ("embedding_scale", "residual_scale", "logit_scale", "routed_scale"):
+            _check(1e-6 <= abs(getattr(self, name)) <= 1e6, name, getattr(self, name))
+        for name in ("attention_scale", "attention_cap", "logit_cap", "router_jitter"):
+            _check(0 <= getattr(self, name) <= 1e6, name, getattr(self, name))
+
+    def _check_routing(self) -> None:
+        _check(self.scoring in SCORINGS, "scoring", self.scoring)
+        sigmoid = self.scoring == "sigmoid"
+        _check(sigmoid or not self.router_bias, "router_bias", self.router_bias)
+        groups, top = self.n_groups, self.top_groups
+        _check(sigmoid or groups <= 1, "n_groups", groups)
+        if groups > 1:
+            size = self.n_experts // groups
+            fits = groups <= MAX_GROUPS and size * groups == self.n_experts and size >= 2
+            _check(fits, "n_groups", groups)
+            _check(1 <= top <= groups and self.top_k <= top * size, "top_groups", top)
+
+    def _check_rope(self, rope: RopeSpec) -> None:
+        dims = rope.dims or self.head_dim
+        _check(dims <= self.head_dim, "rope.dims", dims)
+        _check(dims > 2 or rope.type != "dynamic", "rope.dims", dims)
+        for factors in (rope.short_factors, rope.long_factors):
+            _check(len(factors) == (dims // 2 if rope.type == "longrope" else 0), "rope", factors)
+
+    @property
+    def ropes(self) -> tuple[RopeSpec, ...]:
+        """That of all layers, or of those without a window and of those with one."""
+        return (self.rope,) if self.local_rope is None else (self.rope, self.local_rope)
+
+    def rope_of(self, layer: int) -> int:
+        """Which of `ropes` a layer has."""
+        return len(self.ropes) - 1 if self.windows[layer] else 0
+
+    @property
+    def plain_residual(self) -> bool:
+        """Whether blocks add to the residual stream what they give, as it is."""
+        return not self.post_norms and self.residual_scale == 1.0
 
     def _check_ranks(self) -> None:
         if not self.ranks:
@@ -156,28 +240,50 @@ class ModelSpec:
     def to_dict(self) -> dict:
         """Plain JSON types; `from_dict` takes it back. What came later and says what the stores
         before it meant is left out, so that readers of those can read this."""
-        later = {f.name: f.default for f in fields(self) if f.name in _LATER}
-        return {k: v for k, v in asdict(self).items() if k not in later or v != later[k]}
+        ropes = {"rope": _told(self.rope)}
+        if self.local_rope is not None:
+            ropes["local_rope"] = _told(self.local_rope)
+        return _told(self) | ropes
 
     @classmethod
     def from_dict(cls, data: dict) -> ModelSpec:
         """Check every field's type and range. Raises CorruptError naming the field, or
         UnsupportedError for one that only a newer version knows."""
         values = _typed(cls, data, "spec")
-        values["rope"] = RopeSpec(**_typed(RopeSpec, values["rope"], "spec.rope"))
+        for name in ("rope", "local_rope"):
+            if values.get(name) is not None:
+                values[name] = RopeSpec(**_typed(RopeSpec, values[name], f"spec.{name}"))
         return cls(**values)
 
 
-_LATER = ("norm", "positions", "gated", "parallel", "shared_norm", "neurons", "ranks", "thresholds")
+_LATER = {
+    "norm", "positions", "gated", "parallel", "shared_norm", "neurons", "ranks", "thresholds",
+    "embedding_scale", "residual_scale", "logit_scale", "attention_scale", "attention_cap",
+    "logit_cap", "post_norms", "local_rope", "scoring", "router_jitter", "router_bias", "n_groups",
+    "top_groups", "routed_scale", "shared_gated",
+    "dims", "short_factors", "long_factors", "long_attention_factor",
+}  # fmt: skip
+"""What came after the first stores; of RopeSpec too."""
+
+
+def _told(spec) -> dict:
+    later = {f.name: f.default for f in fields(spec) if f.name in _LATER}
+    return {k: v for k, v in asdict(spec).items() if k not in later or v != later[k]}
+
+
 _POSITIVE = (
     "n_layers", "hidden", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_positions",
 )  # fmt: skip
 _ROPE_SCALES = (
     "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor",
 )  # fmt: skip
-_COUNTS = ("intermediate", "n_experts", "top_k", "expert_intermediate", "shared_intermediate")
+_COUNTS = (
+    "intermediate", "n_experts", "top_k", "expert_intermediate", "shared_intermediate", "n_groups",
+    "top_groups",
+)  # fmt: skip
 _TYPES = {
     "str": str, "int": int, "float": (int, float), "bool": bool, "RopeSpec": dict,
+    "RopeSpec | None": (dict, type(None)),
     "int | None": (int, type(None)), "tuple[int, ...]": list, "tuple[bool, ...]": list,
     "tuple[float, ...]": list,
 }  # fmt: skip

@@ -217,8 +217,10 @@ typedef struct {
 } attended;
 
 /* Scores of keys [begin, end) to weights, relative to the highest score so far. */
-EM_INLINE void weigh(float *p, int64_t begin, int64_t end, attended *a, int r) {
+EM_INLINE void weigh(float *p, int64_t begin, int64_t end, float limit, attended *a, int r) {
     const int64_t stop = em_round_up(end, EM_LANES);
+    for (int64_t j = 0; limit > 0 && j < stop; j += EM_LANES)
+        vf_store(p + j, vf_cap(vf_load(p + j), limit));
     for (int64_t j = 0; j < begin; j++) p[j] = -INFINITY;
     for (int64_t j = end; j < stop; j++) p[j] = -INFINITY;
     vf high = vf_load(p), sum = vf_set1(0);
@@ -306,7 +308,7 @@ EM_INLINE void attend_as(const em_queries *s, const int32_t key_dtype, const int
         score_span(s, key, n, key_dtype, p);
         for (int r = 0; r < s->n_rows; r++) {
             end[r] = em_min(n, s->end + r / s->heads - key);
-            if (end[r] > 0) weigh(p[r], begin, end[r], &a, r);
+            if (end[r] > 0) weigh(p[r], begin, end[r], s->cap, &a, r);
         }
         mix_span(s, key, n, dtype, p, a.shrink, begin, end);
     }

@@ -4,10 +4,10 @@
 #include <math.h>
 #include <string.h>
 
-int32_t em_rope_table(const double *inv_freq, int32_t head_dim, int64_t position, int32_t n,
+int32_t em_rope_table(const double *inv_freq, int32_t dims, int64_t position, int32_t n,
                       double scale, float *cos_out, float *sin_out) {
-    if (head_dim < 2 || head_dim % 2 || position < 0 || n < 0) return EM_INVALID;
-    int32_t half = head_dim / 2;
+    if (dims < 2 || dims % 2 || position < 0 || n < 0) return EM_INVALID;
+    int32_t half = dims / 2;
     for (int64_t i = 0; i < n; i++)
         for (int32_t j = 0; j < half; j++) {
             double angle = (double)(position + i) * inv_freq[j];
@@ -44,8 +44,9 @@ uint64_t em_attention_scratch(int32_t n_threads, int32_t head_dim) {
 static bool valid(const em_attention *a, int64_t position, int32_t n) {
     bool known = a->kv_dtype == EM_F32 || a->kv_dtype == EM_F16 || a->kv_dtype == EM_Q8_0;
     return known && a->n_heads >= 1 && a->n_kv_heads >= 1 && a->n_heads % a->n_kv_heads == 0 &&
-           a->head_dim >= 2 && a->head_dim % 2 == 0 && a->window >= 0 && position >= 0 && n >= 0 &&
-           position + n <= a->context && a->context % EM_LANES == 0;
+           a->head_dim >= 2 && a->head_dim % 2 == 0 && a->rotary >= 0 && a->rotary % 2 == 0 &&
+           a->rotary <= a->head_dim && a->window >= 0 && a->scale >= 0 && a->cap >= 0 &&
+           position >= 0 && n >= 0 && position + n <= a->context && a->context % EM_LANES == 0;
 }
 
 typedef struct {
@@ -83,17 +84,18 @@ static float *rows_of(const attention_task *t, int32_t thread) {
 static void store_token(void *arg, int64_t token, int32_t thread) {
     const attention_task *t = arg;
     const em_attention *a = t->a;
-    int32_t dim = a->head_dim;
-    const float *c = t->cos_table + token * (dim / 2), *s = t->sin_table + token * (dim / 2);
+    int32_t dim = a->head_dim, turns = a->rotary ? a->rotary : dim;
+    const float *c = t->cos_table + token * (turns / 2), *s = t->sin_table + token * (turns / 2);
     float *rotated = rows_of(t, thread);
     for (int64_t head = 0; head < a->n_heads; head++) {
         float *q = t->q + (token * a->n_heads + head) * dim;
-        t->kernels->rotate(q, c, s, dim, q);
+        t->kernels->rotate(q, c, s, turns, q);
     }
     for (int64_t head = 0; head < a->n_kv_heads; head++) {
         int64_t from = (token * a->n_kv_heads + head) * dim, key = (t->position + token) % EM_LANES;
         int64_t value = head * a->context + t->position + token, group = value - key;
-        t->kernels->rotate(t->k + from, c, s, dim, rotated);
+        t->kernels->rotate(t->k + from, c, s, turns, rotated);
+        memcpy(rotated + turns, t->k + from + turns, (size_t)(dim - turns) * sizeof *rotated);
         t->kernels->store_key(rotated, dim, a->kv_dtype,
                               (uint8_t *)a->k_cache + group * t->row_bytes, key);
         t->kernels->store_value(t->v + from, dim, a->kv_dtype,
@@ -166,10 +168,11 @@ static void attend_heads(const attention_task *t, int32_t thread, int64_t kv_hea
         .heads = heads,
         .padded = t->padded,
         .dtype = a->kv_dtype,
+        .cap = a->cap,
         .block = scale + EM_QUERIES * t->padded,
         .out = out,
     };
-    const float shrink = 1.0f / sqrtf((float)a->head_dim);
+    const float shrink = a->scale > 0 ? a->scale : 1.0f / sqrtf((float)a->head_dim);
     for (int64_t r = 0; r < queries.n_rows; r++) {
         int64_t row = (token + r / heads) * a->n_heads + head + r % heads;
         const float *from = t->q + row * a->head_dim;

@@ -111,14 +111,30 @@ int32_t em_ffn_run(em_core *core, const em_ffn *ffn, int32_t n_bundles, const ui
                    const int32_t *tokens, const float *weights, const float *x, int32_t n_tokens,
                    float *out);
 
-/* Softmax over each token's n_experts logits, the top_k largest (ties: the lower id), weights
- * optionally scaled to sum 1. Gives pairs for em_ffn_run: `experts` [<= n_experts] ascending,
- * `first` [n_experts + 1], `tokens` and `weights` [n_tokens * top_k]; returns how many experts, or
- * -1 for arguments out of range or scratch too small. */
+/* How logits become scores: a softmax over all experts; a sigmoid of each; or, expert by expert, a
+ * softmax over those that are left and close to the best of them (arXiv 2409.12136). */
+enum { EM_SOFTMAX = 0, EM_SIGMOID = 1, EM_SPARSEMIXER = 2 };
+
+enum { EM_MOST_GROUPS = 64 };
+
+/* How tokens choose experts: the top_k of the highest scores (ties: the lower id), whose scores are
+ * their weights; `normalize`: scaled to sum 1; then times `scale`. A `bias` is added to scores
+ * where they are compared. Of n_groups > 1 groups of experts, each judged by the sum of its two
+ * best, only top_groups are chosen from. Bias and groups are for EM_SIGMOID alone. */
+typedef struct {
+    int32_t n_experts, top_k, normalize, scoring;
+    int32_t n_groups, top_groups; /* 0 for none */
+    const float *bias;            /* [n_experts] or NULL */
+    float scale;
+    float jitter; /* of EM_SPARSEMIXER: experts are close by twice that share */
+} em_router;
+
+/* Gives pairs for em_ffn_run: `experts` [<= n_experts] ascending, `first` [n_experts + 1], `tokens`
+ * and `weights` [n_tokens * top_k]; returns how many experts, or -1 for arguments out of range or
+ * scratch too small. */
 uint64_t em_route_scratch(int32_t n_tokens, int32_t n_experts, int32_t top_k);
-int32_t em_route(em_core *core, const float *logits, int32_t n_tokens, int32_t n_experts,
-                 int32_t top_k, int32_t normalize, uint32_t *experts, int32_t *first,
-                 int32_t *tokens, float *weights);
+int32_t em_route(em_core *core, const em_router *router, const float *logits, int32_t n_tokens,
+                 uint32_t *experts, int32_t *first, int32_t *tokens, float *weights);
 
 /* Each of n_rows rows without bias (NULL): x / sqrt(mean(x^2) + eps) * weight; with it LayerNorm:
  * (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias. out may be x. */
@@ -130,8 +146,8 @@ int32_t em_norm(em_core *core, const float *x, const float *weight, const float 
 int32_t em_embed(em_core *core, const uint64_t *addresses, int32_t rows_per_bundle, int32_t dtype,
                  int32_t lanes, int32_t cols, const int32_t *ids, int32_t n, float *out);
 
-/* cos and sin [n, head_dim / 2] of (position + i) * inv_freq, times `scale`. */
-int32_t em_rope_table(const double *inv_freq, int32_t head_dim, int64_t position, int32_t n,
+/* cos and sin [n, dims / 2] of (position + i) * inv_freq, times `scale`. */
+int32_t em_rope_table(const double *inv_freq, int32_t dims, int64_t position, int32_t n,
                       double scale, float *cos_out, float *sin_out);
 
 /* One layer's attention. The caches are [n_kv_heads, context] rows of em_kv_row_bytes. A value is a
@@ -141,7 +157,10 @@ int32_t em_rope_table(const double *inv_freq, int32_t head_dim, int64_t position
 typedef struct {
     int32_t n_heads, n_kv_heads, head_dim;
     int32_t window;   /* keys a query sees, itself included; 0 for all */
+    int32_t rotary;   /* the first so many numbers of a head are rotated; 0 for all */
     int32_t kv_dtype; /* EM_F32, EM_F16 or EM_Q8_0 */
+    float scale;      /* of scores; 0 for 1 / sqrt(head_dim) */
+    float cap;        /* scores s become cap * tanh(s / cap); 0 for no cap */
     int64_t context;  /* a multiple of 16 */
     void *k_cache;
     void *v_cache;
@@ -159,6 +178,11 @@ int32_t em_attention_run(em_core *core, const em_attention *a, const float *q, i
                          int32_t n, float *out);
 
 int32_t em_clamp(float *x, int64_t n, float limit);
+int32_t em_scale(em_core *core, float *x, int64_t n, float factor);
+/* x = limit * tanh(x / limit) */
+int32_t em_cap(em_core *core, float *x, int64_t n, float limit);
+/* out += factor * x */
+int32_t em_add(em_core *core, float *out, const float *x, int64_t n, float factor);
 int32_t em_sigmoid(em_core *core, float *x, int32_t n);
 /* Each of n_rows rows, in place. */
 int32_t em_softmax(em_core *core, float *x, int32_t n_rows, int32_t n_cols);
@@ -305,6 +329,10 @@ enum {
     EM_OP_GATHER = 7,
     EM_OP_TABLE = 8,
     EM_OP_NEURONS = 9,
+    EM_OP_SCALE = 10,
+    EM_OP_CAP = 11,
+    EM_OP_CLEAR = 12, /* x = 0 */
+    EM_OP_ADD = 13,   /* x += factor * y */
 };
 
 typedef struct {
@@ -327,8 +355,8 @@ typedef struct {
 } em_attend_op;
 
 typedef struct {
+    em_router router;
     const float *logits;
-    int32_t n_experts, top_k, normalize;
     int32_t *n_chosen; /* what em_route returns */
     uint32_t *experts;
     int32_t *first, *tokens;
@@ -337,8 +365,10 @@ typedef struct {
 
 typedef struct {
     float *x;
+    const float *y;
     int32_t cols;
-    float limit; /* of EM_OP_CLAMP */
+    float limit;  /* of EM_OP_CLAMP and EM_OP_CAP */
+    float factor; /* of EM_OP_SCALE and EM_OP_ADD */
 } em_elements_op;
 
 /* What a later turn will want, as far as the present state tells: `ops` route tokens. */

@@ -2,52 +2,132 @@
  */
 #include "core.h"
 
+#include <math.h>
 #include <sched.h>
 #include <string.h>
 
 /* ---- routing ----------------------------------------------------------------------------- */
 
+/* What weights are divided by is no zero. */
+#define LEAST_TOTAL 1e-20f
+
 uint64_t em_route_scratch(int32_t n_tokens, int32_t n_experts, int32_t top_k) {
     uint64_t pairs = (uint64_t)n_tokens * (uint64_t)top_k;
-    return em_arena_cost((uint64_t)n_experts * 4) + em_arena_cost(((uint64_t)n_experts + 1) * 4) +
-           2 * em_arena_cost(pairs * 4);
+    return 2 * em_arena_cost((uint64_t)n_experts * 4) +
+           em_arena_cost(((uint64_t)n_experts + 1) * 4) + 2 * em_arena_cost(pairs * 4);
 }
 
-/* The k largest of p in descending order; of equals the lower index. p's winners become -1. */
-static void take_top(float *p, int32_t n, int32_t k, int32_t *index, float *value) {
+/* The first of the largest. */
+static int32_t largest(const float *p, int32_t n) {
+    int32_t best = 0;
+    for (int32_t j = 1; j < n; j++)
+        if (p[j] > p[best]) best = j;
+    return best;
+}
+
+/* The k largest of p in descending order, with their scores; of equals the lower index. Winners in
+ * p become -infinity. */
+static void take_top(float *p, int32_t n, int32_t k, const float *scores, int32_t *index,
+                     float *value) {
     for (int32_t i = 0; i < k; i++) {
-        int32_t best = 0;
-        for (int32_t j = 1; j < n; j++)
-            if (p[j] > p[best]) best = j;
-        index[i] = best;
-        value[i] = p[best];
-        p[best] = -1;
+        index[i] = largest(p, n);
+        value[i] = scores[index[i]];
+        p[index[i]] = -INFINITY;
     }
 }
 
-int32_t em_route(em_core *core, const float *logits, int32_t n_tokens, int32_t n_experts,
-                 int32_t top_k, int32_t normalize, uint32_t *experts, int32_t *first,
-                 int32_t *tokens, float *weights) {
-    if (n_tokens < 0 || n_experts < 1 || top_k < 1 || top_k > n_experts) return -1;
+/* Leaves in p [n_experts] those of the top groups alone; the others become -infinity. */
+static void drop_groups(const em_router *r, float *p) {
+    int32_t size = r->n_experts / r->n_groups;
+    float sums[EM_MOST_GROUPS];
+    bool kept[EM_MOST_GROUPS] = {false};
+    for (int32_t g = 0; g < r->n_groups; g++) {
+        const float *group = p + g * size;
+        int32_t best = largest(group, size);
+        float second = -INFINITY;
+        for (int32_t j = 0; j < size; j++)
+            if (j != best && group[j] > second) second = group[j];
+        sums[g] = group[best] + second;
+    }
+    for (int32_t i = 0; i < r->top_groups; i++) {
+        int32_t best = largest(sums, r->n_groups);
+        kept[best] = true;
+        sums[best] = -INFINITY;
+    }
+    for (int32_t j = 0; j < r->n_experts; j++)
+        if (!kept[j / size]) p[j] = -INFINITY;
+}
+
+/* One by one: the best that is left, and its share among those that are close to it. */
+static void mix_sparsely(const em_kernels *kernels, const em_router *r, const float *logits,
+                         float *left, float *close, int32_t *index, float *value) {
+    memcpy(left, logits, (size_t)r->n_experts * sizeof *left);
+    for (int32_t i = 0; i < r->top_k; i++) {
+        index[i] = largest(left, r->n_experts);
+        float best = left[index[i]];
+        for (int32_t j = 0; j < r->n_experts; j++) {
+            float size = fabsf(logits[j]) > best ? fabsf(logits[j]) : best;
+            close[j] = (best - logits[j]) / size > 2 * r->jitter ? -INFINITY : left[j];
+        }
+        kernels->softmax(close, r->n_experts);
+        value[i] = close[index[i]];
+        left[index[i]] = -INFINITY;
+    }
+}
+
+/* Which experts a token takes, and with which weights. p and scores [n_experts] are scratch. */
+static void choose(const em_kernels *kernels, const em_router *r, const float *logits, float *p,
+                   float *scores, int32_t *index, float *value) {
+    const size_t bytes = (size_t)r->n_experts * sizeof *p;
+    if (r->scoring == EM_SPARSEMIXER) {
+        mix_sparsely(kernels, r, logits, p, scores, index, value);
+        return;
+    }
+    memcpy(scores, logits, bytes);
+    if (r->scoring == EM_SIGMOID)
+        kernels->sigmoid(scores, r->n_experts);
+    else
+        kernels->softmax(scores, r->n_experts);
+    memcpy(p, scores, bytes);
+    for (int32_t j = 0; r->bias && j < r->n_experts; j++) p[j] += r->bias[j];
+    if (r->n_groups > 1) drop_groups(r, p);
+    take_top(p, r->n_experts, r->top_k, scores, index, value);
+}
+
+static bool valid_router(const em_router *r) {
+    if (r->n_experts < 1 || r->top_k < 1 || r->top_k > r->n_experts) return false;
+    if (r->scoring < EM_SOFTMAX || r->scoring > EM_SPARSEMIXER) return false;
+    if (r->n_groups <= 1) return true;
+    return r->n_groups <= EM_MOST_GROUPS && r->n_experts % r->n_groups == 0 &&
+           r->n_experts >= 2 * r->n_groups && r->top_groups >= 1 && r->top_groups <= r->n_groups &&
+           r->top_k <= r->n_experts / r->n_groups * r->top_groups;
+}
+
+int32_t em_route(em_core *core, const em_router *r, const float *logits, int32_t n_tokens,
+                 uint32_t *experts, int32_t *first, int32_t *tokens, float *weights) {
+    if (n_tokens < 0 || !valid_router(r)) return -1;
+    const int32_t n_experts = r->n_experts, top_k = r->top_k;
     em_arena arena = em_core_arena(core);
     uint64_t pairs = (uint64_t)n_tokens * (uint64_t)top_k;
     float *p = em_arena_take(&arena, (uint64_t)n_experts * 4);
+    float *scores = em_arena_take(&arena, (uint64_t)n_experts * 4);
     int32_t *start = em_arena_take(&arena, ((uint64_t)n_experts + 1) * 4);
     int32_t *chosen = em_arena_take(&arena, pairs * 4);
     float *mass = em_arena_take(&arena, pairs * 4);
-    if (!p || !start || !chosen || !mass) return -1;
+    if (!p || !scores || !start || !chosen || !mass) return -1;
     memset(start, 0, ((size_t)n_experts + 1) * 4);
     for (int64_t t = 0; t < n_tokens; t++) {
         int32_t *index = chosen + t * top_k;
-        float *value = mass + t * top_k, total = 0;
-        memcpy(p, logits + t * n_experts, (size_t)n_experts * 4);
-        core->kernels->softmax(p, n_experts);
-        take_top(p, n_experts, top_k, index, value);
+        float *value = mass + t * top_k, total = LEAST_TOTAL;
+        choose(core->kernels, r, logits + t * n_experts, p, scores, index, value);
         for (int32_t i = 0; i < top_k; i++) {
             total += value[i];
             start[index[i] + 1]++;
         }
-        for (int32_t i = 0; normalize && i < top_k; i++) value[i] /= total;
+        for (int32_t i = 0; i < top_k; i++) {
+            if (r->normalize) value[i] /= total;
+            value[i] *= r->scale;
+        }
     }
     int32_t n_chosen = 0;
     for (int32_t e = 0; e < n_experts; e++) {

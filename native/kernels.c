@@ -157,6 +157,20 @@ static void sigmoid(float *x, int32_t n) {
         store_part(x + i, n - i, vf_sigmoid(load_part(x + i, n - i, 0)));
 }
 
+EM_INLINE vf vf_cap(vf x, float limit) {
+    return vf_mul(vf_set1(limit), vf_tanh(vf_mul(x, vf_set1(1 / limit))));
+}
+
+static void cap(float *x, int32_t n, float limit) {
+    for (int32_t i = 0; i < n; i += EM_LANES)
+        store_part(x + i, n - i, vf_cap(load_part(x + i, n - i, 0), limit));
+}
+
+static void scale(float *x, int32_t n, float factor) {
+    for (int32_t i = 0; i < n; i += EM_LANES)
+        store_part(x + i, n - i, vf_mul(load_part(x + i, n - i, 0), vf_set1(factor)));
+}
+
 static void softmax(float *x, int32_t n) {
     vf top = vf_set1(-INFINITY), sum = vf_set1(0);
     for (int32_t i = 0; i < n; i += EM_LANES) top = vf_max(load_part(x + i, n - i, -INFINITY), top);
@@ -336,6 +350,8 @@ const em_kernels JOIN(em_kernels_, EM_ISA) = {
     .gate = gate,
     .softmax = softmax,
     .sigmoid = sigmoid,
+    .cap = cap,
+    .scale = scale,
     .axpy = axpy,
     .rotate = rotate,
     .store_f16 = store_f16,

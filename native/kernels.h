@@ -48,6 +48,7 @@ typedef struct {
     const uint8_t *keys, *values; /* the cache of the head, key 0's first */
     int64_t begin, end, row_bytes;
     int32_t n_rows, heads, padded, dtype;
+    float cap;    /* of scores (em_attention) */
     float *block; /* scratch [EM_SPAN_ROWS, padded] */
     float *out;   /* [n_rows, padded] */
 } em_queries;
@@ -76,6 +77,9 @@ typedef struct {
     /* x[i] = exp(x[i] - max) / sum */
     void (*softmax)(float *x, int32_t n);
     void (*sigmoid)(float *x, int32_t n);
+    /* x[i] = limit * tanh(x[i] / limit) */
+    void (*cap)(float *x, int32_t n, float limit);
+    void (*scale)(float *x, int32_t n, float factor);
     /* out[i] += weight * x[i] */
     void (*axpy)(float *out, float weight, const float *x, int32_t n);
     /* Rotates the pairs (x[i], x[i + n/2]) by the angles of cos, sin [n/2]; out may be x. */

@@ -222,6 +222,64 @@ int32_t em_clamp(float *x, int64_t n, float limit) {
     return EM_OK;
 }
 
+/* ---- elements, whole runs of them ---- */
+
+typedef struct {
+    const em_kernels *kernels;
+    float *x;
+    const float *y;
+    int64_t n;
+    float limit, factor;
+} elements_task;
+
+#define ELEMENTS 4096 /* an item takes */
+
+static int32_t elements_left(const elements_task *t, int64_t item) {
+    return (int32_t)em_min(ELEMENTS, t->n - item * ELEMENTS);
+}
+
+static void scale_item(void *arg, int64_t item, int32_t thread) {
+    (void)thread;
+    const elements_task *t = arg;
+    t->kernels->scale(t->x + item * ELEMENTS, elements_left(t, item), t->factor);
+}
+
+static void cap_item(void *arg, int64_t item, int32_t thread) {
+    (void)thread;
+    const elements_task *t = arg;
+    t->kernels->cap(t->x + item * ELEMENTS, elements_left(t, item), t->limit);
+}
+
+static void add_item(void *arg, int64_t item, int32_t thread) {
+    (void)thread;
+    const elements_task *t = arg;
+    int64_t at = item * ELEMENTS;
+    t->kernels->axpy(t->x + at, t->factor, t->y + at, elements_left(t, item));
+}
+
+static void run_elements(em_core *core, em_task *task, elements_task *t, int64_t cost) {
+    t->kernels = core->kernels;
+    em_core_run(core, task, t, (t->n + ELEMENTS - 1) / ELEMENTS, t->n * cost);
+}
+
+int32_t em_scale(em_core *core, float *x, int64_t n, float factor) {
+    if (n < 0) return EM_INVALID;
+    run_elements(core, scale_item, &(elements_task){.x = x, .n = n, .factor = factor}, 1);
+    return EM_OK;
+}
+
+int32_t em_cap(em_core *core, float *x, int64_t n, float limit) {
+    if (n < 0 || !(limit > 0)) return EM_INVALID;
+    run_elements(core, cap_item, &(elements_task){.x = x, .n = n, .limit = limit}, 8);
+    return EM_OK;
+}
+
+int32_t em_add(em_core *core, float *out, const float *x, int64_t n, float factor) {
+    if (n < 0) return EM_INVALID;
+    run_elements(core, add_item, &(elements_task){.x = out, .y = x, .n = n, .factor = factor}, 2);
+    return EM_OK;
+}
+
 int32_t em_sigmoid(em_core *core, float *x, int32_t n) {
     if (n < 0) return EM_INVALID;
     core->kernels->sigmoid(x, n);
@@ -303,8 +361,8 @@ int64_t em_peak(em_core *core, int32_t dtype, int32_t items) {
 /* ---- operations in a row ----------------------------------------------------------------- */
 
 static int32_t route(em_core *core, const em_route_op *r, int32_t n) {
-    *r->n_chosen = em_route(core, r->logits, n, r->n_experts, r->top_k, r->normalize, r->experts,
-                            r->first, r->tokens, r->weights);
+    *r->n_chosen =
+        em_route(core, &r->router, r->logits, n, r->experts, r->first, r->tokens, r->weights);
     return *r->n_chosen < 0 ? EM_INVALID : EM_OK;
 }
 
@@ -330,6 +388,10 @@ static int32_t run_op(em_core *core, const em_op *op, const em_attention *attent
     case EM_OP_ATTEND: return attend(core, &op->attend, attention, position, n);
     case EM_OP_ROUTE: return route(core, &op->route, n);
     case EM_OP_SIGMOID: return em_sigmoid(core, e->x, n * e->cols);
+    case EM_OP_SCALE: return em_scale(core, e->x, (int64_t)n * e->cols, e->factor);
+    case EM_OP_CAP: return em_cap(core, e->x, (int64_t)n * e->cols, e->limit);
+    case EM_OP_ADD: return em_add(core, e->x, e->y, (int64_t)n * e->cols, e->factor);
+    case EM_OP_CLEAR: memset(e->x, 0, (size_t)n * (size_t)e->cols * sizeof *e->x); return EM_OK;
     case EM_OP_FFN: return em_stream_ffn(core, &op->ffn, n);
     case EM_OP_GATHER: return em_stream_gather(core, &op->gather, n);
     case EM_OP_TABLE: return em_stream_table(core, &op->table, n);

@@ -61,7 +61,8 @@ def bundle_parts(spec: ModelSpec, kind: Kind, layer: int) -> tuple[Part, ...]:
     if layer == spec.n_layers:
         learned = spec.positions == "learned"
         table = Part("positions", spec.max_positions, hidden, lanes=1, dtype=F32)
-        return (*_norm(spec, "norm"), *((table,) if learned else ()))
+        bias = _bias("head_bias", spec.vocab_size)
+        return (*_norm(spec, "norm"), *((table,) if learned else ()), bias)
     q_rows, kv_rows = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
     parts = [
         *_norm(spec, "attn_norm"),
@@ -77,12 +78,21 @@ def bundle_parts(spec: ModelSpec, kind: Kind, layer: int) -> tuple[Part, ...]:
         parts.append(_vector("q_norm", q_rows if full else spec.head_dim))
         parts.append(_vector("k_norm", kv_rows if full else spec.head_dim))
     parts += [Part("o", hidden, q_rows), _bias("o_bias", hidden)]
+    parts += _norm(spec, "attn_post_norm") if spec.post_norms else ()
     parts += () if spec.shared_norm else _norm(spec, "ffn_norm")
+    parts += _norm(spec, "ffn_post_norm") if spec.post_norms else ()
     if spec.routed[layer]:
-        parts.append(Part("router", spec.n_experts, hidden))
-        if spec.shared_intermediate:
-            parts.append(Part("shared_gate", 1, hidden))
+        parts += _routing(spec)
     return tuple(parts)
+
+
+def _routing(spec: ModelSpec) -> list[Part]:
+    parts = [Part("router", spec.n_experts, spec.hidden)]
+    if spec.router_bias:
+        parts.append(_vector("router_bias", spec.n_experts))
+    if spec.shared_intermediate and spec.shared_gated:
+        parts.append(Part("shared_gate", 1, spec.hidden))
+    return parts
 
 
 def _predictor(spec: ModelSpec, rank: int) -> tuple[Part, ...]:

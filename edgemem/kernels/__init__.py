@@ -21,6 +21,12 @@ ACTIVATION_CODES = {
     "relu2": lib.EM_RELU2,
 }
 
+SCORING_CODES = {
+    "softmax": lib.EM_SOFTMAX,
+    "sigmoid": lib.EM_SIGMOID,
+    "sparsemixer": lib.EM_SPARSEMIXER,
+}
+
 
 class Array:
     """A numpy array of zeros together with its address, made once so that a step makes none.
@@ -105,7 +111,7 @@ class Ops:
     `check(status, doing)` raises what a status means.
     """
 
-    MOST = 20
+    MOST = 24
 
     def __init__(self, core: Core, check: Callable[[int, str], None] = check):
         self._core, self._check = core, check

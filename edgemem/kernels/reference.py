@@ -17,7 +17,8 @@ import numpy as np
 from .. import dtypes
 from ..dtypes import BLOCK, DType
 from ..format import NO_LAYER, Kind
-from ..spec import ModelSpec, RopeSpec
+from ..spec import ModelSpec
+from .reference_rope import attention_factor, frequencies, rotate
 
 Watch = Callable[[int, str, np.ndarray], None]
 """Called with (layer, name, value) for each named intermediate of a forward pass."""
@@ -100,71 +101,21 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) ->
     return y if bias is None else y + bias
 
 
-def frequencies(rope: RopeSpec, head_dim: int, max_positions: int, length: int) -> np.ndarray:
-    """Radians per position for each pair of a head, float64 [head_dim // 2].
-
-    `length` is how many positions the sequence has once the ids being fed are in: the "dynamic"
-    type stretches its base when that exceeds `max_positions`; no other type looks at it.
-    Definitions as in transformers' modeling_rope_utils.
-    """
-    theta = rope.theta
-    if rope.type == "dynamic":
-        stretch = rope.factor * max(length, max_positions) / max_positions - (rope.factor - 1)
-        theta = theta * stretch ** (head_dim / (head_dim - 2))
-    plain = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if rope.type == "linear":
-        return plain / rope.factor
-    if rope.type == "llama3":
-        return _llama3_frequencies(rope, plain)
-    if rope.type == "yarn":
-        return _yarn_frequencies(rope, plain, head_dim)
-    return plain
-
-
-def _llama3_frequencies(rope: RopeSpec, plain: np.ndarray) -> np.ndarray:
-    """Long waves are stretched by factor, short ones kept, others interpolated (Llama 3.1)."""
-    turns = rope.original_positions * plain / (2 * math.pi)
-    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    between = (1 - blend) * plain / rope.factor + blend * plain
-    scaled = np.where(turns < rope.low_freq_factor, plain / rope.factor, between)
-    return np.where(turns > rope.high_freq_factor, plain, scaled)
-
-
-def _yarn_frequencies(rope: RopeSpec, plain: np.ndarray, head_dim: int) -> np.ndarray:
-    """A ramp over the pairs from kept to stretched (Peng et al., arXiv 2309.00071)."""
-
-    def pair_that_turns(count: float) -> float:
-        wave = rope.original_positions / (count * 2 * math.pi)
-        return head_dim * math.log(wave) / (2 * math.log(rope.theta))
-
-    low, high = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    if low == high:
-        high += 0.001
-    stretched = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
-    return plain / rope.factor * stretched + plain * (1 - stretched)
-
-
-def rotate(x: np.ndarray, positions: np.ndarray, freqs: np.ndarray, scale: float) -> np.ndarray:
-    """Rotary embedding of x [n, heads, D]: element i turns with i + D/2; both are times `scale`."""
-    angles = positions[:, None, None] * freqs
-    cos, sin = np.cos(angles) * scale, np.sin(angles) * scale
-    first, second = np.split(x, 2, axis=-1)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int = 0) -> np.ndarray:
+def attend(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int = 0, scale: float = 0.0,
+    cap: float = 0.0,
+) -> np.ndarray:  # fmt: skip
     """Causal attention of the last n positions over all m: q [n, H, D], k and v [m, K, D].
 
     Head i reads key/value head i // (H // K). A query at position p sees positions j <= p and, with
-    a window, j > p - window. Returns [n, H, D].
+    a window, j > p - window. Scores are times `scale` (0: 1 / sqrt(D)), then capped if there is a
+    `cap`. Returns [n, H, D].
     """
     n, heads, head_dim = q.shape
     m, kv_heads, _ = k.shape
     k, v = (np.repeat(t, heads // kv_heads, axis=1) for t in (k, v))
-    scores = np.einsum("nhd,mhd->hnm", q, k) / math.sqrt(head_dim)
+    scores = np.einsum("nhd,mhd->hnm", q, k) * (scale or 1 / math.sqrt(head_dim))
+    scores = capped(scores, cap)
     here, there = np.arange(m - n, m)[:, None], np.arange(m)[None, :]
     visible = there <= here
     if window:
@@ -172,6 +123,11 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int = 0) -> np.n
     scores = np.where(visible, scores, -np.inf)
     scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return np.einsum("hnm,mhd->nhd", scores / scores.sum(axis=-1, keepdims=True), v)
+
+
+def capped(x: np.ndarray, cap: float) -> np.ndarray:
+    """cap · tanh(x / cap); without a cap (0) x."""
+    return cap * np.tanh(x / cap) if cap else x
 
 
 def kept(x: np.ndarray, kv: str | None) -> np.ndarray:
@@ -186,10 +142,10 @@ def kept(x: np.ndarray, kv: str | None) -> np.ndarray:
     return x.astype({None: np.float64, "f32": np.float32, "f16": np.float16}[kv]).astype(np.float64)
 
 
-def rounded_queries(q: np.ndarray) -> np.ndarray:
-    """What keys of q8_0 are multiplied by for queries q [n, H, D]: q / sqrt(D) rounded to blocks,
-    then times sqrt(D), in float64."""
-    shrink = np.float32(1) / np.sqrt(np.float32(q.shape[-1]))
+def rounded_queries(q: np.ndarray, scale: float = 0.0) -> np.ndarray:
+    """What keys of q8_0 are multiplied by for queries q [n, H, D]: q · scale (0: 1 / sqrt(D)),
+    rounded to blocks, then divided by that scale, in float64."""
+    shrink = np.float32(scale) or np.float32(1) / np.sqrt(np.float32(q.shape[-1]))
     quants, scales = quantize_blocks((q * shrink).reshape(-1, q.shape[-1]))
     values = quants * scales[..., None].astype(np.float64)
     return values.reshape(*q.shape[:-1], -1)[..., : q.shape[-1]] / np.float64(shrink)
@@ -230,6 +186,54 @@ def route(logits: np.ndarray, top_k: int, normalize: bool) -> tuple[np.ndarray, 
     ids = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
     weights = np.take_along_axis(probabilities, ids, axis=-1)
     return ids, weights / weights.sum(axis=-1, keepdims=True) if normalize else weights
+
+
+def choice_scores(spec: ModelSpec, logits: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    """Router logits [n, E] → what the largest of are chosen, where scoring is not "sparsemixer".
+
+    Groups of experts that are not among the best are left out: -inf. A group is as good as the sum
+    of its two best (DeepSeek-V3, arXiv 2412.19437).
+    """
+    if spec.scoring == "softmax":
+        return logits
+    scores = _sigmoid(logits) + (0 if bias is None else bias)
+    if spec.n_groups > 1:
+        groups = scores.reshape(len(scores), spec.n_groups, -1)
+        worth = np.sort(groups, axis=-1)[:, :, -2:].sum(axis=-1)
+        best = np.argsort(-worth, axis=-1, kind="stable")[:, : spec.top_groups]
+        left_out = np.ones(worth.shape, bool)
+        np.put_along_axis(left_out, best, False, axis=-1)
+        scores = np.where(left_out[..., None], -np.inf, groups).reshape(scores.shape)
+    return scores
+
+
+def choose(spec: ModelSpec, logits: np.ndarray, bias: np.ndarray | None):
+    """`route` by the rules of a spec; `bias` [E] is that of a router that has one."""
+    if spec.scoring == "softmax":
+        ids, weights = route(logits, spec.top_k, spec.normalize_top_k)
+        return ids, weights * spec.routed_scale
+    if spec.scoring == "sparsemixer":
+        return _mixed_sparsely(logits, spec.top_k, spec.router_jitter)
+    chosen = np.argsort(-choice_scores(spec, logits, bias), axis=-1, kind="stable")
+    ids = chosen[:, : spec.top_k]
+    weights = np.take_along_axis(_sigmoid(logits), ids, axis=-1)
+    if spec.normalize_top_k:
+        weights /= weights.sum(axis=-1, keepdims=True) + 1e-20
+    return ids, weights * spec.routed_scale
+
+
+def _mixed_sparsely(logits: np.ndarray, top_k: int, jitter: float):
+    """One by one the best logit that is left, and its share of a softmax over those that are close
+    to it, by twice the jitter at most (arXiv 2409.12136)."""
+    left, ids, weights = logits.copy(), [], []
+    for _ in range(top_k):
+        best = left.max(axis=-1, keepdims=True)
+        far = (best - logits) / np.maximum(np.abs(logits), best) > 2 * jitter
+        ids.append(left.argmax(axis=-1)[:, None])
+        shares = softmax(np.where(far, -np.inf, left))
+        weights.append(np.take_along_axis(shares, ids[-1], axis=-1))
+        np.put_along_axis(left, ids[-1], -np.inf, axis=-1)
+    return np.concatenate(ids, axis=-1), np.concatenate(weights, axis=-1)
 
 
 def ffn(x: np.ndarray, bundle: Mapping[str, np.ndarray], activation: str) -> np.ndarray:
@@ -357,23 +361,30 @@ class Forward:
         spec = self.spec
         x = self.weights.table()[np.asarray(ids, np.int64)].astype(np.float64)
         start = self.position
+        x *= spec.embedding_scale
         positions = np.arange(start, start + len(x))
-        freqs = frequencies(spec.rope, spec.head_dim, spec.max_positions, start + len(x))
         last = self.weights.dense(spec.n_layers)
         if spec.positions == "learned":
-            freqs = np.zeros_like(freqs)
             x += last["positions"][positions]
         for layer in range(spec.n_layers):
             dense = self.weights.dense(layer)
             h = self._seen(layer, "attn_norm", self._norm(x, dense, "attn_norm"))
-            mixed = self._attention(layer, dense, h, positions, freqs)
+            mixed = self._added(self._attention(layer, dense, h, positions), dense, "attn")
             before, x = x, x + self._seen(layer, "attention", mixed)
             if not spec.shared_norm:
                 h = self._norm(before if spec.parallel else x, dense, "ffn_norm")
             h = self._seen(layer, "ffn_norm", h)
-            x = x + self._seen(layer, "ffn", self._ffn(layer, dense, h))
+            out = self._added(self._ffn(layer, dense, h), dense, "ffn")
+            x = x + self._seen(layer, "ffn", out)
         x = self._seen(spec.n_layers, "norm", self._norm(x, last, "norm"))
-        return self._seen(spec.n_layers, "logits", linear(x, self.weights.head()))
+        logits = linear(x, self.weights.head(), last.get("head_bias")) * spec.logit_scale
+        return self._seen(spec.n_layers, "logits", capped(logits, spec.logit_cap))
+
+    def _added(self, out: np.ndarray, dense, block: str) -> np.ndarray:
+        """What a block that gives `out` adds to the residual stream."""
+        if self.spec.post_norms:
+            out = self._norm(out, dense, f"{block}_post_norm")
+        return out * self.spec.residual_scale
 
     def _norm(self, x, dense, name: str) -> np.ndarray:
         if self.spec.norm == "rms":
@@ -384,7 +395,7 @@ class Forward:
         self.watch(layer, name, value)
         return value
 
-    def _attention(self, layer, dense, h, positions, freqs) -> np.ndarray:
+    def _attention(self, layer, dense, h, positions) -> np.ndarray:
         q, k, v = (linear(h, dense[name], dense.get(f"{name}_bias")) for name in "qkv")
         if self.spec.qk_norm == "full":
             q = rms_norm(q, dense["q_norm"], self.spec.norm_eps)
@@ -395,14 +406,22 @@ class Forward:
         if self.spec.qk_norm == "head":
             q = rms_norm(q, dense["q_norm"], self.spec.norm_eps)
             k = rms_norm(k, dense["k_norm"], self.spec.norm_eps)
-        q = rotate(q, positions, freqs, self.spec.rope.attention_factor)
-        k = rotate(k, positions, freqs, self.spec.rope.attention_factor)
+        q, k = (self._rotated(t, layer, positions) for t in (q, k))
         keys = self._keys[layer] = self._keep(self._keys[layer], k)
         values = self._values[layer] = self._keep(self._values[layer], v)
-        q = rounded_queries(q) if self.kv == "q8_0" else q
-        mixed = attend(q, keys, values, self.spec.windows[layer])
+        scale, cap = self.spec.attention_scale, self.spec.attention_cap
+        q = rounded_queries(q, scale) if self.kv == "q8_0" else q
+        mixed = attend(q, keys, values, self.spec.windows[layer], scale, cap)
         self.watch(layer, "heads", mixed)
         return linear(mixed.reshape(len(h), -1), dense["o"], dense.get("o_bias"))
+
+    def _rotated(self, x: np.ndarray, layer: int, positions: np.ndarray) -> np.ndarray:
+        spec, length = self.spec, int(positions[-1]) + 1
+        if spec.positions == "learned":
+            return x
+        rope = spec.ropes[spec.rope_of(layer)]
+        freqs = frequencies(rope, spec.head_dim, spec.max_positions, length)
+        return rotate(x, positions, freqs, attention_factor(rope, length))
 
     def _keep(self, old: np.ndarray, new: np.ndarray) -> np.ndarray:
         return np.concatenate([old, kept(new, self.kv)])
@@ -411,7 +430,7 @@ class Forward:
         if not self.spec.routed[layer]:
             return ffn(h, self.weights.ffn(layer), self.spec.activation)
         logits = self._seen(layer, "router", linear(h, dense["router"]))
-        ids, weights = route(logits, self.spec.top_k, self.spec.normalize_top_k)
+        ids, weights = choose(self.spec, logits, dense.get("router_bias"))
         out = np.zeros_like(h)
         for expert in np.unique(ids):
             tokens, slots = np.nonzero(ids == expert)
@@ -419,6 +438,7 @@ class Forward:
             y = ffn(h[tokens], bundle, self.spec.activation)
             out[tokens] += weights[tokens, slots, None] * y
         if self.spec.shared_intermediate:
-            gate = _sigmoid(linear(h, dense["shared_gate"]))
+            gated = self.spec.shared_gated
+            gate = _sigmoid(linear(h, dense["shared_gate"])) if gated else 1.0
             out += gate * ffn(h, self.weights.shared(layer), self.spec.activation)
         return out

@@ -15,8 +15,9 @@ from ..errors import CorruptError
 from ..format import Kind
 from ..kernels import Array, Core, Ops
 from ..spec import ModelSpec
-from .layers import Dense, Experts, Neurons, Norm, SharedExpert, add_attended, add_attention
-from .rope import inverse_frequencies
+from .layers import Block, Dense, Experts, Neurons, Norm, SharedExpert
+from .layers import add_attended, add_attention
+from .rope import attention_factor, frequencies_key, inverse_frequencies
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Layer:
         self._index = index
         self.ops = ops = work.ops()
         tensors = work.tensors(index)
-        add_attention(work, ops, tensors)
+        add_attention(work, index, ops, tensors)
         if not spec.parallel:
             add_attended(work, ops, tensors)
         if not spec.shared_norm:  # then h is still the norm that attention read
@@ -40,7 +41,10 @@ class Layer:
             Norm(ops, tensors, "ffn_norm", spec.norm_eps, spec.hidden, x, h)
         if spec.parallel:
             add_attended(work, ops, tensors)
+        block = Block(work, ops, tensors, "ffn_post_norm")
+        block.open()
         parts = [part(work, index, ops, tensors) for part in feed_forward]
+        block.close()
         ops.keep(parts)
         self.experts = next((p for p in parts if isinstance(p, Experts)), None)
         self.neurons = next((p for p in parts if isinstance(p, Neurons)), None)
@@ -68,22 +72,41 @@ class Vocabulary:
         op.n_bundles, op.rows_per_bundle = n, first.rows
         op.dtype, op.lanes, op.cols = first.dtype.code, first.lanes, first.cols
         op.addresses, op.out = self._addresses.pointer, work.scratch.x.pointer
+        if work.spec.embedding_scale != 1.0:
+            scale = self.gathering.add(lib.EM_OP_SCALE, "scaling embeddings").elements
+            scale.x, scale.cols = work.scratch.x.pointer, work.spec.hidden
+            scale.factor = work.spec.embedding_scale
 
     def _add_table(self, work: Workspace) -> None:
         self._items = ffi.new("em_linear[]", len(self._segments))
-        rows = sum(segment.rows for segment in self._segments)
+        rows, first = sum(segment.rows for segment in self._segments), 0
+        last = work.tensors(work.spec.n_layers)
         for item, segment in zip(self._items, self._segments, strict=True):
             item.dtype, item.rows = segment.dtype.code, segment.rows
             item.cols, item.out_stride = segment.cols, rows
+            if "head_bias" in last:
+                item.bias = last.pointer("head_bias", "float *") + first
+            first += segment.rows
         self.multiplying = work.ops()
         op = self.multiplying.add(lib.EM_OP_TABLE, "multiplying by the output head").table
         op.stream, op.bundles = work.streamer.stream, pointer(self._bundles, "uint32_t *")
         op.items, op.n_bundles = self._items, len(self._segments)
         op.rows_per_bundle, op.x = self._rows_per_bundle, work.scratch.h.pointer
         self._table_op = op
+        self._logit_ops = [
+            self.multiplying.add(kind, "scaling logits").elements
+            for kind, wanted in (
+                (lib.EM_OP_SCALE, work.spec.logit_scale != 1.0),
+                (lib.EM_OP_CAP, work.spec.logit_cap > 0),
+            )
+            if wanted
+        ]
+        for op in self._logit_ops:
+            op.cols, op.factor, op.limit = rows, work.spec.logit_scale, work.spec.logit_cap
 
     def embed(self, ids: np.ndarray) -> None:
-        """scratch.x [n, hidden] = the rows of `ids`, int32 [n], each in the vocabulary."""
+        """scratch.x [n, hidden] = the rows of `ids`, int32 [n], each in the vocabulary, as they are
+        or scaled."""
         ids = np.ascontiguousarray(ids, np.int32)
         wanted, uses = np.unique(ids // self._rows_per_bundle, return_counts=True)
         kept = (
@@ -96,8 +119,11 @@ class Vocabulary:
         self.gathering.run(len(ids))
 
     def read_out(self, n_tokens: int, logits: Array) -> None:
-        """logits [n_tokens, vocab] = scratch.h [n_tokens, hidden] times the table."""
+        """logits [n_tokens, vocab] = scratch.h [n_tokens, hidden] times the table, plus its bias,
+        scaled and capped."""
         self._table_op.out = logits.pointer
+        for op in self._logit_ops:
+            op.x = logits.pointer
         self.multiplying.run(n_tokens)
 
 
@@ -123,7 +149,7 @@ class Decoder(ABC):
         layers = range(self.spec.n_layers)
         self._dense = np.concatenate([work.bundles(Kind.DENSE, i)[0] for i in layers])
         self._last = work.bundles(Kind.DENSE, self.spec.n_layers)[0]
-        self._frequencies = (0, None)
+        self._frequencies = [(-1, None) for _ in self.spec.ropes]
         self.watch: Callable[[int, np.ndarray], None] | None = None
         """Is shown what each layer's feed-forward parts read of a step's tokens, [n, hidden]."""
 
@@ -183,22 +209,24 @@ class Decoder(ABC):
         spec, s = self.spec, self._work.scratch
         if spec.positions != "learned":
             return None
-        s.cos.array[:], s.sin.array[:] = 1.0, 0.0
+        for angles in s.angles:
+            angles.cos.array[:], angles.sin.array[:] = 1.0, 0.0
         start = self._work.tensors(spec.n_layers).pointer("positions", "float *")
         table = ffi.buffer(start, 4 * spec.max_positions * spec.hidden)
         return np.frombuffer(table, np.float32).reshape(spec.max_positions, spec.hidden)
 
     def _rotate(self, kv: KvCache, n: int) -> None:
-        spec, s = self.spec, self._work.scratch
-        length = max(kv.rope_length, kv.position + n) if spec.rope.type == "dynamic" else 1
-        if self._frequencies[0] != length:
-            table = inverse_frequencies(spec.rope, spec.head_dim, spec.max_positions, length)
-            self._frequencies = (length, np.ascontiguousarray(table))
-        status = lib.em_rope_table(
-            pointer(self._frequencies[1], "double *"), spec.head_dim, kv.position, n,
-            spec.rope.attention_factor, s.cos.pointer, s.sin.pointer,
-        )  # fmt: skip
-        check(status, "computing rotary angles")
+        spec, length = self.spec, max(kv.rope_length, kv.position + n)
+        for i, (rope, angles) in enumerate(zip(spec.ropes, self._work.scratch.angles, strict=True)):
+            key = frequencies_key(rope, length)
+            if self._frequencies[i][0] != key:
+                table = inverse_frequencies(rope, spec.head_dim, spec.max_positions, length)
+                self._frequencies[i] = (key, np.ascontiguousarray(table))
+            status = lib.em_rope_table(
+                pointer(self._frequencies[i][1], "double *"), angles.dims, kv.position, n,
+                attention_factor(rope, length), angles.cos.pointer, angles.sin.pointer,
+            )  # fmt: skip
+            check(status, "computing rotary angles")
 
     def _read_out(self, n: int, rows: int) -> np.ndarray:
         if len(self._logits.array) < rows:

@@ -34,7 +34,37 @@ class Norm:
         self._op.x = x
 
 
-def add_attention(work: Workspace, ops: Ops, tensors: Tensors) -> None:
+class Block:
+    """What goes into the residual stream x: of attention, or of the feed-forward parts together.
+
+    Parts add what they give to `out` between `open` and `close`. That is x itself where nothing is
+    done to it; else it is cleared first, and then x += residual_scale · norm(out), the norm being
+    there or not.
+    """
+
+    def __init__(self, work: Workspace, ops: Ops, tensors: Tensors, norm: str):
+        self._work, self._ops, self._tensors, self._norm = work, ops, tensors, norm
+        self.out = work.scratch.block
+
+    def open(self) -> None:
+        """Add what comes before the parts."""
+        if not self._work.spec.plain_residual:
+            clear = self._ops.add(lib.EM_OP_CLEAR, "adding to the residual stream").elements
+            clear.x, clear.cols = self.out.pointer, self._work.spec.hidden
+
+    def close(self) -> None:
+        """Add what comes after the parts."""
+        spec, ops, out = self._work.spec, self._ops, self.out.pointer
+        if spec.plain_residual:
+            return
+        if spec.post_norms:
+            Norm(ops, self._tensors, self._norm, spec.norm_eps, spec.hidden, out, out)
+        add = ops.add(lib.EM_OP_ADD, "adding to the residual stream").elements
+        add.x, add.y, add.cols = self._work.scratch.x.pointer, out, spec.hidden
+        add.factor = spec.residual_scale
+
+
+def add_attention(work: Workspace, index: int, ops: Ops, tensors: Tensors) -> None:
     """attended = attend(rope(norm(q(h))), …) with h = norm(x): grouped queries."""
     spec, s = work.spec, work.scratch
     x, h = s.x.pointer, s.h.pointer
@@ -52,15 +82,18 @@ def add_attention(work: Workspace, ops: Ops, tensors: Tensors) -> None:
         clamp.x, clamp.cols, clamp.limit = array.pointer, array.array.shape[1], spec.clip_qkv
     attend = ops.add(lib.EM_OP_ATTEND, "attending").attend
     attend.q, attend.k, attend.v = s.q.pointer, s.k.pointer, s.v.pointer
-    attend.cos_table, attend.sin_table = s.cos.pointer, s.sin.pointer
+    angles = s.angles[spec.rope_of(index)]
+    attend.cos_table, attend.sin_table = angles.cos.pointer, angles.sin.pointer
     attend.out = s.attended.pointer
 
 
 def add_attended(work: Workspace, ops: Ops, tensors: Tensors) -> None:
     """x += o(attended)."""
-    s = work.scratch
-    out = Linears(tensors, [("o", "o_bias", s.x)], accumulate=True)
-    out.add_to(ops, s.attended.pointer, "adding what was attended to")
+    block = Block(work, ops, tensors, "attn_post_norm")
+    block.open()
+    out = Linears(tensors, [("o", "o_bias", block.out)], accumulate=True)
+    out.add_to(ops, work.scratch.attended.pointer, "adding what was attended to")
+    block.close()
 
 
 class Ffn:
@@ -86,7 +119,7 @@ class Ffn:
         self._bundles = pointer(bundles, "uint32_t *")
         self.op = op = ops.add(lib.EM_OP_FFN, "computing a feed-forward network").ffn
         op.stream, op.ffn, op.bundles = work.streamer.stream, self._ffn, self._bundles
-        op.x, op.out = work.scratch.h.pointer, work.scratch.x.pointer
+        op.x, op.out = work.scratch.h.pointer, work.scratch.block.pointer
         ops.keep(self)
 
 
@@ -140,7 +173,7 @@ class Neurons:
         op = ops.add(lib.EM_OP_NEURONS, "computing a feed-forward network").neurons
         op.stream, op.neurons, op.bundles = work.streamer.stream, self._neurons, self._bundles
         work.find_neurons(int(rows), op.rows)
-        op.x, op.out = s.h.pointer, s.x.pointer
+        op.x, op.out = s.h.pointer, s.block.pointer
         ops.keep(self)
 
     def rest(self, threshold: float) -> None:
@@ -149,11 +182,13 @@ class Neurons:
 
 
 class SharedExpert(Dense):
-    """An expert that every token takes, weighted by the sigmoid of its own gate."""
+    """An expert that every token takes, weighted by the sigmoid of its own gate if it has one."""
 
     kind = Kind.SHARED
 
     def _add_gate(self, ops: Ops, work: Workspace, tensors: Tensors) -> None:
+        if not work.spec.shared_gated:
+            return
         gate = Linears(tensors, [("shared_gate", None, self._weights)])
         gate.add_to(ops, work.scratch.h.pointer, "gating the shared expert")
         sigmoid = ops.add(lib.EM_OP_SIGMOID, "gating the shared expert").elements
@@ -161,7 +196,7 @@ class SharedExpert(Dense):
 
 
 class Experts:
-    """A mixture of experts: each token takes its top k, weighted by the router's softmax."""
+    """A mixture of experts: each token takes its top k, weighted by what the router scores."""
 
     def __init__(self, work: Workspace, index: int, ops: Ops, tensors: Tensors):
         spec, s = work.spec, work.scratch

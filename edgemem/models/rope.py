@@ -10,7 +10,9 @@ from ..spec import RopeSpec
 def inverse_frequencies(
     rope: RopeSpec, head_dim: int, max_positions: int, length: int
 ) -> np.ndarray:
-    """float64 [head_dim / 2]. Only "dynamic" depends on `length`, the tokens in the sequence."""
+    """float64 [dims / 2], of the numbers of a head that are rotated. Only "dynamic" and "longrope"
+    depend on `length`, the tokens in the sequence."""
+    head_dim = rope.dims or head_dim
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     theta = rope.theta
     if rope.type == "dynamic":
@@ -24,7 +26,25 @@ def inverse_frequencies(
         return _llama3(rope, plain)
     if rope.type == "yarn":
         return _yarn(rope, plain, head_dim)
+    if rope.type == "longrope":
+        return plain / np.array(rope.long_factors if is_long(rope, length) else rope.short_factors)
     return plain
+
+
+def is_long(rope: RopeSpec, length: int) -> bool:
+    """Whether a sequence of so many tokens takes longrope's long factors (arXiv 2402.13753)."""
+    return rope.type == "longrope" and length > rope.original_positions
+
+
+def attention_factor(rope: RopeSpec, length: int) -> float:
+    """What cosines and sines are multiplied by."""
+    long = rope.long_attention_factor if is_long(rope, length) else 0.0
+    return long or rope.attention_factor
+
+
+def frequencies_key(rope: RopeSpec, length: int) -> int:
+    """Of lengths with one key the frequencies are the same."""
+    return length if rope.type == "dynamic" else int(is_long(rope, length))
 
 
 def _llama3(rope: RopeSpec, plain: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from .._native import ffi, lib
 from ..format import Kind, Layout
-from ..kernels import Array, Core, Linears, Ops, Tensors
+from ..kernels import SCORING_CODES, Array, Core, Linears, Ops, Tensors
 from ..spec import ModelSpec
 
 
@@ -30,16 +30,26 @@ class Scratch:
         self.k = Array((n_tokens, kv_heads), trimmed=True)
         self.v = Array((n_tokens, kv_heads), trimmed=True)
         self.attended = Array((n_tokens, heads), trimmed=True)
-        self.cos = Array((n_tokens, spec.head_dim // 2))
-        self.sin = Array((n_tokens, spec.head_dim // 2))
+        self.angles = [Angles(rope.dims or spec.head_dim, n_tokens) for rope in spec.ropes]
+        # What a block gives, where it is not added to x as it is.
+        self.block = self.x if spec.plain_residual else Array(self.x.array.shape, trimmed=True)
         self.ahead = Array((n_tokens if any(spec.routed) else 1, spec.hidden), trimmed=True)
         self.routing = Routing(spec, n_tokens)
         self.foreseen = Routing(spec, n_tokens)
 
     def trim(self, n_tokens: int) -> None:
         """Give the memory of activations of more than n tokens back until it is used again."""
-        for array in (self.x, self.h, self.q, self.k, self.v, self.attended, self.ahead):
+        arrays = {self.x, self.h, self.q, self.k, self.v, self.attended, self.ahead, self.block}
+        for array in arrays:
             array.trim(n_tokens)
+
+
+class Angles:
+    """Cosines and sines of a step's positions: those by which `dims` numbers of a head turn."""
+
+    def __init__(self, dims: int, n_tokens: int):
+        self.dims = dims
+        self.cos, self.sin = Array((n_tokens, dims // 2)), Array((n_tokens, dims // 2))
 
 
 class Routing:
@@ -60,8 +70,13 @@ class Routing:
         router.add_to(ops, x.pointer, "routing")
         op = ops.add(lib.EM_OP_ROUTE, "routing")
         route = op.route
-        route.n_experts, route.top_k = spec.n_experts, spec.top_k
-        route.normalize = spec.normalize_top_k
+        rules = route.router
+        for name in ("n_experts", "top_k", "n_groups", "top_groups"):
+            setattr(rules, name, getattr(spec, name))
+        rules.normalize, rules.scoring = spec.normalize_top_k, SCORING_CODES[spec.scoring]
+        rules.scale, rules.jitter = spec.routed_scale, spec.router_jitter
+        if spec.router_bias:
+            rules.bias = tensors.pointer("router_bias", "float *")
         for name in ("logits", "experts", "first", "tokens", "weights"):
             setattr(route, name, getattr(self, name).pointer)
         route.n_chosen = self._n_chosen.pointer
@@ -93,7 +108,7 @@ def trimmed_bytes(spec: ModelSpec, of_tokens: int, n_tokens: int, threads: int) 
     """Bytes that `Workspace.trim` gives back of the scratch for so many tokens, at the least."""
     heads, kv_heads = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
     floats = [spec.hidden, spec.hidden, heads, kv_heads, kv_heads, heads]
-    floats += [spec.hidden] if any(spec.routed) else []
+    floats += [spec.hidden] * (any(spec.routed) + (not spec.plain_residual))
     core = core_scratch_bytes(spec, of_tokens, threads)
     parts = [core - core_scratch_bytes(spec, n_tokens, threads)]
     parts += [4 * (of_tokens - n_tokens) * width for width in floats]
@@ -139,7 +154,8 @@ class ScratchLoan:
 def scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:
     """Bytes of a `Scratch`, of the core's scratch, and of two rows of logits, one its reader's."""
     heads = 2 * spec.n_heads + 2 * spec.n_kv_heads
-    floats = 3 * spec.hidden + (heads + 1) * spec.head_dim
+    floats = (3 + (not spec.plain_residual)) * spec.hidden
+    floats += (heads + len(spec.ropes)) * spec.head_dim
     floats += 2 * (spec.n_experts + 2 * spec.top_k) + 4
     return core_scratch_bytes(spec, n_tokens, threads) + 4 * (
         n_tokens * floats + 2 * spec.vocab_size

@@ -53,8 +53,9 @@ static em_core *open_core(int32_t threads) {
 }
 
 static void route(em_core *core, problem *p, int32_t normalize) {
-    p->n_chosen = em_route(core, p->logits, TOKENS, EXPERTS, TOP, normalize, p->experts, p->first,
-                           p->tokens, p->weights);
+    em_router router = {.n_experts = EXPERTS, .top_k = TOP, .normalize = normalize, .scale = 1};
+    p->n_chosen =
+        em_route(core, &router, p->logits, TOKENS, p->experts, p->first, p->tokens, p->weights);
     for (int i = 0; i < p->n_chosen; i++)
         p->address[i] = (uint64_t)(uintptr_t)p->bundle[p->experts[i]];
 }

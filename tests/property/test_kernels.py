@@ -243,43 +243,6 @@ def test_quantizing(cores, rng):
         assert np.array_equal(found[..., 32], scales), cols
 
 
-def run_route(core, logits: np.ndarray, top_k: int, normalize: bool) -> np.ndarray:
-    """The weights that experts get, as a table [tokens, experts]: zero where not picked."""
-    n, n_experts = logits.shape
-    experts, first = np.zeros(n_experts, np.uint32), np.zeros(n_experts + 1, np.int32)
-    tokens, weights = np.zeros(n * top_k, np.int32), np.zeros(n * top_k, np.float32)
-    count = lib.em_route(
-        core.handle, _pointer(logits), n, n_experts, top_k, normalize,
-        _pointer(experts, "uint32_t *"), _pointer(first, "int32_t *"),
-        _pointer(tokens, "int32_t *"), _pointer(weights),
-    )  # fmt: skip
-    assert 0 < count <= n_experts
-    assert (np.diff(experts[:count].astype(int)) > 0).all(), "experts come in ascending order"
-    assert first[0] == 0 and first[count] == n * top_k
-    table = np.zeros((n, n_experts), np.float32)
-    for b in range(count):
-        span = slice(first[b], first[b + 1])
-        assert (np.diff(tokens[span]) > 0).all(), "tokens of an expert come in ascending order"
-        table[tokens[span], experts[b]] = weights[span]
-    return table
-
-
-@pytest.mark.parametrize("normalize", (False, True))
-@pytest.mark.parametrize("ties", (False, True))
-def test_routing(normalize, ties, cores, rng):
-    for n_experts, tokens in itertools.product((1, 2, 15, 16, 17, 60, 251), TOKENS):
-        top_k = min(n_experts, 1 + int(rng.integers(8)))
-        logits = floats(rng, tokens, n_experts) * 3
-        logits = np.round(logits) if ties else logits
-        args = logits, top_k, normalize
-        found = on_all(cores, lambda c: run_route(c, *args))  # noqa: B023
-        ids, weights = reference.route(logits.astype(np.float64), top_k, normalize)
-        expected = np.zeros(found.shape)
-        np.put_along_axis(expected, ids, weights, axis=1)
-        assert np.array_equal(found > 0, expected > 0), (n_experts, top_k)
-        assert (np.abs(found - expected) <= (n_experts + 16) * U * expected).all()
-
-
 def run_ffn(core, bundles, x, pairs, activation: str) -> np.ndarray:
     """pairs: per bundle, (token, weight) of each token that it computes."""
     layout = bundles[0].layout
@@ -379,7 +342,7 @@ class Cache:
         shape = kv_heads, context, lib.em_kv_row_bytes(code, head_dim)
         self.keys, self.values = np.full(shape, 0x7F, np.uint8), np.full(shape, 0x7F, np.uint8)
         self.struct = ffi.new("em_attention *", [
-            heads, kv_heads, head_dim, window, code, context,
+            heads, kv_heads, head_dim, window, 0, code, 0, 0, context,
             _pointer(self.keys, "void *"), _pointer(self.values, "void *"),
         ])  # fmt: skip
 
@@ -470,6 +433,53 @@ def test_attention(heads, kv_heads, head_dim, window, kv, cores, rng):
     size = head_dim * np.abs(rotated).max() * np.abs(keys).max() / np.sqrt(head_dim)
     bound = (head_dim * size + length + 16) * U * np.abs(values).max()
     assert np.abs(mixed - expected).max() <= bound
+
+
+@pytest.mark.parametrize("kv", KV_TYPES)
+@pytest.mark.parametrize("scale, cap, dims", [(0.3, 0.0, 0), (0.0, 2.0, 0), (0.5, 1.0, 4)])
+def test_attention_with_its_options(scale, cap, dims, kv, cores, rng):
+    length, heads, kv_heads, head_dim = 90, 4, 2, 18
+    q = floats(rng, length, heads, head_dim)
+    k, v = floats(rng, length, kv_heads, head_dim), floats(rng, length, kv_heads, head_dim)
+    freqs = reference.frequencies(RopeSpec(dims=dims), head_dim, 64, 64)
+    angles = np.arange(length)[:, None] * freqs
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+    def run(core):
+        cache = Cache(core, kv, heads, kv_heads, head_dim, 40, length)
+        cache.struct.scale, cache.struct.cap, cache.struct.rotary = scale, cap, dims
+        mixed = cache.step(q, k, v, cos, sin, 0)
+        return np.concatenate([a.astype(float).ravel() for a in (*mixed, *cache.kept(length, 18))])
+
+    found = np.split(on_all(cores, run), np.cumsum([q.size, q.size, k.size]))
+    rotated, mixed, keys, values = (
+        a.reshape(b.shape) for a, b in zip(found, (q, q, k, v), strict=True)
+    )
+    turned = reference.rotate(q.astype(float), np.arange(length), freqs, 1.0)
+    assert np.abs(rotated - turned).max() <= 8 * U * np.abs(q).max()
+    turned = reference.rotate(k.astype(float), np.arange(length), freqs, 1.0)
+    assert (np.abs(keys - turned) <= kv_bound(kv, turned) + 8 * U).all()
+    queries = reference.rounded_queries(rotated, scale) if kv == "q8_0" else rotated
+    expected = reference.attend(queries, keys, values, 40, scale, cap)
+    assert np.abs(mixed - expected).max() <= 1e-4 * np.abs(values).max()
+
+
+def test_elements(cores, rng):
+    for n in (0, 1, 17, 4096, 9001):
+        x, y = floats(rng, n) * 3, floats(rng, n)
+
+        def run(core):
+            scaled, capped, sums = x.copy(), x.copy(), x.copy()  # noqa: B023
+            assert lib.em_scale(core.handle, _pointer(scaled), n, 0.3) == lib.EM_OK  # noqa: B023
+            assert lib.em_cap(core.handle, _pointer(capped), n, 1.5) == lib.EM_OK  # noqa: B023
+            ends = _pointer(sums), _pointer(y)  # noqa: B023
+            assert lib.em_add(core.handle, *ends, n, -0.7) == lib.EM_OK  # noqa: B023
+            return np.concatenate([scaled, capped, sums])
+
+        scaled, capped, sums = np.split(on_all(cores, run), 3)
+        assert np.array_equal(scaled, x * np.float32(0.3))
+        assert np.abs(capped - reference.capped(x.astype(float), 1.5)).max(initial=0) <= 16 * U
+        assert np.abs(sums - (x - 0.7 * y.astype(float))).max(initial=0) <= 32 * U
 
 
 def test_clamping_is_exact(rng):
