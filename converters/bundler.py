@@ -155,7 +155,7 @@ class _Planner:
         """
         shape = (self.spec.vocab_size, self.spec.hidden)
         embed = naming.Source(self.prefix + self.names.EMBED, shape)
-        head = naming.Source(naming.HEAD, shape)
+        head = naming.Source(self.names.HEAD, shape)
         both = embed.tensor in self.tensors and head.tensor in self.tensors
         if self.spec.tied and not both:
             taken = self._take([embed, head])

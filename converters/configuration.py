@@ -5,13 +5,13 @@ Configs of transformers 4 (`rope_theta`, `rope_scaling` with "type" or "rope_typ
 configuration class; so has one that is null, unless null has a meaning of its own.
 """
 
-import math
 from dataclasses import dataclass
 
 from edgemem.errors import CheckpointError, CorruptError, UnsupportedError
-from edgemem.spec import ROPE_TYPES, ModelSpec, RopeSpec
+from edgemem.spec import ModelSpec, RopeSpec
 
 from .families import OWN
+from .rope import finite, rope_of
 
 _COMMON = {
     "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000.0,
@@ -103,6 +103,7 @@ def _model_type(config: dict) -> str:
     """The model type, which must be supported, and so must the architecture if one is named."""
     model_type, names = config.get("model_type"), config.get("architectures") or []
     wanted = {f"{t.replace('_', '')}forcausallm": t for t in DEFAULTS}
+    wanted |= {m.ARCHITECTURE.lower(): t for t, m in OWN.items() if hasattr(m, "ARCHITECTURE")}
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"config.json: architectures = {names!r:.80} is not a list of names")
     if not isinstance(model_type, str | None):
@@ -148,20 +149,18 @@ class _Keys:
         return value
 
     def number(self, key: str, default: float) -> float:
-        return _finite(key, self.get(key, (int, float), "a number", default))
+        return finite(key, self.get(key, (int, float), "a number", default))
 
     def flag(self, key: str) -> bool:
         return self.get(key, (bool,), "true or false", False)
 
-    def rope(self) -> RopeSpec:
-        return _rope(self)
+    def rope(self, head_dim: int | None = None) -> RopeSpec:
+        """`head_dim` is given where a part of a head may be rotated, and longrope may be."""
+        return rope_of(self, head_dim)
 
-
-def _finite(key: str, value) -> float:
-    """A finite float of a JSON value that is a number (and no bool)."""
-    if type(value) not in (int, float) or not abs(value) < 1e300:
-        raise CheckpointError(f"config.json: {key} = {value!r:.80} is not a finite number")
-    return float(value)
+    def kv_heads(self, heads: int) -> int:
+        """Those of the config, which null leaves to be as many as there are heads."""
+        return self.count("num_key_value_heads", heads)
 
 
 def _spec(keys: _Keys, generation: dict) -> ModelSpec:
@@ -171,28 +170,34 @@ def _spec(keys: _Keys, generation: dict) -> ModelSpec:
     if not 1 <= n_layers <= 1 << 16 or heads < 1:
         raise CheckpointError(f"config.json: {n_layers} layers of {heads} heads are out of range")
     model_type, vocab = keys.model_type, keys.count("vocab_size")
-    if model_type in OWN:
-        own = {"routed": (False,) * n_layers} | OWN[model_type].facts(keys, hidden, heads)
-    else:
-        head_dim = keys.count("head_dim", hidden // heads)
-        own = {"n_kv_heads": _kv_heads(keys, heads), "head_dim": head_dim, "rope": keys.rope()}
-        own |= {"norm_eps": keys.number("rms_norm_eps", 1e-6)} | _experts(keys, n_layers)
+    plain = {"routed": (False,) * n_layers, "windows": (0,) * n_layers}
+    own = OWN[model_type].facts(keys, hidden, heads) if model_type in OWN else _facts(keys, hidden)
     return ModelSpec(
-        **own,
+        **plain | own,
         model_type=model_type,
         n_layers=n_layers,
         hidden=hidden,
         n_heads=heads,
         vocab_size=vocab,
         activation=_activation(keys),
-        windows=_windows(keys, n_layers),
         max_positions=keys.count("max_position_embeddings"),
         tied=keys.flag("tie_word_embeddings"),
-        qk_norm={"olmoe": "full", "qwen3": "head", "qwen3_moe": "head"}.get(model_type, "none"),
-        clip_qkv=keys.number("clip_qkv", 0.0) if model_type == "olmoe" else 0.0,
         bos_id=_token_ids(keys, "bos_token_id", vocab)[0],
         eos_ids=_eos_ids(keys, generation, vocab),
     )
+
+
+def _facts(keys: _Keys, hidden: int) -> dict:
+    """What a family's `facts` say, of the types that are spelled as Llama is."""
+    model_type, heads = keys.model_type, keys.count("num_attention_heads")
+    n_layers = keys.count("num_hidden_layers")
+    return {
+        "n_kv_heads": _kv_heads(keys, heads), "head_dim": keys.count("head_dim", hidden // heads),
+        "rope": keys.rope(), "norm_eps": keys.number("rms_norm_eps", 1e-6),
+        "windows": _windows(keys, n_layers), **_experts(keys, n_layers),
+        "qk_norm": {"olmoe": "full", "qwen3": "head", "qwen3_moe": "head"}.get(model_type, "none"),
+        "clip_qkv": keys.number("clip_qkv", 0.0) if model_type == "olmoe" else 0.0,
+    }  # fmt: skip
 
 
 def _kv_heads(keys: _Keys, heads: int) -> int:
@@ -262,7 +267,7 @@ def _windows(keys: _Keys, n_layers: int) -> tuple[int, ...]:
     `use_sliding_window` says so; the other Qwens slide in some layers.
     """
     model_type = keys.model_type
-    if model_type in ("llama", "olmoe") or model_type in OWN:
+    if model_type in ("llama", "olmoe"):
         return (0,) * n_layers
     if model_type in ("mistral", "mixtral"):
         absent = "sliding_window" not in keys.config
@@ -308,79 +313,6 @@ def _sliding_layers(keys: _Keys, n_layers: int, slides: bool) -> list[bool]:
             "config.json: layer_types has sliding layers, but there is no sliding window to use"
         )
     return sliding
-
-
-def _rope(keys: _Keys) -> RopeSpec:
-    """See RotaryEmbeddingConfigMixin and the functions in transformers' modeling_rope_utils.py."""
-    config = keys.config
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"config.json: rope_scaling = {rope!r:.80} is not an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_TYPES or any(isinstance(value, dict) for value in rope.values()):
-        raise UnsupportedError(
-            f"config.json: the rope type {kind!r:.80} is not supported; "
-            f"supported are {', '.join(ROPE_TYPES)}, one for all layers"
-        )
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial not in (None, 1.0):
-        raise UnsupportedError(
-            f"config.json: partial_rotary_factor = {partial!r:.80} is not supported"
-        )
-    theta = rope.get("rope_theta")
-    theta = keys.number("rope_theta", 1e4) if theta is None else _finite("rope_theta", theta)
-    values = {"type": kind, "theta": theta}
-    if kind != "default":
-        values |= _scaling(keys, kind, rope)
-    return RopeSpec(**values)
-
-
-def _scaling(keys: _Keys, kind: str, rope: dict) -> dict:
-    """The fields of RopeSpec that scale positions, for all types but "default"."""
-    positions = keys.count("max_position_embeddings")
-    if kind in ("linear", "dynamic"):
-        return {"factor": _need(rope, "factor")}
-    original = keys.config.get("original_max_position_embeddings")
-    if original is None:
-        original = rope.get("original_max_position_embeddings", positions)
-    if type(original) is not int or not 1 <= original < 1 << 31:
-        raise CheckpointError(
-            f"config.json: original_max_position_embeddings = {original!r:.80} is out of range"
-        )
-    values = {"original_positions": original}
-    if kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor")
-        return values | {name: _need(rope, name) for name in names}
-    factor = rope.get("factor")
-    factor = positions / original if factor is None else _finite("factor", factor)
-    values |= {"factor": factor, "attention_factor": _attention_factor(rope, factor)}
-    values["beta_fast"] = _finite("beta_fast", rope.get("beta_fast") or 32)
-    values["beta_slow"] = _finite("beta_slow", rope.get("beta_slow") or 1)
-    return values | {"truncate": bool(rope.get("truncate", True))}
-
-
-def _need(rope: dict, name: str) -> float:
-    if name not in rope:
-        raise CheckpointError(f"config.json: the rotary embedding lacks its {name}")
-    return _finite(name, rope[name])
-
-
-def _attention_factor(rope: dict, factor: float) -> float:
-    """What YaRN scales cosines and sines by."""
-    if rope.get("attention_factor") is not None:
-        return _finite("attention_factor", rope["attention_factor"])
-    mscale, all_dim = rope.get("mscale") or 0, rope.get("mscale_all_dim") or 0
-    if mscale and all_dim:
-        scale, all_scale = _finite("mscale", mscale), _finite("mscale_all_dim", all_dim)
-        return _mscale(factor, scale) / _mscale(factor, all_scale)
-    return _mscale(factor, 1.0)
-
-
-def _mscale(factor: float, scale: float) -> float:
-    value = 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-    if value <= 0:
-        raise CheckpointError(f"config.json: mscale = {scale} is out of range")
-    return value
 
 
 def _biases(keys: _Keys) -> frozenset[str]:

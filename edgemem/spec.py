@@ -196,9 +196,9 @@ class ModelSpec:
             _check(1 <= top <= groups and self.top_k <= top * size, "top_groups", top)
 
     def _check_rope(self, rope: RopeSpec) -> None:
-        dims = rope.dims or self.head_dim
-        _check(dims <= self.head_dim, "rope.dims", dims)
-        _check(dims > 2 or rope.type != "dynamic", "rope.dims", dims)
+        dims, name = rope.dims or self.head_dim, "rope.dims" if rope.dims else "head_dim"
+        _check(dims <= self.head_dim, name, dims)
+        _check(dims > 2 or rope.type != "dynamic", name, dims)
         for factors in (rope.short_factors, rope.long_factors):
             _check(len(factors) == (dims // 2 if rope.type == "longrope" else 0), "rope", factors)
 

@@ -14,11 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from tiny_config import MODEL_TYPES, Draw, draw_biases, draw_spec, spell
+import tiny_config
+from tiny_config import Draw
+from tiny_families import FAMILIES
 
 from edgemem.kernels.reference import Forward
 from edgemem.spec import ModelSpec
 
+MODEL_TYPES = (*tiny_config.MODEL_TYPES, *FAMILIES)
 VOCAB_SIZES = (259, 272, 300)
 """Beyond the 258 tokens of the tokenizer, as padded vocabularies of real models are."""
 IDS_COUNT = 33
@@ -72,9 +75,16 @@ def write(folder: Path, model_type: str, seed: int, dtype: str | None = None, **
     of the drawn spec (they must fit each other and the type).
     """
     draw = Draw(seed, MODEL_TYPES.index(model_type))
-    spec = replace(draw_spec(draw, model_type, draw.one(VOCAB_SIZES)), **facts)
-    biases = draw_biases(draw, model_type)
-    config, rope = spell(draw, spec, biases)
+    family, vocab_size = FAMILIES.get(model_type), draw.one(VOCAB_SIZES)
+    if family:
+        spec = replace(family.spec(draw, vocab_size), **facts)
+        biases = family.biases(draw)
+        config, rope = family.config(draw, spec, biases)
+        config |= tiny_config.spell_ends(spec)
+    else:
+        spec = replace(tiny_config.draw_spec(draw, model_type, vocab_size), **facts)
+        biases = tiny_config.draw_biases(draw, model_type)
+        config, rope = tiny_config.spell(draw, spec, biases)
     spec = replace(spec, rope=rope)
     drawn = draw.one(("F32", "F32", "F32", "BF16", "F16"))
     dtype = dtype or drawn
@@ -82,7 +92,7 @@ def write(folder: Path, model_type: str, seed: int, dtype: str | None = None, **
     weights = _draw_weights(draw, spec, biases, dtype)
     ids = [int(i) for i in draw.rng.integers(0, spec.vocab_size, IDS_COUNT)]
     _settle_routers(draw, spec, weights, ids, dtype)
-    tensors = _named(draw, spec, weights)
+    tensors = (family.tensors if family else _named)(draw, spec, weights)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", config)
     _write_weights(draw, folder, tensors, dtype)

@@ -25,7 +25,7 @@ _ARCHITECTURES = {
 }  # fmt: skip
 _HAS_HEAD_DIM = ("llama", "mistral", "qwen3", "mixtral", "qwen3_moe")
 """Types whose configuration class knows `head_dim`; olmoe cannot have one of its own."""
-_ACTIVATION_NAMES = {
+ACTIVATION_NAMES = {
     "silu": ("silu", "swish"), "gelu": ("gelu", "gelu_python"),
     "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_quick": ("quick_gelu",),
     "relu": ("relu",), "relu2": ("relu2",),
@@ -75,7 +75,7 @@ def draw_spec(draw: Draw, model_type: str, vocab_size: int) -> ModelSpec:
     if model_type in _HAS_HEAD_DIM and draw.maybe(0.6):
         hidden = heads * draw.whole(1 + 16 // heads, 1 + 96 // heads)
     max_positions = draw.one((64, 100, 512))
-    rope = _draw_rope(draw, model_type, max_positions)
+    rope = draw_rope(draw, model_type, max_positions)
     if rope.type == "dynamic":  # a sequence of `tiny.IDS_COUNT` grows past max_positions
         max_positions, factor = draw.one(((8, 8.0), (12, 4.0), (17, 2.5), (24, 1.5)))
         rope = replace(rope, factor=factor)
@@ -91,7 +91,7 @@ def draw_spec(draw: Draw, model_type: str, vocab_size: int) -> ModelSpec:
         head_dim=head_dim,
         vocab_size=vocab_size,
         intermediate=moe["expert_intermediate"] if plain else draw.whole(20, 140),
-        activation="silu" if draw.maybe(0.4) else draw.one(tuple(_ACTIVATION_NAMES)),
+        activation="silu" if draw.maybe(0.4) else draw.one(tuple(ACTIVATION_NAMES)),
         norm_eps=draw.one((1e-5, 1e-6, 1e-8, 1e-3)),
         rope=rope,
         windows=_draw_windows(draw, model_type, n_layers),
@@ -118,7 +118,7 @@ def _draw_ungated(draw: Draw, model_type: str, vocab_size: int) -> ModelSpec:
         head_dim=head_dim,
         vocab_size=vocab_size,
         intermediate=draw.whole(20, 140),
-        activation="relu" if draw.maybe(0.5) else draw.one(tuple(_ACTIVATION_NAMES)),
+        activation="relu" if draw.maybe(0.5) else draw.one(tuple(ACTIVATION_NAMES)),
         norm_eps=1e-5,
         rope=RopeSpec(),
         windows=(0,) * n_layers,
@@ -143,7 +143,7 @@ def _draw_ungated(draw: Draw, model_type: str, vocab_size: int) -> ModelSpec:
     )  # fmt: skip
 
 
-def _draw_rope(draw: Draw, model_type: str, max_positions: int) -> RopeSpec:
+def draw_rope(draw: Draw, model_type: str, max_positions: int) -> RopeSpec:
     kind = draw.one(("default", "linear", "dynamic", "llama3", "yarn"))
     theta = draw.one((100.0, 10000.0, 500000.0, 1000000.0))
     factor = draw.one((1.0, 1.5, 2.0, 4.0, 8.0))
@@ -202,17 +202,12 @@ def spell(draw: Draw, spec: ModelSpec, biases: dict[str, bool]) -> tuple[dict, M
 
     `biases` says which of "qkv", "o", "mlp" there are; it comes from `draw_biases`.
     """
-    eos = list(spec.eos_ids)
-    ends = {
-        "bos_token_id": spec.bos_id,
-        "eos_token_id": eos if len(eos) > 1 else (eos or [None])[0],
-        "pad_token_id": None,
-    }
+    ends = spell_ends(spec)
     if spec.model_type == "opt":
         return _spell_opt(draw, spec, biases["o"]) | ends, spec.rope
     if spec.model_type == "falcon":
         return _spell_falcon(draw, spec) | ends, spec.rope
-    rope_keys, rope = _spell_rope(draw, spec)
+    rope_keys, rope = spell_rope(draw, spec)
     config = {
         "architectures": [_ARCHITECTURES[spec.model_type] + "ForCausalLM"],
         "model_type": spec.model_type,
@@ -222,7 +217,7 @@ def spell(draw: Draw, spec: ModelSpec, biases: dict[str, bool]) -> tuple[dict, M
         "num_hidden_layers": spec.n_layers,
         "num_attention_heads": spec.n_heads,
         "num_key_value_heads": spec.n_kv_heads,
-        "hidden_act": draw.one(_ACTIVATION_NAMES[spec.activation]),
+        "hidden_act": draw.one(ACTIVATION_NAMES[spec.activation]),
         "max_position_embeddings": spec.max_positions,
         "rms_norm_eps": spec.norm_eps,
         "tie_word_embeddings": spec.tied,
@@ -239,6 +234,16 @@ def spell(draw: Draw, spec: ModelSpec, biases: dict[str, bool]) -> tuple[dict, M
     return config, rope
 
 
+def spell_ends(spec: ModelSpec) -> dict:
+    """The special tokens' keys."""
+    eos = list(spec.eos_ids)
+    return {
+        "bos_token_id": spec.bos_id,
+        "eos_token_id": eos if len(eos) > 1 else (eos or [None])[0],
+        "pad_token_id": None,
+    }
+
+
 def _spell_opt(draw: Draw, spec: ModelSpec, biases: bool) -> dict:
     config = {
         "architectures": ["OPTForCausalLM"],
@@ -248,7 +253,7 @@ def _spell_opt(draw: Draw, spec: ModelSpec, biases: bool) -> dict:
         "ffn_dim": spec.intermediate,
         "num_hidden_layers": spec.n_layers,
         "num_attention_heads": spec.n_heads,
-        "activation_function": draw.one(_ACTIVATION_NAMES[spec.activation]),
+        "activation_function": draw.one(ACTIVATION_NAMES[spec.activation]),
         "max_position_embeddings": spec.max_positions,
         "tie_word_embeddings": spec.tied,
         "enable_bias": biases,
@@ -275,7 +280,7 @@ def _spell_falcon(draw: Draw, spec: ModelSpec) -> dict:
         "ffn_hidden_size": spec.intermediate,
         "num_hidden_layers": spec.n_layers,
         "num_attention_heads": heads,
-        "activation": draw.one(_ACTIVATION_NAMES[spec.activation]),
+        "activation": draw.one(ACTIVATION_NAMES[spec.activation]),
         "max_position_embeddings": spec.max_positions,
         "layer_norm_epsilon": spec.norm_eps,
         "tie_word_embeddings": spec.tied,
@@ -380,7 +385,7 @@ def _spell_experts(draw: Draw, spec: ModelSpec) -> dict:
     return keys
 
 
-def _spell_rope(draw: Draw, spec: ModelSpec) -> tuple[dict, RopeSpec]:
+def spell_rope(draw: Draw, spec: ModelSpec) -> tuple[dict, RopeSpec]:
     rope, outer = spec.rope, {}
     inner = {} if rope.type == "default" else {"factor": rope.factor}
     if rope.type in ("llama3", "yarn"):

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import tiny
 from gguf import GGMLQuantizationType as Type
+from tiny_families import FAMILIES
 
 from edgemem.spec import ModelSpec, RopeSpec
 
@@ -29,6 +30,8 @@ def facts(model_type: str, seed: int, blocks: bool = False) -> dict:
 
     With `blocks` every row is a whole number of blocks of 32.
     """
+    if model_type in FAMILIES:
+        return FAMILIES[model_type].gguf_facts(seed)
     routed = {"mixtral": (True, True), "olmoe": (True, True)}.get(model_type, (False, False))
     if model_type in ("qwen2_moe", "qwen3_moe"):
         routed = ((True, True), (False, True), (True, False))[seed % 3]
@@ -54,6 +57,13 @@ ROPES = (
 )
 
 
+def architecture(model_type: str) -> str:
+    """What llama.cpp calls a model type."""
+    if model_type in FAMILIES:
+        return FAMILIES[model_type].GGUF
+    return ARCHITECTURES.get(model_type, model_type)
+
+
 def interleaved(values: np.ndarray, heads: int) -> np.ndarray:
     """`permute` of LlamaModel in convert_hf_to_gguf.py."""
     halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
@@ -73,13 +83,21 @@ def name_of(kind: str, layer: int, part: str) -> str:
 
 def heads_of(spec: ModelSpec, name: str) -> int:
     """In how many heads llama.cpp's converter interleaves the rows of a tensor; 0 for most."""
-    if ARCHITECTURES.get(spec.model_type, spec.model_type) != "llama":
+    if architecture(spec.model_type) not in ("llama", "granite", "granitemoe"):
         return 0
     return {"attn_q": spec.n_heads, "attn_k": spec.n_kv_heads}.get(name.split(".")[-2], 0)
 
 
 def tensors(spec: ModelSpec, weights: "tiny.TinyWeights") -> dict[str, np.ndarray]:
     """The model's weights by GGUF names, as float32."""
+    if spec.model_type in FAMILIES:
+        found = FAMILIES[spec.model_type].gguf_tensors(spec, weights)
+        for name, values in found.items():
+            heads = heads_of(spec, name) if name.startswith("blk.") else 0
+            found[name] = interleaved(values, heads) if heads else values
+        if spec.rope.type == "llama3":
+            found["rope_freqs.weight"] = rope_factors(spec)
+        return found
     found = {"token_embd.weight": weights.table()}
     if not spec.tied:
         found["output.weight"] = weights.head()
@@ -122,9 +140,11 @@ def write(path: Path, model: "tiny.Tiny", kind=Type.F32, split: int = 0, more=No
     `more(writer)` adds keys.
     """
     spec = model.spec
-    arch = ARCHITECTURES.get(spec.model_type, spec.model_type)
+    arch = architecture(spec.model_type)
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
     _write_metadata(writer, spec)
+    if spec.model_type in FAMILIES:
+        FAMILIES[spec.model_type].gguf_keys(writer, spec)
     _write_vocabulary(writer, spec)
     if more:
         more(writer)

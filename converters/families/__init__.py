@@ -3,7 +3,8 @@
 Such a module says
     DEFAULTS            what an absent key of the config means
     KEYS                which key says what others call by another name
-    EMBED, PREFIXES     the name of the embedding, and what may stand before all names
+    EMBED, HEAD, PREFIXES    names of the two tables, and what may stand before all names but HEAD
+    ARCHITECTURE        the name of the class, where it is not the type's name and ForCausalLM
     facts(keys, hidden, heads)               fields of ModelSpec that are the type's own (those that
                                              `configuration` asks the others for)
     biases(keys)                             which segments of biases there are
@@ -12,7 +13,9 @@ Such a module says
 
 from types import ModuleType
 
-from . import falcon, opt
+from . import falcon, granite, granitemoe, opt
 
-OWN: dict[str, ModuleType] = {"falcon": falcon, "opt": opt}
+OWN: dict[str, ModuleType] = {
+    "falcon": falcon, "granite": granite, "granitemoe": granitemoe, "opt": opt,
+}  # fmt: skip
 """By model type."""

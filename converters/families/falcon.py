@@ -4,6 +4,7 @@ from edgemem.errors import CheckpointError, UnsupportedError
 from edgemem.format import Kind, Part
 from edgemem.spec import ModelSpec
 
+from ..naming import HEAD as HEAD
 from ..naming import Source
 from .heads import head_size
 

@@ -6,6 +6,7 @@ from edgemem.errors import UnsupportedError
 from edgemem.format import Kind, Part
 from edgemem.spec import ModelSpec, RopeSpec
 
+from ..naming import HEAD as HEAD
 from ..naming import Source
 from .heads import head_size
 

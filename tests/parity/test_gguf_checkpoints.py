@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from tiny_config import ROPE_TYPES
+from tiny_families import FAMILIES
 
 import edgemem
 from edgemem import converters
@@ -31,7 +32,7 @@ def mixed(name: str) -> Type:
     return Type.F16 if name.startswith("blk.0.attn_k") else Type.Q4_0
 
 
-@pytest.mark.parametrize("model_type", ROPE_TYPES)
+@pytest.mark.parametrize("model_type", (*ROPE_TYPES, *FAMILIES))
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_gguf_is_its_checkpoint(model_type, seed, tmp_path, seed_base):
     """Same bundles to the byte, so same logits; and the same spec, but for what GGUF cannot say."""

@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import tiny
-from tiny_config import MODEL_TYPES
+from tiny import MODEL_TYPES
 
 import edgemem
 from edgemem.kernels.reference import Forward, StoreWeights

@@ -15,7 +15,7 @@ import answers
 import numpy as np
 import pytest
 import tiny
-from tiny_config import MODEL_TYPES
+from tiny import MODEL_TYPES
 
 import edgemem
 from edgemem._native import isa_names

@@ -11,7 +11,7 @@ import pytest
 import streaming
 import tiny
 from streaming import answer
-from tiny_config import MODEL_TYPES
+from tiny import MODEL_TYPES
 
 import edgemem
 from edgemem import inventory, lookahead, policies, residency

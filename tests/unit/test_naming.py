@@ -9,7 +9,8 @@ import torch
 from edgemem.converters import naming
 from edgemem.converters.configuration import DEFAULTS, describe
 from edgemem.converters.families import OWN
-from tiny_config import MODEL_TYPES, ROPE_TYPES
+from tiny import MODEL_TYPES
+from tiny_config import ROPE_TYPES
 
 from edgemem.errors import CheckpointError, EdgeMemError, UnsupportedError
 from edgemem.format import Kind, bundle_parts

@@ -10,6 +10,7 @@ from pathlib import Path
 from edgemem.errors import CheckpointError
 
 from .configuration import config_of
+from .families import OWN
 from .header import MAGIC
 from .metadata import Metadata
 from .naming import renamed
@@ -91,8 +92,8 @@ class GgufCheckpoint:
 
     @cached_property
     def tensors(self) -> dict[str, GgufTensor]:
-        interleaved = self.metadata.architecture == "llama"
-        return renamed(self._tensors, _interleaved(self.config) if interleaved else {})
+        family = OWN.get(self.metadata.architecture)
+        return renamed(self._tensors, _interleaved(self.config, self.metadata), family)
 
     def close(self) -> None:
         for file in self.files:
@@ -157,6 +158,9 @@ def _generation(metadata: Metadata) -> dict:
     return found
 
 
-def _interleaved(config: dict) -> dict[str, int]:
+def _interleaved(config: dict, metadata: Metadata) -> dict[str, int]:
     """Parts of a layer whose rows llama.cpp interleaved within each of so many heads."""
+    family = OWN.get(metadata.architecture)
+    if metadata.architecture != "llama" and not getattr(family, "INTERLEAVED", False):
+        return {}
     return {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}

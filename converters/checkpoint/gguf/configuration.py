@@ -13,11 +13,12 @@ import numpy as np
 
 from edgemem.errors import CheckpointError, UnsupportedError
 
+from .families import OWN
 from .metadata import Metadata
 from .naming import ROPE_FACTORS
 from .tensors import GgufTensor
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "olmoe", "qwen2moe", "qwen3moe")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "olmoe", "qwen2moe", "qwen3moe", *OWN)
 _MODEL_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
 _NORMALIZED = {"mixtral": True, "olmoe": False, "qwen2_moe": False, "qwen3_moe": True}
 """Whether the weights of the chosen experts are made to add up to 1."""
@@ -81,12 +82,14 @@ def config_of(metadata: Metadata, tensors: dict[str, GgufTensor]) -> dict:
         "rope_theta": metadata.number(".rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(metadata, tensors, head_dim),
     }
-    return config | _of_type(metadata, tensors, config)
+    own = OWN.get(metadata.architecture)
+    return config | (own.config if own else _of_type)(metadata, tensors, config)
 
 
 def _check_neutral(metadata: Metadata) -> None:
+    reads = getattr(OWN.get(metadata.architecture), "READS", ())
     for key, neutral in _NEUTRAL.items():
-        if key in metadata and metadata.number(key) not in neutral:
+        if key in metadata and key not in reads and metadata.number(key) not in neutral:
             raise metadata.unsupported(key, " or ".join(f"{value:g}" for value in neutral))
     if not metadata.flag(".attention.causal", True):
         raise metadata.unsupported(".attention.causal", "true")
@@ -101,6 +104,8 @@ def _check_heads(metadata: Metadata, head_dim: int) -> None:
 def _model_type(metadata: Metadata) -> str:
     """Llama, Mistral and Mixtral are one architecture to llama.cpp."""
     name = metadata.architecture
+    if name in OWN:
+        return OWN[name].MODEL_TYPE
     if name != "llama":
         return _MODEL_TYPES.get(name, name)
     if metadata.count(".expert_count", 0):

@@ -6,12 +6,14 @@ gate, up and down, or, in the first files with experts, in one tensor an expert.
 
 import re
 from dataclasses import replace
+from types import ModuleType
 
 from .tensors import GgufTensor
 
 ROPE_FACTORS = "rope_freqs.weight"
 """Not a weight: what each rotary frequency is divided by (see `configuration`)."""
 
+_LAYERS = "model.layers."
 _TABLES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output.weight": "lm_head.weight",
@@ -45,8 +47,10 @@ _LAYER = re.compile(r"blk\.(0|[1-9][0-9]{0,6})\.(.+)")
 _EXPERT = re.compile(r"ffn_(gate|up|down)\.(0|[1-9][0-9]{0,6})\.weight")
 
 
-def renamed(tensors: dict[str, GgufTensor], heads: dict[str, int]) -> dict[str, GgufTensor]:
-    """Tensors by Hugging Face names; those that have none keep theirs.
+def renamed(
+    tensors: dict[str, GgufTensor], heads: dict[str, int], family: ModuleType | None = None
+) -> dict[str, GgufTensor]:
+    """Tensors by Hugging Face names, in part a family's own; those that have none keep theirs.
 
     `heads` says for which parts of a layer ("attn_q") the rows of that many heads are interleaved.
     """
@@ -61,14 +65,22 @@ def renamed(tensors: dict[str, GgufTensor], heads: dict[str, int]) -> dict[str, 
                 tensor = replace(tensor, heads=count)
             if layer[2] == "ffn_gate_inp_shexp.weight" and len(tensor.shape) == 1:
                 tensor = replace(tensor, shape=(1, *tensor.shape))
-        found[_name(name, layer)] = tensor
+        found[_own_name(name, layer, family) or _name(name, layer)] = tensor
     return found
+
+
+def _own_name(name: str, layer: re.Match | None, family: ModuleType | None) -> str | None:
+    if not layer:
+        return getattr(family, "TABLES", {}).get(name)
+    stem, _, kind = layer[2].rpartition(".")
+    own = getattr(family, "NAMES", {}).get(stem)
+    return own and f"{getattr(family, 'LAYERS', _LAYERS)}{layer[1]}.{own}.{kind}"
 
 
 def _name(name: str, layer: re.Match | None) -> str:
     if not layer:
         return _TABLES.get(name, name)
-    base, rest = f"model.layers.{layer[1]}.", layer[2]
+    base, rest = f"{_LAYERS}{layer[1]}.", layer[2]
     if rest in _EXPERTS:
         return f"{base}mlp.experts.{_EXPERTS[rest]}"
     expert = _EXPERT.fullmatch(rest)

@@ -1,0 +1,21 @@
+"""Architectures whose GGUF files are not read as Llama's are, each in a module of its own.
+
+Such a module says, or leaves out what it has in common with the rest,
+    MODEL_TYPE        Hugging Face's name
+    READS             keys of metadata that it gives a meaning, and others must not have
+    NAMES, TABLES     names of tensors of a layer, and of none, that others do not have or have for
+                      something else: GGUF's → Hugging Face's
+    LAYERS            what comes before the number of a layer in NAMES
+    INTERLEAVED       whether rows of q and k are, as in files of Llama
+    config(metadata, tensors, config)    keys of config.json, beside those that all have
+
+What a file holds in another form than the checkpoint (norms whose weight has 1 added, matrices
+turned around) gets a name of its own, which converters/families knows.
+"""
+
+from types import ModuleType
+
+from . import granite, granitemoe
+
+OWN: dict[str, ModuleType] = {"granite": granite, "granitemoe": granitemoe}
+"""By architecture."""

@@ -1,0 +1,19 @@
+"""Model types that are drawn and spelled each in a module of its own, as converters/families has
+them. Such a module says
+
+    ARCHITECTURE                  the name of the class in a config
+    spec(draw, vocab_size)        a random spec that the type can express
+    biases(draw)                  which projections have a bias: of "qkv", "o", "mlp", "head"
+    config(draw, spec, biases)    one config.json, but for token ids, and the spec's rope as spelled
+    tensors(draw, spec, weights)  the weights by the names that hub checkpoints of the type use
+    GGUF                          llama.cpp's name of the architecture
+    gguf_facts(seed)              facts that keep a spec to what GGUF can say
+    gguf_keys(writer, spec)       the metadata beside that of all models (tiny_gguf)
+    gguf_tensors(spec, weights)   the weights by GGUF names
+"""
+
+from types import ModuleType
+
+from . import granite, granitemoe
+
+FAMILIES: dict[str, ModuleType] = {"granite": granite, "granitemoe": granitemoe}
