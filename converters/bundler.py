@@ -155,7 +155,8 @@ class _Planner:
         """
         shape = (self.spec.vocab_size, self.spec.hidden)
         embed = naming.Source(self.prefix + self.names.EMBED, shape)
-        head = naming.Source(self.names.HEAD, shape)
+        found = [name for name in self.names.HEAD if name in self.tensors]
+        head = naming.Source((found or self.names.HEAD)[0], shape)
         both = embed.tensor in self.tensors and head.tensor in self.tensors
         if self.spec.tied and not both:
             taken = self._take([embed, head])
@@ -289,7 +290,9 @@ class _Planner:
                 f"converting: the checkpoint lacks {_some(self.missing)}; "
                 "fetch all of its files, and check that config.json belongs to them"
             )
+        unused = getattr(self.names, "unused", lambda spec, name: False)
         left = [n for n in self.tensors if n not in self.used and naming.is_weight(n)]
+        left = [n for n in left if not unused(self.spec, n)]
         if left:
             raise CheckpointError(
                 f"converting: the checkpoint has tensors that config.json has no use for: "
@@ -377,12 +380,10 @@ class _Chunk:
 
     def pack(self) -> np.ndarray:
         tensor, segment = self.piece.tensor, self.piece.segment
-        spans = self.piece.source.spans(self.first, self.count)
-        parts = [tensor.read_rows(row, n) for row, n in spans]
-        bits = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        pack = blocks.pack if tensor.dtype.is_block else quantize.pack
+        bits, dtype = self.piece.source.read(tensor, self.first, self.count)
+        pack = blocks.pack if dtype.is_block else quantize.pack
         try:
-            return pack(bits, tensor.dtype, segment.dtype, segment.lanes)
+            return pack(bits, dtype, segment.dtype, segment.lanes)
         except ValueError as error:
             raise CheckpointError(f"converting tensor {tensor.name}: {error}") from None
 

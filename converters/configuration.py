@@ -158,6 +158,16 @@ class _Keys:
         """`head_dim` is given where a part of a head may be rotated, and longrope may be."""
         return rope_of(self, head_dim)
 
+    def window(self) -> int:
+        """The sliding window of layers that have one: 0 where neither the config nor a default says
+        how long it is."""
+        named = self.get("sliding_window", (int,), "a whole number")
+        return 0 if named is None else _window(self)
+
+    def sliding_layers(self) -> list[bool] | None:
+        """Which layers slide, where the config lists their types."""
+        return _layer_types(self, self.count("num_hidden_layers"))
+
     def kv_heads(self, heads: int) -> int:
         """Those of the config, which null leaves to be as many as there are heads."""
         return self.count("num_key_value_heads", heads)
@@ -294,12 +304,23 @@ def _window(keys: _Keys) -> int:
 
 def _sliding_layers(keys: _Keys, n_layers: int, slides: bool) -> list[bool]:
     """Qwen2, qwen3, qwen2_moe: `layer_types` if given, else the rule of the configuration class."""
-    types = keys.get("layer_types", (list,), "a list")
-    if types is None:
+    sliding = _layer_types(keys, n_layers)
+    if sliding is None:
         until = keys.count("max_window_layers")
         if keys.model_type == "qwen2_moe":
             return [slides and layer % 2 == 0 and layer < until for layer in range(n_layers)]
         return [slides and layer >= until for layer in range(n_layers)]
+    if any(sliding) and not slides:
+        raise CheckpointError(
+            "config.json: layer_types has sliding layers, but there is no sliding window to use"
+        )
+    return sliding
+
+
+def _layer_types(keys: _Keys, n_layers: int) -> list[bool] | None:
+    types = keys.get("layer_types", (list,), "a list")
+    if types is None:
+        return None
     if len(types) != n_layers or not all(
         t in ("full_attention", "sliding_attention") for t in types
     ):
@@ -307,12 +328,7 @@ def _sliding_layers(keys: _Keys, n_layers: int, slides: bool) -> list[bool]:
             f"config.json: layer_types does not say full_attention or sliding_attention "
             f"for each of the {n_layers} layers"
         )
-    sliding = [t == "sliding_attention" for t in types]
-    if any(sliding) and not slides:
-        raise CheckpointError(
-            "config.json: layer_types has sliding layers, but there is no sliding window to use"
-        )
-    return sliding
+    return [t == "sliding_attention" for t in types]
 
 
 def _biases(keys: _Keys) -> frozenset[str]:

@@ -4,15 +4,21 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
+from edgemem.dtypes import F32, DType
 from edgemem.format import Kind, Part
 from edgemem.spec import ModelSpec
 
-EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
+from . import quantize
+from .checkpoint import Tensor
+
+EMBED, HEAD = "embed_tokens.weight", ("lm_head.weight",)
 PREFIXES = ("model.", "")
 """Names as causal language models save them, or as the bare model inside them does."""
 
-_NOT_WEIGHTS = re.compile(r".*\.rotary_emb\.inv_freq")
-"""Tensors that old checkpoints carry, and that are computed from the config."""
+_NOT_WEIGHTS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.(attn|attention)\.(masked_)?bias")
+"""Tensors that old checkpoints carry, and that are computed from the config, or are masks."""
 
 _DENSE = {
     "attn_norm": "input_layernorm.weight",
@@ -31,6 +37,8 @@ class Source:
     """Rows of a tensor that become a segment: `first_row` counts with leading axes taken as one.
 
     They follow each other, or come in runs of `run` rows, each starting `stride` after the last.
+    Of a vector they are elements, `items` of them (0: all). With `transposed` they are columns of
+    the tensor. `plus` is added to all, in 32 bits: norms whose weight counts from 1.
     """
 
     tensor: str
@@ -38,6 +46,9 @@ class Source:
     first_row: int = 0
     run: int = 0
     stride: int = 0
+    items: int = 0
+    transposed: bool = False
+    plus: float = 0.0
 
     def spans(self, first: int, count: int) -> Iterator[tuple[int, int]]:
         """(first row, rows) in the tensor of the segment's rows [first, first + count)."""
@@ -46,6 +57,36 @@ class Source:
             rows = min(count, self.run - at) if self.run else count
             yield self.first_row + turn * self.stride + at, rows
             first, count = first + rows, count - rows
+
+    def read(self, tensor: Tensor, first: int, count: int) -> tuple[np.ndarray, DType]:
+        """Raw bits [count, cols] of the segment's rows [first, first + count), and their format."""
+        if len(self.shape) == 1:
+            row, items = tensor.read_rows(0, 1), self.items or self.shape[0]
+            bits = np.concatenate([row[:, at : at + n] for at, n in self.spans(0, items)], axis=1)
+        elif self.transposed:
+            spans = self.spans(first, count)
+            bits = np.concatenate([read_columns(tensor, 0, self.shape[0], *s) for s in spans])
+        else:
+            parts = [tensor.read_rows(row, n) for row, n in self.spans(first, count)]
+            bits = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if not self.plus:
+            return bits, tensor.dtype
+        values = quantize.to_f32(bits, tensor.dtype) + np.float32(self.plus)
+        return values.view(np.uint32), F32
+
+
+def read_columns(
+    tensor: Tensor, first_row: int, rows: int, first: int, count: int
+) -> np.ndarray:  # fmt: skip
+    """Columns [first, first + count) of some rows of a tensor of floats, as rows of raw bits
+    [count, rows]."""
+    bits = quantize.BITS[tensor.dtype]
+    out = np.empty((count, rows), bits)
+    start = tensor.offset + (first_row * tensor.shape[-1] + first) * bits.itemsize
+    for row in range(rows):
+        at = start + row * tensor.shape[-1] * bits.itemsize
+        out[:, row] = np.frombuffer(tensor.file.read(at, count * bits.itemsize), bits)
+    return out
 
 
 def prefix_of(names: Iterable[str], embed: str = EMBED, prefixes: tuple = PREFIXES) -> str:

@@ -53,11 +53,14 @@ class Chunk:
     def pack(self) -> np.ndarray:
         """uint8 [count, row bytes]."""
         segment, (down, source) = self.piece.segment, self.piece.down
-        parts = [(down, _columns(down, source.first_row, source.shape[-2], self))]
+        if source.transposed:
+            parts = [(down, down.read_rows(self.first, self.count))]
+        else:
+            where = source.first_row, source.shape[-2], self.first, self.count
+            parts = [(down, naming.read_columns(down, *where))]
         if self.piece.up is not None:
             up, where = self.piece.up
-            rows = [up.read_rows(row, n) for row, n in where.spans(self.first, self.count)]
-            parts.insert(0, (up, np.concatenate(rows)))
+            parts.insert(0, (up, where.read(up, self.first, self.count)[0]))
         tensor = parts[-1][0]
         try:
             formats = {t.dtype for t, _ in parts}
@@ -68,17 +71,6 @@ class Chunk:
             return quantize.pack(np.concatenate(bits, axis=1), common, segment.dtype, 1)
         except ValueError as error:
             raise CheckpointError(f"converting tensor {tensor.name}: {error}") from None
-
-
-def _columns(tensor: Tensor, first_row: int, rows: int, chunk: Chunk) -> np.ndarray:
-    """The chunk's columns of a tensor of floats as rows of raw bits [count, rows]."""
-    item = _item(tensor)
-    out = np.empty((chunk.count, rows), quantize.BITS[tensor.dtype])
-    start = tensor.offset + (first_row * tensor.shape[-1] + chunk.first) * item
-    for row in range(rows):
-        data = tensor.file.read(start + row * tensor.shape[-1] * item, chunk.count * item)
-        out[:, row] = np.frombuffer(data, out.dtype)
-    return out
 
 
 def _item(tensor: Tensor) -> int:

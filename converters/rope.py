@@ -5,6 +5,8 @@ See RotaryEmbeddingConfigMixin and the functions in transformers' modeling_rope_
 
 import math
 
+import numpy as np
+
 from edgemem.errors import CheckpointError, UnsupportedError
 from edgemem.spec import ROPE_TYPES, RopeSpec
 
@@ -103,7 +105,8 @@ def _longrope(rope: dict, factor: float, original: int) -> dict:
         factors = rope.get(name)
         if not isinstance(factors, list):
             raise CheckpointError(f"config.json: the rotary embedding lacks its list {name}")
-        found[f"{name}s"] = tuple(finite(name, value) for value in factors)
+        # They are used in 32 bits, and a GGUF has no more.
+        found[f"{name}s"] = tuple(float(np.float32(finite(name, value))) for value in factors)
     attention = rope.get("attention_factor")
     if attention is None:
         attention = longrope_attention_factor(factor, original)

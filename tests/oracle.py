@@ -42,8 +42,11 @@ class Oracle:
         self._past = transformers.DynamicCache()
         rope = getattr(self.model.base_model, "rotary_emb", None)
         if rope is not None:
-            rope.max_seq_len_cached = rope.original_max_seq_len
-            rope.inv_freq = rope.original_inv_freq.clone()
+            for kind in ("", "full_attention_", "sliding_attention_"):
+                if hasattr(rope, f"{kind}original_inv_freq"):
+                    setattr(rope, f"{kind}max_seq_len_cached", rope.original_max_seq_len)
+                    original = getattr(rope, f"{kind}original_inv_freq")
+                    setattr(rope, f"{kind}inv_freq", original.clone())
 
     @torch.inference_mode()
     def feed(self, ids) -> np.ndarray:

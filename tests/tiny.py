@@ -18,6 +18,7 @@ import tiny_config
 from tiny_config import Draw
 from tiny_families import FAMILIES
 
+from edgemem.kernels import reference
 from edgemem.kernels.reference import Forward
 from edgemem.spec import ModelSpec
 
@@ -129,7 +130,10 @@ def _draw_weights(draw: Draw, spec: ModelSpec, biases: dict, dtype: str) -> Tiny
         return normal(rows, cols, scale=gain / np.sqrt(cols))
 
     def norm(size: int) -> np.ndarray:
-        return _rounded(draw.rng.uniform(0.6, 1.4, size), dtype)
+        weights = draw.rng.uniform(0.6, 1.4, size)
+        if spec.model_type.startswith("gemma"):  # which has them less 1, exactly in any format
+            weights = np.round(weights * 128) / 128
+        return _rounded(weights, dtype)
 
     def norms(*names: str) -> dict[str, np.ndarray]:
         bundle = {name: norm(spec.hidden) for name in names}
@@ -147,6 +151,7 @@ def _draw_weights(draw: Draw, spec: ModelSpec, biases: dict, dtype: str) -> Tiny
     def dense(routed: bool) -> dict[str, np.ndarray]:
         heads, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
         bundle = norms(*(("attn_norm",) if spec.shared_norm else ("attn_norm", "ffn_norm")))
+        bundle |= norms("attn_post_norm", "ffn_post_norm") if spec.post_norms else {}
         for name, rows in (("q", heads), ("k", kv), ("v", kv)):
             bundle[name] = matrix(rows, spec.hidden)
             bundle |= {f"{name}_bias": normal(rows, scale=0.2)} if biases["qkv"] else {}
@@ -158,7 +163,9 @@ def _draw_weights(draw: Draw, spec: ModelSpec, biases: dict, dtype: str) -> Tiny
             bundle["k_norm"] = norm(kv if full else spec.head_dim)
         if routed:
             bundle["router"] = matrix(spec.n_experts, spec.hidden, gain=1.5)
-        if routed and spec.shared_intermediate:
+        if routed and spec.router_bias:
+            bundle["router_bias"] = normal(spec.n_experts, scale=0.2)
+        if routed and spec.shared_intermediate and spec.shared_gated:
             bundle["shared_gate"] = matrix(1, spec.hidden)
         return bundle
 
@@ -178,12 +185,42 @@ def _draw_weights(draw: Draw, spec: ModelSpec, biases: dict, dtype: str) -> Tiny
     return weights
 
 
-def routing_gaps(logits: np.ndarray, top_k: int) -> np.ndarray:
-    """Per token, how far the k-th logit is from the next one, over the logits' spread."""
-    ranked = np.sort(logits, axis=-1)[:, ::-1]
+def routing_gaps(spec: ModelSpec, logits: np.ndarray, dense: dict) -> np.ndarray:
+    """Per token, how near a router's decisions are to others, over the spread of what it compares:
+    logits, or scores. `dense` is the layer's bundle."""
+    if spec.scoring == "softmax":
+        return _top_gaps(logits, spec.top_k)
+    if spec.scoring == "sparsemixer":
+        return _mixer_gaps(spec, logits)
+    plain = replace(spec, n_groups=0, top_groups=0)
+    scores = reference.choice_scores(plain, logits, dense["router_bias"])
+    if spec.n_groups <= 1:
+        return _top_gaps(scores, spec.top_k)
+    groups = np.sort(scores.reshape(len(scores), spec.n_groups, -1), axis=-1)
+    worth = groups[:, :, -2:].sum(axis=-1)
+    within = reference.choice_scores(spec, logits, dense["router_bias"])
+    within = np.where(np.isinf(within), scores.min() - 1, within)
+    gaps = _top_gaps(within, spec.top_k) * within.std() / scores.std()
+    return np.minimum(gaps, _top_gaps(worth, spec.top_groups))
+
+
+def _top_gaps(scores: np.ndarray, top_k: int) -> np.ndarray:
+    ranked = np.sort(scores, axis=-1)[:, ::-1]
     if top_k == ranked.shape[1]:
         return np.full(len(ranked), np.inf)
-    return (ranked[:, top_k - 1] - ranked[:, top_k]) / logits.std()
+    return (ranked[:, top_k - 1] - ranked[:, top_k]) / scores.std()
+
+
+def _mixer_gaps(spec: ModelSpec, logits: np.ndarray) -> np.ndarray:
+    """All that are taken in turn, and which others are close to each of them."""
+    gaps, ranked = _top_gaps(logits, 1), np.sort(logits, axis=-1)[:, ::-1]
+    for k in range(spec.top_k):
+        gaps = np.minimum(gaps, _top_gaps(logits, k + 1))
+        best = ranked[:, k : k + 1]
+        far = (best - logits) - 2 * spec.router_jitter * np.maximum(np.abs(logits), best)
+        far = np.where(logits >= best, np.inf, np.abs(far))
+        gaps = np.minimum(gaps, far.min(axis=-1) / logits.std())
+    return gaps
 
 
 def _settle_routers(draw: Draw, spec: ModelSpec, weights: TinyWeights, ids, dtype: str) -> None:
@@ -195,7 +232,7 @@ def _settle_routers(draw: Draw, spec: ModelSpec, weights: TinyWeights, ids, dtyp
         router = weights.dense(layer)["router"]
         scale = 1.5 / np.sqrt(spec.hidden)
         for _ in range(10_000):
-            if routing_gaps(h @ router.T, spec.top_k).min() >= ROUTING_GAP:
+            if routing_gaps(spec, h @ router.T, weights.dense(layer)).min() >= ROUTING_GAP:
                 return
             router[:] = _rounded(draw.rng.normal(0, scale, router.shape), dtype)
         raise AssertionError("every router has a near tie: fewer ids or experts are needed")

@@ -170,7 +170,7 @@ def _write_metadata(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
     writer.add_head_count_kv(spec.n_kv_heads)
     writer.add_key_length(spec.head_dim)
     writer.add_value_length(spec.head_dim)
-    writer.add_rope_dimension_count(spec.head_dim)
+    writer.add_rope_dimension_count(spec.rope.dims or spec.head_dim)
     writer.add_rope_freq_base(spec.rope.theta)
     writer.add_layer_norm_rms_eps(spec.norm_eps)
     writer.add_vocab_size(spec.vocab_size)

@@ -3,19 +3,23 @@
 Such a module says
     DEFAULTS            what an absent key of the config means
     KEYS                which key says what others call by another name
-    EMBED, HEAD, PREFIXES    names of the two tables, and what may stand before all names but HEAD
+    EMBED, HEAD         the name of the embedding, and those that the output table may have
+    PREFIXES            what may stand before all names but those of the output table
     ARCHITECTURE        the name of the class, where it is not the type's name and ForCausalLM
     facts(keys, hidden, heads)               fields of ModelSpec that are the type's own (those that
                                              `configuration` asks the others for)
     biases(keys)                             which segments of biases there are
+    unused(spec, name)  whether a tensor is of a part that no run uses; none is, if left out
     sources(spec, prefix, kind, layer, index, part)    where a segment is found (naming.Source)
 """
 
 from types import ModuleType
 
-from . import falcon, granite, granitemoe, opt
+from . import falcon, gemma2, gemma3_text, glm4_moe, gpt2, gpt_neox, granite, granitemoe, opt, phi3
 
 OWN: dict[str, ModuleType] = {
-    "falcon": falcon, "granite": granite, "granitemoe": granitemoe, "opt": opt,
+    "falcon": falcon, "gemma2": gemma2, "gemma3_text": gemma3_text, "glm4_moe": glm4_moe,
+    "gpt2": gpt2, "gpt_neox": gpt_neox, "granite": granite, "granitemoe": granitemoe, "opt": opt,
+    "phi3": phi3,
 }  # fmt: skip
 """By model type."""

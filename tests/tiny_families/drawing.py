@@ -1,5 +1,6 @@
 """What the families draw alike."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -28,6 +29,16 @@ def gated(draw, model_type: str, vocab_size: int, **facts) -> ModelSpec:
     })  # fmt: skip
 
 
+def ungated(draw, model_type: str, vocab_size: int, **facts) -> ModelSpec:
+    """A tiny spec with LayerNorm, FFNs without a gate, and as many keys as queries."""
+    head_dim = draw.one((4, 8, 10, 16))
+    heads = max(draw.whole(2, 5), -(-_HIDDEN // head_dim))
+    return gated(draw, model_type, vocab_size, **{
+        "n_heads": heads, "n_kv_heads": heads, "head_dim": head_dim, "hidden": heads * head_dim,
+        "norm": "layer", "gated": False, "activation": draw.one(tuple(ACTIVATION_NAMES)), **facts,
+    })  # fmt: skip
+
+
 def activation(draw) -> str:
     """Mostly silu."""
     return "silu" if draw.maybe(0.5) else draw.one(tuple(ACTIVATION_NAMES))
@@ -40,6 +51,21 @@ def with_rope(draw, spec: ModelSpec) -> ModelSpec:
         positions, factor = draw.one(((8, 8.0), (12, 4.0), (17, 2.5), (24, 1.5)))
         rope = replace(rope, factor=factor)
     return replace(spec, rope=rope, max_positions=positions)
+
+
+def longrope(draw, spec: ModelSpec, dims: int = 0) -> RopeSpec:
+    """Longrope, mostly with a switch of factors within `tiny.IDS_COUNT` tokens."""
+    half, original = (dims or spec.head_dim) // 2, draw.one((9, 16, 20, 40))
+    short, long = (
+        tuple(float(np.float32(draw.real(low, high))) for _ in range(half))
+        for low, high in ((1.0, 1.5), (1.0, 8.0))
+    )
+    factor = spec.max_positions / original
+    attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return RopeSpec(
+        "longrope", draw.one((100.0, 10000.0)), original_positions=original, dims=dims,
+        attention_factor=attention, short_factors=short, long_factors=long,
+    )  # fmt: skip
 
 
 def config(draw, spec: ModelSpec, architecture: str, absent: dict, more: dict) -> dict:

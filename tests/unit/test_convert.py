@@ -306,8 +306,8 @@ def test_other_refusals(llama, tmp_path):
     refused(llama, tmp_path, "page size 5000", ValueError, page_size=5000)
     (llama.folder / "tokenizer.json").write_text('{"model": {"type": "Telepathy"}}')
     refused(llama, tmp_path, "tokenizer.json: ", UnsupportedError)
-    configure(llama, model_type="gpt2", architectures=["GPT2LMHeadModel"])
-    refused(llama, tmp_path, r"gpt2 \(GPT2LMHeadModel\) is not supported", UnsupportedError)
+    configure(llama, model_type="gptj", architectures=["GPTJForCausalLM"])
+    refused(llama, tmp_path, r"gptj \(GPTJForCausalLM\) is not supported", UnsupportedError)
     refused(replace(llama, folder=tmp_path / "nowhere"), tmp_path, "not a directory")
 
 

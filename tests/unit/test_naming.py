@@ -327,10 +327,10 @@ def test_end_of_text_ids_of_both_configs():
 @pytest.mark.parametrize(
     "config",
     [
-        {}, {"model_type": "gpt2"}, {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+        {}, {"model_type": "gptj"}, {"model_type": "gptj", "architectures": ["GPTJForCausalLM"]},
         {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
         {"model_type": "llama", "architectures": ["MistralForCausalLM"]},
-        {"architectures": ["GPTNeoXForCausalLM"]}, {"model_type": "x" * 9999},
+        {"architectures": ["GPTJForCausalLM"]}, {"model_type": "x" * 9999},
     ],
 )  # fmt: skip
 def test_unsupported_models_are_named(config):
@@ -442,7 +442,7 @@ def test_every_segment_of_every_type_is_named_once():
         ]
         kinds += [Kind.SHARED] * bool(spec.shared_intermediate)
         seen, family = [], OWN.get(model_type, naming)
-        base = "model.h.0." if model_type == "falcon" else "model.layers.0."
+        base = "model.h.0." if model_type in ("falcon", "gpt2") else "model.layers.0."
         for kind in kinds:
             for part in bundle_parts(spec, kind, 0):
                 if kind != Kind.EXPERT or not part.optional:

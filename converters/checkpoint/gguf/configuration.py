@@ -7,15 +7,9 @@ llama-model.cpp. What would need arithmetic that no supported model type has is 
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
-
-from edgemem.errors import CheckpointError, UnsupportedError
-
 from .families import OWN
 from .metadata import Metadata
-from .naming import ROPE_FACTORS
+from .rope import rope_scaling
 from .tensors import GgufTensor
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "olmoe", "qwen2moe", "qwen3moe", *OWN)
@@ -41,14 +35,6 @@ _NEUTRAL = {
 """Keys that change the forward pass, with the values that do not."""
 
 _MAX_LAYERS = 1 << 16
-_LLAMA3 = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-"""The constants of every Llama from 3.1 on; only the factor differs."""
-_FACTOR_TOLERANCE = 4e-6
-"""Relative: the converter computes factors in 32-bit floats, and stores them as such."""
 
 
 def config_of(metadata: Metadata, tensors: dict[str, GgufTensor]) -> dict:
@@ -59,6 +45,7 @@ def config_of(metadata: Metadata, tensors: dict[str, GgufTensor]) -> dict:
     if metadata.architecture not in ARCHITECTURES:
         raise metadata.unsupported("general.architecture", ", ".join(ARCHITECTURES))
     _check_neutral(metadata)
+    own = OWN.get(metadata.architecture)
     model_type = _model_type(metadata)
     layers, heads = metadata.count(".block_count"), metadata.count(".attention.head_count")
     hidden = metadata.count(".embedding_length")
@@ -76,13 +63,12 @@ def config_of(metadata: Metadata, tensors: dict[str, GgufTensor]) -> dict:
         "head_dim": head_dim,
         "intermediate_size": metadata.count(".feed_forward_length", 0),
         "max_position_embeddings": metadata.count(".context_length"),
-        "rms_norm_eps": metadata.number(".attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": metadata.number(getattr(own, "EPS", ".attention.layer_norm_rms_epsilon")),
         "vocab_size": _vocab_size(metadata, tensors),
         "tie_word_embeddings": "output.weight" not in tensors,
         "rope_theta": metadata.number(".rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(metadata, tensors, head_dim),
+        "rope_scaling": rope_scaling(metadata, tensors, head_dim),
     }
-    own = OWN.get(metadata.architecture)
     return config | (own.config if own else _of_type)(metadata, tensors, config)
 
 
@@ -96,8 +82,9 @@ def _check_neutral(metadata: Metadata) -> None:
 
 
 def _check_heads(metadata: Metadata, head_dim: int) -> None:
+    reads = getattr(OWN.get(metadata.architecture), "READS", ())
     for key in (".attention.value_length", ".rope.dimension_count"):
-        if metadata.count(key, head_dim) != head_dim:
+        if key not in reads and metadata.count(key, head_dim) != head_dim:
             raise metadata.unsupported(key, f"the size of a head, {head_dim}")
 
 
@@ -161,94 +148,3 @@ def _experts(metadata: Metadata, tensors: dict[str, GgufTensor], config: dict) -
         and f"blk.{layer}.ffn_gate.weight" in tensors
     ]
     return found
-
-
-def _rope_scaling(metadata: Metadata, tensors: dict[str, GgufTensor], head_dim: int) -> dict | None:
-    if ROPE_FACTORS in tensors:
-        return _llama3(metadata, tensors[ROPE_FACTORS], head_dim)
-    linear = metadata.number(".rope.scale_linear", 0.0)  # the key of the first files
-    kind = metadata.text(".rope.scaling.type", "linear" if linear else "none")
-    factor = metadata.number(".rope.scaling.factor", linear)
-    if kind == "none" or factor in (0.0, 1.0):
-        return None
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": factor}
-    if kind != "yarn":
-        raise metadata.unsupported(".rope.scaling.type", "none, linear, yarn")
-    original = metadata.count(".rope.scaling.original_context_length", None)
-    attention = metadata.number(".rope.scaling.attn_factor", 1.0)
-    return {
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": original or metadata.count(".context_length"),
-        "attention_factor": attention * (1.0 + 0.1 * math.log(max(factor, 1.0))),
-        "beta_fast": metadata.number(".rope.scaling.yarn_beta_fast", 32.0),
-        "beta_slow": metadata.number(".rope.scaling.yarn_beta_slow", 1.0),
-    }
-
-
-def _llama3(metadata: Metadata, tensor: GgufTensor, head_dim: int) -> dict | None:
-    """The constants of Llama 3's scaling that give these factors, every one of them.
-
-    The file holds what each frequency is divided by (`generate_extra_tensors` of LlamaModel in
-    convert_hf_to_gguf.py); the constants are found again and proved by computing the factors from
-    them, so that the model's frequencies are those of the original config, not of rounded factors.
-    """
-    if tensor.shape != (head_dim // 2,) or tensor.type_name != "F32" or head_dim < 2:
-        raise CheckpointError(
-            f"reading {metadata.path}: {ROPE_FACTORS} is {tensor.type_name} of the shape "
-            f"{list(tensor.shape)}, not F32 with half a head, {head_dim // 2}"
-        )
-    factors = tensor.read_rows(0, 1)[0].view(np.float32).astype(np.float64)
-    if not np.isfinite(factors).all() or (factors <= 0).any():
-        raise CheckpointError(f"reading {metadata.path}: {ROPE_FACTORS} holds bad numbers")
-    if (factors == 1).all():
-        return None
-    theta = metadata.number(".rope.freq_base", 10000.0)
-    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    for constants in (_LLAMA3, _fitted(frequencies, factors)):
-        scaling = constants and _proved(constants, frequencies, factors)
-        if scaling:
-            return {"rope_type": "llama3"} | scaling
-    raise UnsupportedError(
-        f"reading {metadata.path}: {ROPE_FACTORS} does not follow Llama 3's rule, whatever its "
-        "constants; no other rule is supported"
-    )
-
-
-def _fitted(frequencies: np.ndarray, factors: np.ndarray) -> dict:
-    """Constants from the ramp, on which 1 / factor is linear in the frequency; {} without one.
-
-    Only the ratios of the three constants matter, so the lower one may be taken as 1.
-    """
-    top = factors.max()
-    ramp = (factors > 1) & (factors < top)
-    if ramp.sum() < 2:
-        return {}
-    smooth = (1 / factors[ramp] - 1 / top) / (1 - 1 / top)
-    slope, offset = np.polyfit(frequencies[ramp], smooth, 1)
-    if not (slope > 0 and offset < 0):
-        return {}
-    return {
-        "low_freq_factor": 1.0,
-        "high_freq_factor": float(f"{1 - 1 / offset:.5g}"),
-        "original_max_position_embeddings": round(-2 * math.pi * slope / offset),
-    }
-
-
-def _proved(constants: dict, frequencies: np.ndarray, factors: np.ndarray) -> dict | None:
-    """The constants with their factor, if all factors follow from them; else None.
-
-    The rule is that of `edgemem/models/rope.py`: a share of a frequency is kept, the rest slowed.
-    """
-    low, high = constants["low_freq_factor"], constants["high_freq_factor"]
-    turns = constants["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    slowest = keep.argmin()
-    rest = 1 / factors[slowest] - keep[slowest]
-    factor = float(f"{(1 - keep[slowest]) / rest:.5g}") if rest > 0 else 0.0
-    if not 0 < factor < 1e9:
-        return None
-    expected = 1 / (keep + (1 - keep) / factor)
-    proved = np.allclose(factors, expected, rtol=_FACTOR_TOLERANCE, atol=0)
-    return constants | {"factor": factor} if proved else None

@@ -11,7 +11,9 @@ from types import ModuleType
 from .tensors import GgufTensor
 
 ROPE_FACTORS = "rope_freqs.weight"
-"""Not a weight: what each rotary frequency is divided by (see `configuration`)."""
+"""Not a weight: what each rotary frequency is divided by (see `rope`)."""
+SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
+"""The same for longrope, for short and for long sequences."""
 
 _LAYERS = "model.layers."
 _TABLES = {
@@ -56,7 +58,7 @@ def renamed(
     """
     found = {}
     for name, tensor in tensors.items():
-        if name == ROPE_FACTORS:
+        if name in (ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS):
             continue
         layer = _LAYER.fullmatch(name)
         if layer:

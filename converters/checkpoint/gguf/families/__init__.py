@@ -5,6 +5,7 @@ Such a module says, or leaves out what it has in common with the rest,
     READS             keys of metadata that it gives a meaning, and others must not have
     NAMES, TABLES     names of tensors of a layer, and of none, that others do not have or have for
                       something else: GGUF's → Hugging Face's
+    EPS               the key of what norms add before they divide
     LAYERS            what comes before the number of a layer in NAMES
     INTERLEAVED       whether rows of q and k are, as in files of Llama
     config(metadata, tensors, config)    keys of config.json, beside those that all have
@@ -15,7 +16,10 @@ turned around) gets a name of its own, which converters/families knows.
 
 from types import ModuleType
 
-from . import granite, granitemoe
+from . import gemma2, gemma3, glm4moe, gpt2, gptneox, granite, granitemoe, phi3
 
-OWN: dict[str, ModuleType] = {"granite": granite, "granitemoe": granitemoe}
+OWN: dict[str, ModuleType] = {
+    "gemma2": gemma2, "gemma3": gemma3, "glm4moe": glm4moe, "gpt2": gpt2, "gptneox": gptneox,
+    "granite": granite, "granitemoe": granitemoe, "phi3": phi3,
+}  # fmt: skip
 """By architecture."""

@@ -1,0 +1,113 @@
+"""Families that are spelled unlike Llama: the defaults of their configuration classes, and options
+that are refused by name."""
+
+import pytest
+import transformers
+from tiny_families import FAMILIES
+
+from edgemem.converters.checkpoint.gguf.configuration import config_of
+from edgemem.converters.checkpoint.gguf.metadata import Metadata
+from edgemem.converters.configuration import describe
+from edgemem.errors import CheckpointError, UnsupportedError
+
+SMALL = {
+    "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 6,
+    "vocab_size": 300,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("more", [{}, {"num_hidden_layers": 3, "eos_token_id": [3, 1]}])
+def test_absent_keys_have_the_defaults_of_the_class(model_type, more):
+    config = {"model_type": model_type, **more}
+    if model_type == "gpt2" and more:
+        config["n_layer"] = config.pop("num_hidden_layers")
+    if model_type == "glm4_moe":  # whose class has heads of an odd half
+        config["head_dim"] = 128
+    theirs = transformers.AutoConfig.for_model(**config)
+    ours = describe(config, {}).spec
+    heads = theirs.num_attention_heads
+    assert (ours.n_layers, ours.hidden) == (theirs.num_hidden_layers, theirs.hidden_size)
+    assert (ours.n_heads, ours.vocab_size) == (heads, theirs.vocab_size)
+    assert ours.n_kv_heads == getattr(theirs, "num_key_value_heads", heads)
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // heads)
+    assert ours.max_positions == theirs.max_position_embeddings
+    assert ours.tied == theirs.tie_word_embeddings
+    names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+    assert ours.norm_eps == next(getattr(theirs, n) for n in names if hasattr(theirs, n))
+    eos = theirs.eos_token_id
+    assert set(ours.eos_ids) == (set(eos) if isinstance(eos, list) else {eos} - {None})
+    windows = getattr(theirs, "sliding_window", None) or 0
+    kinds = getattr(theirs, "layer_types", None)
+    slide = [k == "sliding_attention" for k in kinds] if kinds else [True] * ours.n_layers
+    assert ours.windows == tuple(windows * slides for slides in slide)
+    if ours.positions == "rope":
+        rope = theirs.rope_parameters
+        full = rope.get("full_attention", rope)
+        assert (ours.rope.type, ours.rope.theta) == (full["rope_type"], full["rope_theta"])
+        dims = int(ours.head_dim * full.get("partial_rotary_factor", 1.0))
+        assert (ours.rope.dims or ours.head_dim) == dims
+    if ours.local_rope:
+        assert ours.local_rope.theta == theirs.rope_parameters["sliding_attention"]["rope_theta"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more", "words"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters"),
+        ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
+        ("phi3", {"partial_rotary_factor": 0.2}, "partial_rotary_factor = 0.2"),
+        ("gpt_neox", {"rotary_pct": 0.2}, "partial_rotary_factor = 0.2"),
+    ],
+)
+def test_what_is_not_computed_is_refused(model_type, more, words):
+    with pytest.raises(UnsupportedError, match=words):
+        describe({"model_type": model_type, **SMALL, **more}, {})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more", "words"),
+    [
+        ("granite", {"residual_multiplier": 0}, "residual_multiplier = 0"),
+        ("granite", {"logits_scaling": 1e9}, "logits_scaling"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar = 0"),
+        ("gemma2", {"final_logit_softcapping": -1.0}, "final_logit_softcapping = -1.0"),
+        ("gemma2", {"sliding_window": 0}, "sliding_window = 0"),
+        ("gemma3_text", {"layer_types": ["sliding_attention"]}, "layer_types"),
+        ("phi3", {"rope_scaling": {"type": "su"}}, "lacks its list short_factor"),
+        ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}},
+         "rope"),
+        ("glm4_moe", {"n_group": 7}, "n_groups = 7"),
+        ("glm4_moe", {"n_group": 64, "topk_group": 1}, "top_groups = 1"),
+    ],
+)  # fmt: skip
+def test_bad_values_are_named(model_type, more, words):
+    with pytest.raises(CheckpointError, match=words):
+        describe({"model_type": model_type, **SMALL, **more}, {})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "words"),
+    [
+        ("granitemoe", {"expert_shared_feed_forward_length": 8}, "expert_shared_feed_forward"),
+        ("gemma3", {"attention.sliding_window_pattern": 4}, "sliding_window_pattern = 4"),
+        ("glm4moe", {"expert_gating_func": 1}, "expert_gating_func = 1"),
+        ("phi3", {"rope.dimension_count": 99}, "rope.dimension_count = 99"),
+        ("gemma2", {"logit_scale": 2.0}, "logit_scale = 2.0"),
+    ],
+)
+def test_keys_of_gguf_that_are_not_computed_are_refused(architecture, keys, words, tmp_path):
+    least = {
+        "block_count": 2, "attention.head_count": 4, "embedding_length": 64, "context_length": 512,
+        "attention.layer_norm_rms_epsilon": 1e-5, "vocab_size": 300, "attention.scale": 1.0,
+    }  # fmt: skip
+    least = least if architecture.startswith("granite") else least | {"attention.scale": 0.0}
+    values = {"general.architecture": architecture}
+    values |= {f"{architecture}.{key}": value for key, value in (least | keys).items()}
+    with pytest.raises(UnsupportedError, match=words):
+        config_of(Metadata(tmp_path / "m.gguf", values), {})
