@@ -180,6 +180,8 @@ def _draw_weights(draw: Draw, spec: ModelSpec, biases: dict, dtype: str) -> Tiny
         if routed and spec.shared_intermediate:
             weights.bundles["shared", layer, 0] = ffn(spec.shared_intermediate)
     last = weights.bundles["dense", spec.n_layers, 0] = norms("norm")
+    if biases.get("head"):
+        last["head_bias"] = normal(spec.vocab_size, scale=0.2)
     if spec.positions == "learned":
         last["positions"] = normal(spec.max_positions, spec.hidden, scale=0.5)
     return weights

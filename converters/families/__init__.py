@@ -15,11 +15,12 @@ Such a module says
 
 from types import ModuleType
 
-from . import falcon, gemma2, gemma3_text, glm4_moe, gpt2, gpt_neox, granite, granitemoe, opt, phi3
+from . import falcon, gemma2, gemma3_text, glm4_moe, gpt2, gpt_neox, granite, granitemoe, opt
+from . import phi3, phimoe
 
 OWN: dict[str, ModuleType] = {
     "falcon": falcon, "gemma2": gemma2, "gemma3_text": gemma3_text, "glm4_moe": glm4_moe,
     "gpt2": gpt2, "gpt_neox": gpt_neox, "granite": granite, "granitemoe": granitemoe, "opt": opt,
-    "phi3": phi3,
+    "phi3": phi3, "phimoe": phimoe,
 }  # fmt: skip
 """By model type."""

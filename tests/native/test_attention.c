@@ -5,17 +5,19 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { CONTEXT = 150, ROOM = 160, N_SHAPES = 7, N_TYPES = 3 };
+enum { CONTEXT = 150, ROOM = 160, N_SHAPES = 9, N_TYPES = 3 };
 
 static const int32_t TYPES[N_TYPES] = {EM_F16, EM_Q8_0, EM_F32};
 
 typedef struct {
-    int32_t heads, kv_heads, dim, window;
+    int32_t heads, kv_heads, dim, window, rotary;
+    float scale, cap;
 } shape;
 
 static const shape SHAPES[N_SHAPES] = {
-    {1, 1, 2, 0},    {4, 2, 16, 5},   {6, 1, 18, 0}, {3, 3, 64, 40},
-    {16, 2, 128, 0}, {40, 1, 34, 17}, {7, 1, 80, 0},
+    {1, 1, 2, 0, 0, 0, 0},   {4, 2, 16, 5, 0, 0, 0},       {6, 1, 18, 0, 0, 0, 0},
+    {3, 3, 64, 40, 0, 0, 0}, {16, 2, 128, 0, 0, 0, 0},     {40, 1, 34, 17, 0, 0, 0},
+    {7, 1, 80, 0, 0, 0, 0},  {6, 2, 20, 9, 6, 0.5f, 2.0f}, {4, 1, 64, 0, 0, 0, 1.5f},
 };
 
 typedef struct {
@@ -29,6 +31,9 @@ static problem make_problem(const shape *s, int32_t kv_dtype) {
                        .n_kv_heads = s->kv_heads,
                        .head_dim = s->dim,
                        .window = s->window,
+                       .rotary = s->rotary,
+                       .scale = s->scale,
+                       .cap = s->cap,
                        .kv_dtype = kv_dtype,
                        .context = ROOM}};
     int64_t rows = (int64_t)CONTEXT * s->dim;
@@ -63,10 +68,11 @@ static void free_problem(problem *p) {
 /* Feeds CONTEXT tokens in steps of 1, 2, 3... up to `most`. */
 static void feed(em_core *core, problem *p, int32_t most) {
     int64_t dim = p->a.head_dim, heads = p->a.n_heads * dim, kv = p->a.n_kv_heads * dim;
+    int64_t half = (p->a.rotary ? p->a.rotary : dim) / 2;
     for (int64_t at = 0, n = 1; at < CONTEXT; at += n, n = em_min(n + 1, most)) {
         if (most == CONTEXT) n = CONTEXT;
         n = em_min(n, CONTEXT - at);
-        const float *c = p->turn + at * dim / 2, *s = c + CONTEXT * dim / 2;
+        const float *c = p->turn + at * half, *s = c + CONTEXT * half;
         int32_t status = em_attention_store(core, &p->a, p->q + at * heads, p->k + at * kv,
                                             p->v + at * kv, c, s, at, (int32_t)n);
         CHECK(status == EM_OK, "storing: status %d", status);
@@ -92,9 +98,12 @@ static uint32_t bytes_of(const char *isa, int32_t threads, const shape *s, int32
 }
 
 static const uint32_t GOLDEN[N_TYPES][N_SHAPES] = {
-    {0x7999f920, 0x673d6984, 0x91cc5937, 0x8916f743, 0x20d12b4d, 0xc9169212, 0xe5ea8893},
-    {0x8c69420c, 0xb66fc47e, 0xe69183ca, 0x975c1060, 0x9226fc76, 0x368c7183, 0xf19a8852},
-    {0x9e324e79, 0xbe36c96c, 0x78742bb2, 0x933fcba2, 0x4925efca, 0x69f724d4, 0xd1cce1b9}};
+    {0x7999f920, 0x673d6984, 0x91cc5937, 0x8916f743, 0x20d12b4d, 0xc9169212, 0xe5ea8893, 0x3f796990,
+     0x9d3056d7},
+    {0x8c69420c, 0xb66fc47e, 0xe69183ca, 0x975c1060, 0x9226fc76, 0x368c7183, 0xf19a8852, 0x885b7a3c,
+     0x684a5be3},
+    {0x9e324e79, 0xbe36c96c, 0x78742bb2, 0x933fcba2, 0x4925efca, 0x69f724d4, 0xd1cce1b9, 0x68132ad9,
+     0x7142ccaa}};
 
 static void golden_bytes(const em_kernels *k) {
     for (int type = 0; type < N_TYPES; type++)

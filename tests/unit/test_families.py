@@ -62,6 +62,9 @@ def test_absent_keys_have_the_defaults_of_the_class(model_type, more):
         ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters"),
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
         ("phi3", {"partial_rotary_factor": 0.2}, "partial_rotary_factor = 0.2"),
+        ("phimoe", {"num_experts_per_tok": 4}, "num_experts_per_tok"),
+        ("phimoe", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ("phimoe", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("gpt_neox", {"rotary_pct": 0.2}, "partial_rotary_factor = 0.2"),
     ],
 )
@@ -82,6 +85,8 @@ def test_what_is_not_computed_is_refused(model_type, more, words):
         ("phi3", {"rope_scaling": {"type": "su"}}, "lacks its list short_factor"),
         ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}},
          "rope"),
+        ("phimoe", {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8,
+                                     "long_factor": [1.0] * 8}}, "lacks its short_mscale"),
         ("glm4_moe", {"n_group": 7}, "n_groups = 7"),
         ("glm4_moe", {"n_group": 64, "topk_group": 1}, "top_groups = 1"),
     ],

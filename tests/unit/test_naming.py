@@ -434,7 +434,7 @@ def test_a_hostile_config_is_an_error_or_a_spec(model_type):
 
 def test_every_segment_of_every_type_is_named_once():
     for model_type in DEFAULTS:
-        spec = spec_of(small(model_type, num_experts=2, num_local_experts=2, num_experts_per_tok=1))
+        spec = spec_of(small(model_type, num_experts=2, num_local_experts=2, num_experts_per_tok=2))
         kinds = [
             Kind.DENSE,
             *([Kind.EXPERT] * any(spec.routed)),
