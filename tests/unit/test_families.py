@@ -1,10 +1,14 @@
 """Families that are spelled unlike Llama: the defaults of their configuration classes, and options
 that are refused by name."""
 
+import numpy as np
 import pytest
+import tiny
 import transformers
 from tiny_families import FAMILIES
 
+import edgemem
+from edgemem import converters
 from edgemem.converters.checkpoint.gguf.configuration import config_of
 from edgemem.converters.checkpoint.gguf.metadata import Metadata
 from edgemem.converters.configuration import describe
@@ -94,6 +98,16 @@ def test_what_is_not_computed_is_refused(model_type, more, words):
 def test_bad_values_are_named(model_type, more, words):
     with pytest.raises(CheckpointError, match=words):
         describe({"model_type": model_type, **SMALL, **more}, {})
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "phi3", "gemma2"])
+def test_ffns_are_taken_apart_however_matrices_lie(model_type, tmp_path, seed_base):
+    model = tiny.write(tmp_path / "model", model_type, seed_base + 3, dtype="F32")
+    converters.convert(model.folder, tmp_path / "whole.edgemem")
+    converters.convert(model.folder, tmp_path / "apart.edgemem", neurons=True)
+    paths = tmp_path / "whole.edgemem", tmp_path / "apart.edgemem"
+    whole, apart = (edgemem.load(path, context=tiny.IDS_COUNT + 2, threads=1) for path in paths)
+    assert np.array_equal(whole.logits(model.ids), apart.logits(model.ids))
 
 
 @pytest.mark.parametrize(

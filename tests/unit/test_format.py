@@ -263,6 +263,10 @@ def test_what_passes_has_finite_frequencies(kind):
         {"norm_eps": 1e300}, {"norm_eps": float("nan")}, {"clip_qkv": 1e39},
         {"head_dim": 2, "rope": RopeSpec("dynamic", factor=2.0)},
         {"norm": "batch"}, {"positions": "alibi"}, {"shared_norm": True},
+        {"attention_cap": -1.0}, {"logit_scale": 0.0}, {"attention_scale": float("nan")},
+        {"residual_scale": 1e30}, {"scoring": "argmax"}, {"router_bias": True}, {"n_groups": 2},
+        {"rope": RopeSpec(dims=2 * painted.SPEC.head_dim)},
+        {"rope": RopeSpec("longrope", original_positions=9, short_factors=(1.0,))},
     ],
 )  # fmt: skip
 def test_specs_that_would_fail_later_are_refused(change):
@@ -273,6 +277,19 @@ def test_specs_that_would_fail_later_are_refused(change):
 def test_a_routed_layer_has_a_norm_of_its_own():
     with pytest.raises(CorruptError, match="shared_norm = True is out of range"):
         replace(painted.ROUTED, parallel=True, shared_norm=True)
+
+
+@pytest.mark.parametrize("groups", [{"n_groups": 3}, {"n_groups": 65}, {"n_groups": 2}])
+def test_groups_of_experts_must_fit(groups):
+    with pytest.raises(CorruptError, match="_groups = .* is out of range"):
+        replace(painted.ROUTED, scoring="sigmoid", **groups)
+
+
+def test_a_second_rope_travels():
+    local = RopeSpec("longrope", 1e4, 1.0, 9, dims=4, short_factors=(1.0, 1.5),
+                     long_factors=(2.0, 3.0), long_attention_factor=1.2)  # fmt: skip
+    spec = replace(painted.SPEC, local_rope=local, post_norms=True, attention_cap=50.0)
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
 def test_what_came_later_is_written_down_only_where_it_differs():
