@@ -8,9 +8,13 @@ from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 
 import numpy as np
 
-from edgemem.dtypes import BLOCK
+from edgemem.dtypes import BLOCK, BY_NAME
 
-TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
+TYPES = {
+    "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7,
+    "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14, "iq4_nl": 20, "iq4_xs": 23,
+    "mxfp4": 39,
+}  # fmt: skip
 """ggml's codes of number formats."""
 OUTPUT_BYTES = 64 << 20
 """What the results of all products of one `GgmlProduct` may take."""
@@ -99,8 +103,9 @@ class GgmlProduct:
     """
 
     def __init__(self, ggml: Ggml, dtype: str, rows: int, cols: int, tokens: int, places: int):
-        if cols % BLOCK:
-            raise ValueError(f"ggml multiplies whole blocks of {BLOCK} columns: {cols}")
+        block = max(BLOCK, BY_NAME[dtype].block)
+        if cols % block:
+            raise ValueError(f"ggml multiplies whole blocks of {block} columns: {cols}")
         self._ggml, self._form = ggml, (TYPES[dtype], rows, cols, tokens)
         self._buffers, self._contexts, self._graphs, self._at = [], [], {}, 0
         places = max(1, min(places, OUTPUT_BYTES // (4 * rows * tokens)))

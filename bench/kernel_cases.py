@@ -4,6 +4,7 @@ Weights, keys and values are taken from memory that is larger than the caches, i
 that runs token by token takes them; small inputs stay in the caches, as they do there.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -11,7 +12,7 @@ from itertools import cycle
 import numpy as np
 
 from edgemem._native import Slab, check, ffi, lib, pointer
-from edgemem.dtypes import BY_NAME, matrix_bytes, round_up
+from edgemem.dtypes import BLOCK, BY_NAME, MULTIPLIED, matrix_bytes, round_up
 from edgemem.kernels import ACTIVATION_CODES, Array, Core
 
 PAGE = 4096
@@ -29,6 +30,8 @@ PRODUCTS = {
     "head": (128256, 2048),
 }
 """Rows and columns; an expert's or FFN's gate has its up's."""
+PRODUCTS_OF_ALL_BLOCKS = ("qwen3-30b-a3b/q", "llama-3.1-8b/ffn-up")
+"""The others are measured in formats that differ in how they are multiplied."""
 EXPERTS = {"qwen3-30b-a3b/8-experts": (8, 2048, 768)}
 """Experts of a token, hidden size, neurons."""
 ATTENTION = {"qwen3-30b-a3b/1k-keys": (32, 4, 1024), "qwen3-30b-a3b/16k-keys": (32, 4, 16384)}
@@ -104,12 +107,12 @@ class ColdMemory:
 
 def cases() -> Iterator[Case]:
     """All there are."""
-    for shape in PRODUCTS:
-        for dtype in BY_NAME:
+    for shape, (_, cols) in PRODUCTS.items():
+        for dtype in _types(cols, shape in PRODUCTS_OF_ALL_BLOCKS):
             for tokens in (1, 4, 64, 512):
                 yield Case("product", dtype, shape, tokens)
-    for shape in EXPERTS:
-        for dtype in BY_NAME:
+    for shape, (_, hidden, width) in EXPERTS.items():
+        for dtype in _types(math.gcd(hidden, width), all_blocks=True):
             yield Case("ffn", dtype, shape, 1)
     for shape in ATTENTION:
         for dtype in ("f32", "f16", "q8_0"):
@@ -122,6 +125,12 @@ def cases() -> Iterator[Case]:
     for shape in ROUTES:
         for tokens in (1, 64, 512):
             yield Case("route", "f32", shape, tokens)
+
+
+def _types(cols: int, all_blocks: bool) -> list[str]:
+    """Formats that have rows of so many columns."""
+    formats = BY_NAME.values() if all_blocks else MULTIPLIED
+    return [dtype.name for dtype in formats if dtype.block <= BLOCK or cols % dtype.block == 0]
 
 
 def weight_bytes(case: Case) -> int:

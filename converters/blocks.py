@@ -1,24 +1,52 @@
 """GGML's blocks of quants: into the order of a store as they are, or into numbers.
 
-A row of a GGUF tensor is a run of blocks of 32 columns (ggml-common.h, little endian):
-
-    block_q8_0, 34 bytes: f16 scale, 32 × i8            weight k = scale · quant k
-    block_q4_0, 18 bytes: f16 scale, 16 × u8            low nibble of byte k: 8 + quant of column k,
-                                                        high nibble: 8 + quant of column k + 16
-
-A store's chunk of 4 bytes a lane holds the same bytes of the same columns (`edgemem/FORMAT.md`), so
-taking a tensor over is one transposition of 4-byte words; q8_0 adds 128 to each quant.
+A row of a GGUF tensor is a run of blocks of 32 or 256 columns (ggml-common.h, little endian):
+`FIELDS` has what each consists of. A store has the same numbers in the order in which kernels read
+them (`edgemem/FORMAT.md`): scales in a plane of their own, the rest as words of 4 bytes. Some
+formats' quants are such words already, and are only transposed.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 
-from edgemem.dtypes import BLOCK, F32, Q8_0, DType, group_bytes, scale_plane_bytes
+from edgemem import dtypes
+from edgemem.dtypes import F32, DType, group_bytes, scale_plane_bytes
+from edgemem.kernels.blocks import unpack
 
 from . import quantize
 
-_CHUNK_BYTES = 4
 _TILE_BYTES = 1 << 20
 """Rows turned into numbers at a time, so that their f32 copies stay small."""
+
+_D, _MIN = ("d", "<u2"), ("min", "<u2")
+FIELDS = {
+    dtype: np.dtype(fields)
+    for dtype, fields in {
+        dtypes.Q8_0: [_D, ("quants", "<u4", 8)],
+        dtypes.Q4_0: [_D, ("quants", "<u4", 4)],
+        dtypes.Q4_1: [_D, _MIN, ("quants", "<u4", 4)],
+        dtypes.Q5_0: [_D, ("high", "u1", 4), ("quants", "<u4", 4)],
+        dtypes.Q5_1: [_D, _MIN, ("high", "u1", 4), ("quants", "<u4", 4)],
+        dtypes.Q2_K: [("scales", "<u4", 4), ("quants", "u1", 64), _D, _MIN],
+        dtypes.Q3_K: [("high", "u1", 32), ("quants", "u1", 64), ("scales", "u1", 12), _D],
+        dtypes.Q4_K: [_D, _MIN, ("scales", "u1", 12), ("quants", "u1", 128)],
+        dtypes.Q5_K: [_D, _MIN, ("scales", "u1", 12), ("high", "u1", 32), ("quants", "u1", 128)],
+        dtypes.Q6_K: [("quants", "u1", 128), ("high", "u1", 64), ("scales", "u1", 16), _D],
+        dtypes.IQ4_NL: [_D, ("quants", "<u4", 4)],
+        dtypes.IQ4_XS: [_D, ("top", "<u2"), ("scales", "<u4", (1,)), ("quants", "<u4", 32)],
+        dtypes.MXFP4: [("e", "u1"), ("quants", "<u4", 4)],
+    }.items()
+}
+"""A block of each format, as structured numpy types."""
+_SCALES = ("d", "min", "top", "e")
+"""Fields that go into the plane of scales, in this order."""
+
+_PADDING = {dtypes.Q4_0: 0x88888888}
+"""Words of rows that are not there, where they are not zero: quants of 0."""
+
+_LARGEST_EXPONENT = 252
+"""With more, 12 · 2^(e - 128) is beyond the floats; 255 stands for NaN."""
 
 
 def block_bytes(dtype: DType) -> int:
@@ -44,61 +72,154 @@ def pack(rows: np.ndarray, source: DType, target: DType, lanes: int) -> np.ndarr
 
 
 def dequantize(rows: np.ndarray, dtype: DType) -> np.ndarray:
-    """float32 [rows, cols]: the values of GGML's blocks, as dequantize_row_q*_0 computes them."""
-    scales, quants = _split(rows, dtype)
-    quants = quants.view(np.uint8).reshape(*scales.shape, -1)
-    if dtype == Q8_0:
-        numbers = quants.view(np.int8).astype(np.float32)
-    else:
-        nibbles = np.concatenate([quants & np.uint8(15), quants >> np.uint8(4)], axis=-1)
-        numbers = nibbles.astype(np.float32) - np.float32(8)
-    with np.errstate(invalid="ignore"):
-        numbers *= scales.view(np.float16).astype(np.float32)[..., None]
-    return numbers.reshape(len(rows), -1)
-
-
-def _split(rows: np.ndarray, dtype: DType) -> tuple[np.ndarray, np.ndarray]:
-    """uint16 scales [rows, blocks] and uint32 quants [rows, blocks, chunks], copied."""
-    block = _block(dtype)
-    blocks = rows.reshape(len(rows), -1).view(block)
-    return np.ascontiguousarray(blocks["scale"]), np.ascontiguousarray(blocks["quants"])
-
-
-def _block(dtype: DType) -> np.dtype:
-    chunks = dtype.quant_bytes // _CHUNK_BYTES
-    return np.dtype([("scale", "<u2"), ("quants", "<u4", (chunks,))])
+    """float32 [rows, cols]: the values of GGML's blocks, as its dequantize_row_* compute them."""
+    cols = rows.shape[1] // block_bytes(dtype) * dtype.block
+    return np.ascontiguousarray(unpack(_reorder(rows, dtype, 1), dtype, cols, 1)[:, :, 0])
 
 
 def _reorder(rows: np.ndarray, dtype: DType, lanes: int) -> np.ndarray:
-    blocks = rows.view(_block(dtype))
+    blocks = rows.view(FIELDS[dtype])
+    _check_scales(blocks)
     n_rows, n_blocks = blocks.shape
-    cols, whole = n_blocks * BLOCK, n_rows // lanes
+    cols, whole = n_blocks * dtype.block, n_rows // lanes
+    scales = [blocks[name] for name in _SCALES if name in blocks.dtype.names]
+    words = _WORDS.get(dtype, _as_they_are)(blocks)
     plane = scale_plane_bytes(dtype, cols, lanes)
-    packed = np.empty((-(-n_rows // lanes), group_bytes(dtype, cols, lanes)), np.uint8)
-    _transpose(blocks[: whole * lanes], lanes, packed[:whole], plane)
-    if whole * lanes < n_rows:
-        last = np.zeros((lanes, n_blocks), blocks.dtype)
-        if dtype != Q8_0:
-            last["quants"] = 0x88888888
-        last[: n_rows - whole * lanes] = blocks[whole * lanes :]
-        _transpose(last, lanes, packed[whole:], plane)
-    if dtype == Q8_0:
-        quants = packed[:, plane:]
-        np.bitwise_xor(quants, np.uint8(0x80), out=quants)
+    packed = np.zeros((-(-n_rows // lanes), group_bytes(dtype, cols, lanes)), np.uint8)
+    for at, count in ((slice(0, whole), whole * lanes), (slice(whole, None), n_rows % lanes)):
+        if count == 0:
+            continue
+        some = slice(at.start * lanes, at.start * lanes + count)
+        head = packed[at, : n_blocks * dtype.scale_bytes * lanes].view(scales[0].dtype)
+        head = head.reshape(-1, n_blocks, len(scales), lanes)
+        for i, scale in enumerate(scales):
+            head[:, :, i] = _by_group(scale[some], lanes, 0).transpose(0, 2, 1)
+        body = packed[at, plane:].view(np.uint32).reshape(len(head), n_blocks, -1, lanes)
+        groups = _by_group(words[some], lanes, _PADDING.get(dtype, 0))
+        body[...] = groups.transpose(0, 2, 3, 1)
+        if dtype == dtypes.Q8_0:
+            body ^= np.uint32(0x80808080)
     return packed
 
 
-def _transpose(blocks: np.ndarray, lanes: int, out: np.ndarray, plane: int) -> None:
-    """Whole groups of rows, lane after lane within a block and within a chunk."""
-    groups, n_blocks = len(out), blocks.shape[1]
-    if groups == 0:
-        return
-    scales = blocks["scale"].reshape(groups, lanes, n_blocks)
-    quantize.check_finite(scales, quantize.F16)
-    head = out[:, :plane].view(np.uint16)
-    head[:, n_blocks * lanes :] = 0
-    head = head[:, : n_blocks * lanes].reshape(groups, n_blocks, lanes)
-    head[...] = scales.transpose(0, 2, 1)
-    quants = blocks["quants"].reshape(groups, lanes, n_blocks, -1)
-    body = out[:, plane:].view(np.uint32).reshape(groups, n_blocks, -1, lanes)
-    body[...] = quants.transpose(0, 2, 3, 1)
+def _by_group(rows: np.ndarray, lanes: int, padding: int) -> np.ndarray:
+    """[groups, lanes, …] of rows [n, …]; one group may lack some."""
+    if len(rows) % lanes:
+        whole = np.full((lanes, *rows.shape[1:]), padding, rows.dtype)
+        whole[: len(rows)] = rows
+        rows = whole
+    return rows.reshape(-1, lanes, *rows.shape[1:])
+
+
+def _check_scales(blocks: np.ndarray) -> None:
+    for name in ("d", "min"):
+        if name in blocks.dtype.names:
+            quantize.check_finite(blocks[name], dtypes.F16)
+    if "e" in blocks.dtype.names and blocks["e"].max() > _LARGEST_EXPONENT:
+        raise ValueError("it holds NaN or infinite weights")
+
+
+# ---- words of a block: scales if any, then for each 32 columns the planes of their quants ------
+
+
+def _as_they_are(blocks: np.ndarray) -> np.ndarray:
+    return blocks["quants"]
+
+
+def _q5(blocks):
+    bits = np.unpackbits(blocks["high"], axis=-1, bitorder="little")
+    high = _plane(bits.view("<u4"), 1)[..., 0]
+    return np.concatenate([blocks["quants"], high], axis=-1)
+
+
+def _q2_k(blocks):
+    return _joined(blocks["scales"], _plane(_fields(_runs(blocks["quants"], 32), 2, 4), 2))
+
+
+def _q3_k(blocks):
+    """Its 6-bit scales lie as in dequantize_row_q3_K: low halves in 8 bytes, high bits in 4."""
+    low, high = blocks["scales"][..., :8], blocks["scales"][..., 8:]
+    low = _fields(_runs(low, 8), 4, 2).view(np.uint8).reshape(*low.shape[:2], 8, 2)
+    high = _fields(_runs(high, 4), 2, 4).view(np.uint8).reshape(*high.shape[:2], 8, 2)
+    scales = [_word(low[..., 0], 4), _word(low[..., 1], 4)]
+    scales.append(_word(high[..., 0], 2) | _word(high[..., 1], 2) << np.uint32(16))
+    quants = _fields(_runs(blocks["quants"], 32), 2, 4)
+    bits = _fields(_runs(blocks["high"], 32), 1, 8)
+    return _joined(np.stack(scales, axis=-1), _plane(quants, 2), _plane(bits, 1))
+
+
+def _q4_k(blocks):
+    quants = _fields(_runs(blocks["quants"], 32), 4, 2)
+    return _joined(_scales_and_minima(blocks), _plane(quants, 4))
+
+
+def _q5_k(blocks):
+    quants = _fields(_runs(blocks["quants"], 32), 4, 2)
+    bits = _fields(_runs(blocks["high"], 32), 1, 8)
+    return _joined(_scales_and_minima(blocks), _plane(quants, 4), _plane(bits, 1))
+
+
+def _scales_and_minima(blocks):
+    """As get_scale_min_k4: of the last four scales and minima the high bits lie with the first."""
+    first, minima, last = np.split(blocks["scales"], 3, axis=-1)
+    scales = np.concatenate([first & 63, last & 15 | first >> 2 & 0x30], axis=-1)
+    minima = np.concatenate([minima & 63, last >> 4 | minima >> 2 & 0x30], axis=-1)
+    high = _word(scales >> 4, 2) | _word(minima >> 4, 2) << np.uint32(16)
+    return np.stack([_word(scales & 15, 4), _word(minima & 15, 4), high], axis=-1)
+
+
+def _q6_k(blocks):
+    scales = (blocks["scales"] ^ np.uint8(0x80)).view("<u4")
+    quants = _fields(_runs(blocks["quants"], 64), 4, 2)
+    high = _fields(_runs(blocks["high"], 32), 2, 4)
+    return _joined(scales, _plane(quants, 4), _plane(high, 2))
+
+
+def _iq4_xs(blocks):
+    return np.concatenate([blocks["scales"], blocks["quants"]], axis=-1)
+
+
+_WORDS: dict[DType, Callable[[np.ndarray], np.ndarray]] = {
+    dtypes.Q5_0: _q5,
+    dtypes.Q5_1: _q5,
+    dtypes.Q2_K: _q2_k,
+    dtypes.Q3_K: _q3_k,
+    dtypes.Q4_K: _q4_k,
+    dtypes.Q5_K: _q5_k,
+    dtypes.Q6_K: _q6_k,
+    dtypes.IQ4_XS: _iq4_xs,
+}
+"""uint32 [rows, blocks, words] of structured blocks [rows, blocks]."""
+
+
+def _runs(items: np.ndarray, length: int) -> np.ndarray:
+    """uint32 [..., n, length / 4] of bytes: four are handled at a time."""
+    words = np.ascontiguousarray(items).view("<u4")
+    return words.reshape(*items.shape[:-1], -1, length // 4)
+
+
+def _fields(words: np.ndarray, width: int, count: int) -> np.ndarray:
+    """Each byte's fields of so many bits as bytes, the low ones first: [..., n, count, length]."""
+    shifts = np.arange(0, width * count, width, dtype=np.uint32)[:, None]
+    return words[..., None, :] >> shifts & np.uint32(((1 << width) - 1) * 0x01010101)
+
+
+def _plane(quants: np.ndarray, width: int) -> np.ndarray:
+    """Words [rows, blocks, steps, width] of quants of so many bits [rows, blocks, …]: FORMAT.md."""
+    chunks = quants.reshape(*quants.shape[:2], -1, 8 // width, width)
+    packed = chunks[..., 0, :].copy()
+    for k in range(1, 8 // width):
+        packed |= chunks[..., k, :] << np.uint32(width * k)
+    return packed
+
+
+def _word(numbers: np.ndarray, width: int) -> np.ndarray:
+    """uint32 [...] of 8 numbers [..., 8], one every so many bits."""
+    shifts = np.arange(0, 8 * width, width, dtype=np.uint32)
+    return np.bitwise_or.reduce(numbers.astype(np.uint32) << shifts, axis=-1)
+
+
+def _joined(header: np.ndarray, *planes: np.ndarray) -> np.ndarray:
+    """A block's words: the header's, and of each step all planes'."""
+    steps = np.concatenate(planes, axis=-1)
+    return np.concatenate([header, steps.reshape(*steps.shape[:2], -1)], axis=-1)

@@ -25,7 +25,7 @@ import numpy as np
 from ._native import Slab, check, ffi, lib, pointer
 from .benchmark import cpu_name
 from .budget import MIB, auto_bytes, fast_cpus, show_size
-from .dtypes import BY_NAME
+from .dtypes import MULTIPLIED
 from .errors import EdgeMemError, FlashError, UnsupportedError
 from .format import parse_json
 from .kernels import Core
@@ -322,12 +322,12 @@ def _dram_rate(core: Core) -> float:
 def _multiply_adds(core: Core) -> dict[str, float]:
     """Multiply-adds per second of each number format, by all threads."""
     rates = {}
-    for name, dtype in BY_NAME.items():
+    for dtype in MULTIPLIED:
         items, started, done = core.threads, perf_counter(), 0
         while perf_counter() - started < COMPUTE_SECONDS:
             done += core.multiply_adds(dtype.code, items)
             items *= 2
-        rates[name] = done / (perf_counter() - started)
+        rates[dtype.name] = done / (perf_counter() - started)
     return rates
 
 
@@ -380,7 +380,7 @@ def _is_sound(device: Device) -> bool:
     rates += [
         device.measured_at,
         device.dram_bytes_per_second,
-        *(device.multiply_adds[name] for name in BY_NAME),
+        *(device.multiply_adds[dtype.name] for dtype in MULTIPLIED),
     ]
     counts = [n for r in device.flash for n in (r.bytes, r.depth)]
     texts = all(isinstance(text, str) for text in (device.place, device.cpu))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .dtypes import BY_NAME, LANES, U32, DType, matrix_bytes
+from .dtypes import BY_NAME, LANES, MULTIPLIED, Q4_0, U32, DType, matrix_bytes
 from .format import STREAMABLE, Kind, Segment
 from .planner import Bundles
 from .rows import overhead_bytes
@@ -69,14 +69,15 @@ def bytes_as(store: Store, dtype: DType) -> int:
 
 
 def multiply_adds(store: Store, use: np.ndarray) -> dict[str, float]:
-    """Of one token by number format, where `use` float64 [n_bundles] says how much of each bundle
-    it takes."""
+    """Of one token by number format (dtypes.MULTIPLIED), where `use` float64 [n_bundles] says how
+    much of each bundle it takes."""
     per_layout = np.bincount(store.entries["layout"], use, len(store.layouts))
-    counts = dict.fromkeys(BY_NAME, 0.0)
+    counts = {dtype.name: 0.0 for dtype in MULTIPLIED}
     for layout, uses in zip(store.layouts, per_layout.tolist()):
         for segment in layout.segments:
             if segment.dtype is not U32:
-                counts[segment.dtype.name] += segment.rows * segment.cols * uses
+                dtype = segment.dtype if segment.dtype in MULTIPLIED else Q4_0
+                counts[dtype.name] += segment.rows * segment.cols * uses
     return counts
 
 

@@ -19,7 +19,7 @@ static uint16_t quantize_kv(const float *x, int32_t n, int8_t *quants) {
     float scale;
     int32_t sum;
     uint16_t half;
-    quantize(x, n, quants, &scale, &sum);
+    quantize(x, n, quants, &scale, &sum, NULL);
     store_f16(&scale, 1, &half);
     return half;
 }
@@ -166,8 +166,8 @@ EM_INLINE void score_quants(const em_queries *s, kv_rows k, int64_t row, const i
                                     ((b * groups + g) * 8 + c) * (EM_LANES * EM_KV_BLOCK_BYTES / 8),
                                 EM_LANES * EM_KV_BLOCK_BYTES / 8);
                 for (int r = 0; r < rows; r++)
-                    dot[r] =
-                        dot_chunk_q8(dot[r], quants, a->q + (at + r * a->blocks) * EM_BLOCK, c);
+                    dot[r] = dot_chunk(EM_Q8_0, dot[r], vb_load(quants + 64 * c),
+                                       a->q + (at + r * a->blocks) * EM_BLOCK + 4 * c);
             }
             vf d = vf_load_f16((const uint16_t *)scales);
             for (int r = 0; r < rows; r++) {

@@ -181,7 +181,7 @@ static void attend_heads(const attention_task *t, int32_t thread, int64_t kv_hea
         int64_t at = r * acts.blocks;
         if (a->kv_dtype == EM_Q8_0)
             t->kernels->quantize(q + r * t->padded, t->padded, quants + at * EM_BLOCK, scale + at,
-                                 sum + at);
+                                 sum + at, NULL);
     }
     t->kernels->attend(&queries);
     for (int64_t r = 0; r < queries.n_rows; r++) {

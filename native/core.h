@@ -18,8 +18,11 @@ EM_INLINE em_arena em_core_arena(const em_core *core) {
     return (em_arena){core->scratch, 0, core->scratch_bytes};
 }
 
-EM_INLINE bool em_dtype_known(int32_t dtype) { return dtype >= EM_F32 && dtype <= EM_Q4_0; }
-EM_INLINE bool em_dtype_is_block(int32_t dtype) { return dtype >= EM_Q8_0; }
+/* Whether there is such a format, and it may have rows of so many columns: the last block of 32 may
+ * be a part, that of more may not. */
+bool em_dtype_fits(int32_t dtype, int32_t cols);
+/* Whether rows of it that lie on their own can be multiplied and added up. */
+EM_INLINE bool em_dtype_gathers(int32_t dtype) { return dtype >= EM_F32 && dtype <= EM_Q4_0; }
 
 /* Runs items in parallel, or right here where `work` (multiplications or so) is too little to
  * share. */

@@ -58,13 +58,15 @@ enum {
     GROUPS = 5,
     ROWS = 16 * GROUPS,
     TOKENS = 27, /* tiles of 16, of 8, and less */
-    MATRIX_BYTES = ROWS * COLS * 4,
+    WIDE = 256,  /* columns for blocks that have so many, */
+    WIDE_TOKENS = TOKENS * COLS / WIDE,
+    MATRIX_BYTES = ROWS * WIDE * 4,
     ATTENDED = EM_SPAN_ROWS + 6
 };
 
 typedef struct {
-    float products[5][(2 * TOKENS + 1) * ROWS];
-    float vectors[8][COLS], attended[4][6 * COLS];
+    float products[EM_DTYPES][(2 * TOKENS + 1) * ROWS];
+    float vectors[8][WIDE], attended[4][6 * COLS];
     int8_t q[TOKENS * COLS];
     uint16_t halves[COLS];
     uint64_t sum;
@@ -73,44 +75,52 @@ typedef struct {
 static uint32_t next_random(uint32_t *state) { return *state = *state * 1664525u + 1013904223u; }
 
 /* Finite numbers of every sign in the given format. */
-static void fill_matrix(int32_t dtype, uint8_t *data) {
+static void fill_matrix(int32_t dtype, int32_t cols, uint8_t *data) {
     uint32_t state = 7;
     for (int i = 0; i < MATRIX_BYTES; i++) data[i] = (uint8_t)(next_random(&state) >> 24);
-    int64_t group = em_group_bytes(dtype, COLS, EM_LANES), step = dtype == EM_F32 ? 4 : 2;
-    int64_t end = em_dtype_is_block(dtype) ? em_scale_bytes(dtype, COLS, EM_LANES) : group;
+    int64_t group = em_group_bytes(dtype, cols, EM_LANES), step = dtype == EM_F32 ? 4 : 2;
+    int64_t end = em_dtype_is_block(dtype) ? em_scale_bytes(dtype, cols, EM_LANES) : group;
     for (int64_t g = 0; g < GROUPS; g++)
         for (int64_t i = step - 1; i < end; i += step)
             data[g * group + i] = (uint8_t)((data[g * group + i] & 0x83) | 0x38);
+}
+
+/* Products as of all tokens together, of one, and of all in another order. */
+static void multiply(const em_kernels *k, int32_t dtype, em_acts acts, int32_t tokens,
+                     uint8_t *matrix, test_result *r) {
+    int32_t backwards[TOKENS];
+    em_out out = {r->products[dtype], NULL, ROWS, ROWS, 0};
+    for (int t = 0; t < tokens; t++) backwards[t] = tokens - 1 - t;
+    fill_matrix(dtype, acts.cols, matrix);
+    k->product[dtype](matrix, 0, GROUPS, &acts, tokens, &out);
+    out.out += TOKENS * ROWS;
+    k->product[dtype](matrix, 0, GROUPS, &acts, 1, &out); /* one token takes other tiles */
+    out.out += ROWS;
+    acts.rows = backwards;
+    k->product[dtype](matrix, 1, GROUPS - 1, &acts, tokens, &out);
+    k->unpack_row(matrix, dtype, EM_LANES, acts.cols, 21, r->vectors[dtype % 2 + 4]);
 }
 
 static void self_test(const em_kernels *k, test_result *r) {
     static const float weight_seed[4] = {0.25f, -1.5f, 3.0f, -0.0625f};
     _Alignas(64) uint8_t matrix[MATRIX_BYTES];
     float x[TOKENS * COLS], scale[TOKENS * COLS / EM_BLOCK];
-    int32_t sum[TOKENS * COLS / EM_BLOCK], backwards[TOKENS];
-    for (int t = 0; t < TOKENS; t++) backwards[t] = TOKENS - 1 - t;
+    int32_t sum[TOKENS * COLS / EM_BLOCK], first[TOKENS * COLS / EM_BLOCK];
     for (int i = 0; i < TOKENS * COLS; i++) x[i] = weight_seed[i % 4] * (float)(i % 37 - 18);
     for (int t = 0; t < TOKENS; t++)
-        k->quantize(x + t * COLS, COLS, r->q + t * COLS, scale + t * 2, sum + t * 2);
-    em_acts acts = {x, r->q, scale, sum, NULL, COLS, COLS / EM_BLOCK};
-    for (int32_t dtype = EM_F32; dtype <= EM_Q4_0; dtype++) {
-        em_out out = {r->products[dtype], NULL, ROWS, ROWS, 0};
-        fill_matrix(dtype, matrix);
-        k->product[dtype](matrix, 0, GROUPS, &acts, TOKENS, &out);
-        out.out += TOKENS * ROWS;
-        k->product[dtype](matrix, 0, GROUPS, &acts, 1, &out); /* one token takes other tiles */
-        out.out += ROWS;
-        acts.rows = backwards;
-        k->product[dtype](matrix, 1, GROUPS - 1, &acts, TOKENS, &out);
-        acts.rows = NULL;
-        k->unpack_row(matrix, dtype, EM_LANES, COLS, 21, r->vectors[dtype % 2 + 4]);
-    }
-    memcpy(r->vectors[0], x, sizeof r->vectors[0]);
+        k->quantize(x + t * COLS, COLS, r->q + t * COLS, scale + t * 2, sum + t * 2, first + t * 2);
+    em_acts acts = {x, r->q, scale, sum, NULL, COLS, COLS / EM_BLOCK, first};
+    em_acts wide = {x, r->q, scale, sum, NULL, WIDE, WIDE / EM_BLOCK, first};
+    for (int32_t dtype = EM_F32; dtype <= EM_Q4_0; dtype++)
+        multiply(k, dtype, acts, TOKENS, matrix, r);
+    for (int32_t dtype = EM_Q4_1; dtype < EM_DTYPES; dtype++)
+        multiply(k, dtype, wide, WIDE_TOKENS, matrix, r);
+    memcpy(r->vectors[0], x, COLS * sizeof *x);
     k->softmax(r->vectors[0], COLS);
     k->rms_norm(x, x + COLS, 1e-6f, COLS, r->vectors[1]);
     k->layer_norm(x, x + COLS, x + 2 * COLS, 1e-6f, COLS, r->vectors[7]);
     k->rotate(x, r->vectors[0], r->vectors[1], COLS, r->vectors[2]);
-    memcpy(r->vectors[3], x, sizeof r->vectors[3]);
+    memcpy(r->vectors[3], x, COLS * sizeof *x);
     k->gate(r->vectors[3], x + COLS, COLS, EM_GELU);
     k->store_f16(x, COLS, r->halves);
     for (int32_t dtype = EM_F32; dtype <= EM_Q8_0; dtype++) {
@@ -139,9 +149,9 @@ static void self_test(const em_kernels *k, test_result *r) {
         k->attend(&queries);
     }
     k->sigmoid(r->vectors[4], COLS);
-    memcpy(r->vectors[6], x, sizeof r->vectors[6]);
+    memcpy(r->vectors[6], x, COLS * sizeof *x);
     k->axpy(r->vectors[6], 0.3f, r->vectors[5], COLS);
-    r->sum = k->read_bytes(matrix, sizeof matrix);
+    r->sum = k->read_bytes(matrix, MATRIX_BYTES);
 }
 
 static sigjmp_buf escape;

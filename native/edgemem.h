@@ -30,7 +30,25 @@ enum {
 };
 
 /* Number formats; the codes are those of the store. */
-enum { EM_F32 = 0, EM_F16 = 1, EM_BF16 = 2, EM_Q8_0 = 3, EM_Q4_0 = 4 };
+enum {
+    EM_F32 = 0,
+    EM_F16 = 1,
+    EM_BF16 = 2,
+    EM_Q8_0 = 3, /* and blocks from here on */
+    EM_Q4_0 = 4,
+    EM_Q4_1 = 5,
+    EM_Q5_0 = 6,
+    EM_Q5_1 = 7,
+    EM_Q2_K = 8,
+    EM_Q3_K = 9,
+    EM_Q4_K = 10,
+    EM_Q5_K = 11,
+    EM_Q6_K = 12,
+    EM_IQ4_NL = 13,
+    EM_IQ4_XS = 14,
+    EM_MXFP4 = 15,
+    EM_DTYPES = 16
+};
 
 enum {
     EM_SILU = 0,

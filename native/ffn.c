@@ -223,6 +223,7 @@ static void down_item(void *arg, int64_t item, int32_t thread) {
         h.q += skip * EM_BLOCK;
         h.scale += skip;
         h.sum += skip;
+        h.first += skip;
     }
     em_out to_y = {t->y + (int64_t)first * f->hidden, vector_at(bundle, f->down_bias), f->hidden,
                    f->hidden, 0};
@@ -291,6 +292,7 @@ static void run_gate_up(em_core *core, ffn_task *t, int32_t n) {
         part.q += skip * EM_BLOCK;
         part.scale += skip;
         part.sum += skip;
+        part.first += skip;
         em_acts_quantize(core, &part, NULL, t->first[b + 1] - t->first[b]);
     }
 }
@@ -334,9 +336,9 @@ static int32_t run_as_ready(em_core *core, ffn_task *t, const int32_t *ready, co
 }
 
 static bool valid_ffn(const em_ffn *f) {
-    return f->hidden >= 1 && f->intermediate >= 1 && em_dtype_known(f->gate_dtype) &&
-           em_dtype_known(f->up_dtype) && em_dtype_known(f->down_dtype) &&
-           f->activation >= EM_SILU && f->activation <= EM_RELU2;
+    return em_dtype_fits(f->gate_dtype, f->hidden) && em_dtype_fits(f->up_dtype, f->hidden) &&
+           em_dtype_fits(f->down_dtype, f->intermediate) && f->activation >= EM_SILU &&
+           f->activation <= EM_RELU2;
 }
 
 int32_t em_ffn_run(em_core *core, const em_ffn *f, int32_t n_bundles, const uint64_t *addresses,

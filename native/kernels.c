@@ -44,6 +44,8 @@ EM_INLINE void store_part(float *p, int64_t n, vf a) {
     for (int i = 0; i < n; i++) p[i] = lane[i];
 }
 
+#include "blocks.h"
+
 #include "products.h"
 
 #include "gathered.h"
@@ -61,7 +63,8 @@ EM_INLINE float round_as_f16(float x) {
 }
 
 /* llama.cpp's numbers: quants by the exact scale, which is then kept as an f16. */
-static void quantize(const float *x, int32_t cols, int8_t *q, float *scale, int32_t *sum) {
+static void quantize(const float *x, int32_t cols, int8_t *q, float *scale, int32_t *sum,
+                     int32_t *first) {
     for (int32_t k = 0; k < cols; k += EM_BLOCK) {
         vf a = load_part(x + k, cols - k, 0);
         vf b =
@@ -78,6 +81,7 @@ static void quantize(const float *x, int32_t cols, int8_t *q, float *scale, int3
         vi_store_i8(q + k + EM_LANES, qb);
         *scale++ = round_as_f16(amax / 127.0f) + poison;
         *sum++ = vi_sum(vi_add(qa, qb));
+        if (first) *first++ = vi_sum(qa);
     }
 }
 
@@ -248,34 +252,25 @@ EM_INLINE float load_f16(const uint8_t *p) {
     return value[0];
 }
 
-EM_INLINE float block_element(const uint8_t *group, int32_t dtype, int32_t lanes, int32_t cols,
-                              int64_t lane, int32_t k) {
-    int64_t block = k / EM_BLOCK, within = k % EM_BLOCK;
-    const uint8_t *quants = group + em_scale_bytes(dtype, cols, lanes);
-    float d = load_f16(group + (block * lanes + lane) * 2);
-    int64_t chunk = dtype == EM_Q8_0 ? block * 8 + within / 4 : block * 4 + within % 16 / 4;
-    uint8_t byte = quants[(chunk * lanes + lane) * 4 + within % 4];
-    if (dtype == EM_Q8_0) return d * (float)(byte - 128);
-    return d * (float)((within < 16 ? byte & 15 : byte >> 4) - 8);
-}
-
 static void unpack_row(const uint8_t *data, int32_t dtype, int32_t lanes, int32_t cols, int64_t row,
                        float *out) {
     const uint8_t *group = data + row / lanes * em_group_bytes(dtype, cols, lanes);
     int64_t lane = row % lanes;
+    if (em_dtype_is_block(dtype)) {
+        unpack_blocks(group, dtype, lanes, cols, lane, out);
+        return;
+    }
     for (int32_t k = 0; k < cols; k++) {
         int64_t at = (int64_t)k * lanes + lane;
         switch (dtype) {
         case EM_F32: out[k] = ((const float *)group)[at]; break;
         case EM_F16: out[k] = load_f16(group + 2 * at); break;
-        case EM_BF16: {
+        default: {
             uint16_t bits[EM_LANES] = {((const uint16_t *)group)[at]};
             float value[EM_LANES];
             vf_store(value, vf_load_bf16(bits));
             out[k] = value[0];
-            break;
         }
-        default: out[k] = block_element(group, dtype, lanes, cols, lane, k);
         }
     }
 }
@@ -320,16 +315,17 @@ static uint64_t read_bytes(const uint8_t *data, uint64_t bytes) {
     }
 PEAK(peak_float, 4, vf, vf_set1(0), /* it is one */, vf_fma(vf_load(wi), vf_set1(*xt), acc))
 PEAK(peak_q8, 2, vi, vi_set1(0), vf_from_vi,
-     vi_dot_q8(acc, (const uint8_t *)wi, (const int8_t *)xt))
+     vi_dot_wide(acc, vb_load((const uint8_t *)wi), (const int8_t *)xt))
 PEAK(peak_q4, 2, vi, vi_set1(0), vf_from_vi,
-     vi_dot_q4(acc, (const uint8_t *)wi, (const int8_t *)xt, (const int8_t *)(xt + 1)))
+     vi_dot(vi_dot(acc, quants(EM_Q4_1, (const uint8_t *)wi, 0), (const int8_t *)xt),
+            quants(EM_Q4_1, (const uint8_t *)wi, 4), (const int8_t *)(xt + 1)))
 
 static int64_t peak(int32_t dtype, float *sum) {
     float w[PEAK_VECTORS * EM_LANES], x[2 * 4 * PEAK_TOKENS];
 #ifdef EM_TILE_TOKENS
-    if (dtype == EM_Q8_0 || dtype == EM_Q4_0) return tiles_peak(dtype, sum);
+    if (em_dtype_is_block(dtype)) return tiles_peak(sum);
 #endif
-    if (dtype == EM_Q8_0 || dtype == EM_Q4_0) {
+    if (em_dtype_is_block(dtype)) {
         memset(w, 129, sizeof w); /* small: nothing overflows in all rounds */
         memset(x, 1, sizeof x);
         return dtype == EM_Q8_0 ? 4 * peak_q8(w, x, sum) : 8 * peak_q4(w, x, sum);
@@ -341,7 +337,25 @@ static int64_t peak(int32_t dtype, float *sum) {
 
 const em_kernels JOIN(em_kernels_, EM_ISA) = {
     .name = TEXT(EM_ISA),
-    .product = {product_f32, product_f16, product_bf16, product_q8, product_q4},
+    .product =
+        {
+            [EM_F32] = product_f32,
+            [EM_F16] = product_f16,
+            [EM_BF16] = product_bf16,
+            [EM_Q8_0] = product_q8_0,
+            [EM_Q4_0] = product_q4_0,
+            [EM_Q4_1] = product_q4_1,
+            [EM_Q5_0] = product_q5_0,
+            [EM_Q5_1] = product_q5_1,
+            [EM_Q2_K] = product_q2_k,
+            [EM_Q3_K] = product_q3_k,
+            [EM_Q4_K] = product_q4_k,
+            [EM_Q5_K] = product_q5_k,
+            [EM_Q6_K] = product_q6_k,
+            [EM_IQ4_NL] = product_iq4_nl,
+            [EM_IQ4_XS] = product_iq4_xs,
+            [EM_MXFP4] = product_mxfp4,
+        },
     .gather_rows = gather_rows,
     .add_rows = add_rows,
     .quantize = quantize,

@@ -16,6 +16,7 @@ typedef struct {
     const int32_t *sum;  /* [n_tokens, blocks]: the sum of each block's q */
     const int32_t *rows; /* which rows of the above the tokens are, or NULL for 0, 1, 2... */
     int32_t cols, blocks;
+    const int32_t *first; /* [n_tokens, blocks]: the sum of the first half of each block's q */
 } em_acts;
 
 /* Where the products of rows [row0, row0 + 16 * n_groups) go. */
@@ -58,7 +59,7 @@ typedef void em_product(const uint8_t *weights, int32_t first_group, int32_t n_g
 
 typedef struct {
     const char *name;
-    em_product *product[5]; /* by dtype code */
+    em_product *product[EM_DTYPES]; /* by dtype code */
     /* Columns [first, first + cols) of up to EM_LANES rows as one group of a store matrix; of block
      * formats `first` is at a block. */
     void (*gather_rows)(const em_gathered *rows, int64_t first, int32_t cols, uint8_t *group);
@@ -67,8 +68,9 @@ typedef struct {
     void (*add_rows)(const em_gathered *rows, int64_t first, int32_t cols, const float *weights,
                      float *sum);
     /* One row of `cols` floats into int8 blocks of 32: q = round(x * 127 / amax), and for scale
-     * amax / 127 rounded to 11 significant bits. */
-    void (*quantize)(const float *x, int32_t cols, int8_t *q, float *scale, int32_t *sum);
+     * amax / 127 rounded to 11 significant bits. `first`, sums of first halves, may be NULL. */
+    void (*quantize)(const float *x, int32_t cols, int8_t *q, float *scale, int32_t *sum,
+                     int32_t *first);
     void (*rms_norm)(const float *x, const float *weight, float eps, int32_t n, float *out);
     void (*layer_norm)(const float *x, const float *weight, const float *bias, float eps, int32_t n,
                        float *out);
@@ -101,6 +103,8 @@ typedef struct {
     /* Asks the system for what the instructions need, before the first of them; NULL: nothing. */
     bool (*prepare)(void);
 } em_kernels;
+
+EM_INLINE bool em_dtype_is_block(int32_t dtype) { return dtype >= EM_Q8_0; }
 
 /* Bytes of one group of `lanes` rows, and of its plane of scales (dtypes.py, FORMAT.md). */
 int64_t em_group_bytes(int32_t dtype, int32_t cols, int32_t lanes);

@@ -344,11 +344,12 @@ static int32_t write_down(em_core *core, const neurons_task *t, const em_neuron_
 static bool valid(const em_neurons *f) {
     bool whole = !em_dtype_is_block(f->dtype) || f->hidden % EM_BLOCK == 0;
     int32_t most = f->gated ? 3 : 2, least = predicts(f) ? most : most - 1;
-    bool decided = predicts(f) ? f->score >= 0 && f->score_bias >= 0 && f->rank >= 1 &&
-                                     f->rank <= f->hidden && em_dtype_known(f->predictor_dtype)
-                               : f->deciding >= 0 && em_dtype_known(f->deciding_dtype);
-    return f->hidden >= 1 && f->intermediate >= 1 && em_dtype_known(f->dtype) && whole && decided &&
-           f->row_parts >= least && f->row_parts <= most && f->activation >= EM_SILU &&
+    bool decided = predicts(f)
+                       ? f->score >= 0 && f->score_bias >= 0 && f->rank >= 1 &&
+                             f->rank <= f->hidden && em_dtype_fits(f->predictor_dtype, f->rank)
+                       : f->deciding >= 0 && em_dtype_fits(f->deciding_dtype, f->hidden);
+    return f->hidden >= 1 && f->intermediate >= 1 && em_dtype_gathers(f->dtype) && whole &&
+           decided && f->row_parts >= least && f->row_parts <= most && f->activation >= EM_SILU &&
            f->activation <= EM_RELU2 && f->threshold >= 0;
 }
 

@@ -63,20 +63,35 @@ void em_core_run(em_core *core, em_task *task, void *arg, int64_t n_items, int64
 
 /* ---- store matrices ---------------------------------------------------------------------- */
 
+/* Columns of a block; of one row's block the bytes of its scales, and of all else (dtypes.py). */
+static const struct {
+    int16_t cols, scales, quants;
+} FORMATS[EM_DTYPES] = {
+    [EM_F32] = {1, 0, 4},      [EM_F16] = {1, 0, 2},      [EM_BF16] = {1, 0, 2},
+    [EM_Q8_0] = {32, 2, 32},   [EM_Q4_0] = {32, 2, 16},   [EM_Q4_1] = {32, 4, 16},
+    [EM_Q5_0] = {32, 2, 20},   [EM_Q5_1] = {32, 4, 20},   [EM_Q2_K] = {256, 4, 80},
+    [EM_Q3_K] = {256, 2, 108}, [EM_Q4_K] = {256, 4, 140}, [EM_Q5_K] = {256, 4, 172},
+    [EM_Q6_K] = {256, 2, 208}, [EM_IQ4_NL] = {32, 2, 16}, [EM_IQ4_XS] = {256, 4, 132},
+    [EM_MXFP4] = {32, 1, 16},
+};
+
+static int64_t plane_bytes(int32_t dtype, int32_t cols, int32_t lanes, int64_t of_block) {
+    int64_t blocks = (cols + FORMATS[dtype].cols - 1) / FORMATS[dtype].cols;
+    return em_round_up(blocks * of_block * lanes, 4LL * lanes);
+}
+
 int64_t em_scale_bytes(int32_t dtype, int32_t cols, int32_t lanes) {
-    if (!em_dtype_is_block(dtype)) return 0;
-    return em_round_up((cols + EM_BLOCK - 1) / EM_BLOCK * 2LL * lanes, 4LL * lanes);
+    return plane_bytes(dtype, cols, lanes, FORMATS[dtype].scales);
 }
 
 int64_t em_group_bytes(int32_t dtype, int32_t cols, int32_t lanes) {
-    int64_t blocks = (cols + EM_BLOCK - 1) / EM_BLOCK, quants;
-    switch (dtype) {
-    case EM_F32: quants = 4LL * cols * lanes; break;
-    case EM_Q8_0: quants = blocks * 32 * lanes; break;
-    case EM_Q4_0: quants = blocks * 16 * lanes; break;
-    default: quants = 2LL * cols * lanes;
-    }
-    return em_scale_bytes(dtype, cols, lanes) + em_round_up(quants, 4LL * lanes);
+    return em_scale_bytes(dtype, cols, lanes) +
+           plane_bytes(dtype, cols, lanes, FORMATS[dtype].quants);
+}
+
+bool em_dtype_fits(int32_t dtype, int32_t cols) {
+    if (dtype < 0 || dtype >= EM_DTYPES || cols < 1) return false;
+    return FORMATS[dtype].cols <= EM_BLOCK || cols % FORMATS[dtype].cols == 0;
 }
 
 /* ---- products ---------------------------------------------------------------------------- */
@@ -88,7 +103,7 @@ int64_t em_chunk_groups(const em_core *core, int64_t groups) {
 
 uint64_t em_acts_bytes(int64_t n, int32_t cols) {
     uint64_t blocks = (uint64_t)n * (uint64_t)((cols + EM_BLOCK - 1) / EM_BLOCK);
-    return em_arena_cost(blocks * EM_BLOCK) + 2 * em_arena_cost(blocks * 4);
+    return em_arena_cost(blocks * EM_BLOCK) + 3 * em_arena_cost(blocks * 4);
 }
 
 bool em_acts_take(em_arena *arena, em_acts *acts, int64_t n) {
@@ -96,7 +111,8 @@ bool em_acts_take(em_arena *arena, em_acts *acts, int64_t n) {
     acts->q = em_arena_take(arena, blocks * EM_BLOCK);
     acts->scale = em_arena_take(arena, blocks * 4);
     acts->sum = em_arena_take(arena, blocks * 4);
-    return acts->q && acts->scale && acts->sum;
+    acts->first = em_arena_take(arena, blocks * 4);
+    return acts->q && acts->scale && acts->sum && acts->first;
 }
 
 typedef struct {
@@ -111,7 +127,8 @@ static void quantize_row(void *arg, int64_t item, int32_t thread) {
     const em_acts *a = task->acts;
     int64_t row = task->rows ? task->rows[item] : item, at = row * a->blocks;
     task->kernels->quantize(a->x + row * a->cols, a->cols, (int8_t *)a->q + at * EM_BLOCK,
-                            (float *)a->scale + at, (int32_t *)a->sum + at);
+                            (float *)a->scale + at, (int32_t *)a->sum + at,
+                            a->first ? (int32_t *)a->first + at : NULL);
 }
 
 void em_acts_quantize(em_core *core, const em_acts *acts, const int32_t *rows, int64_t n) {
@@ -154,8 +171,7 @@ int32_t em_linears(em_core *core, const em_linear *linears, int32_t n_linears, c
     bool blocks = false;
     for (int32_t i = 0; i < n_linears; i++) {
         const em_linear *l = &linears[i];
-        if (l->cols != cols || l->cols < 1 || l->rows < 1 || !em_dtype_known(l->dtype))
-            return EM_INVALID;
+        if (l->cols != cols || l->rows < 1 || !em_dtype_fits(l->dtype, l->cols)) return EM_INVALID;
         blocks |= em_dtype_is_block(l->dtype);
         groups += groups_of(l);
     }
@@ -202,7 +218,7 @@ int32_t em_norm(em_core *core, const float *x, const float *weight, const float 
 
 int32_t em_embed(em_core *core, const uint64_t *addresses, int32_t rows_per_bundle, int32_t dtype,
                  int32_t lanes, int32_t cols, const int32_t *ids, int32_t n, float *out) {
-    if (rows_per_bundle < 1 || !em_dtype_known(dtype) || (lanes != 1 && lanes != EM_LANES) ||
+    if (rows_per_bundle < 1 || !em_dtype_fits(dtype, cols) || (lanes != 1 && lanes != EM_LANES) ||
         cols < 1 || n < 0)
         return EM_INVALID;
     for (int32_t i = 0; i < n; i++)
@@ -308,7 +324,8 @@ int32_t em_softmax(em_core *core, float *x, int32_t n_rows, int32_t n_cols) {
 int32_t em_quantize(em_core *core, const float *x, int32_t n_rows, int32_t n_cols, int8_t *q,
                     float *scale, int32_t *sum) {
     if (n_rows < 0 || n_cols < 1) return EM_INVALID;
-    em_acts acts = {x, q, scale, sum, NULL, n_cols, (n_cols + EM_BLOCK - 1) / EM_BLOCK};
+    em_acts acts = {.x = x, .q = q, .scale = scale, .sum = sum, .cols = n_cols};
+    acts.blocks = (n_cols + EM_BLOCK - 1) / EM_BLOCK;
     em_acts_quantize(core, &acts, NULL, n_rows);
     return EM_OK;
 }
@@ -352,7 +369,7 @@ static void peak_item(void *arg, int64_t item, int32_t thread) {
 }
 
 int64_t em_peak(em_core *core, int32_t dtype, int32_t items) {
-    if (!em_dtype_known(dtype) || items < 0) return -1;
+    if (!em_dtype_fits(dtype, 256) || items < 0) return -1;
     peak_task task = {core->kernels, dtype, 0};
     em_pool_run(core->pool, peak_item, &task, items);
     return task.done;

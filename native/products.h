@@ -46,9 +46,19 @@ EM_INLINE int64_t act_row(const em_acts *a, int64_t token) {
  * (bench/LOG.md). Where it lies beyond a group, it is that after all groups of the tile. */
 #define PREFETCH_BYTES 4096
 
-EM_INLINE void prefetch(const void *p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64)
-        __builtin_prefetch((const uint8_t *)p + PREFETCH_BYTES + i);
+/* Where it pays (bench/LOG.md), blocks of few bits are asked for into the second cache. */
+#ifndef EM_FEW_BITS_TO_L2
+#define EM_FEW_BITS_TO_L2 0
+#endif
+
+EM_INLINE void prefetch(const void *p, int64_t bytes, const bool to_l2) {
+    for (int64_t i = 0; i < bytes; i += 64) {
+        const uint8_t *at = (const uint8_t *)p + PREFETCH_BYTES + i;
+        if (to_l2)
+            __builtin_prefetch(at, 0, 2);
+        else
+            __builtin_prefetch(at);
+    }
 }
 
 #define FLOAT_PRODUCT(name, dtype, type, load)                                                     \
@@ -65,7 +75,7 @@ EM_INLINE void prefetch(const void *p, int64_t bytes) {
             const int64_t past = k < turn ? 0 : (groups - 1) * next;                               \
             for (int g = 0; g < groups; g++) {                                                     \
                 const type *at = w + g * next + k * EM_LANES;                                      \
-                if (token == 0) prefetch(at + past, EM_LANES * sizeof(type));                      \
+                if (token == 0) prefetch(at + past, EM_LANES * sizeof(type), false);               \
                 vf wk = load(at);                                                                  \
                 for (int t = 0; t < tokens; t++)                                                   \
                     sum[g * tokens + t] = vf_fma(wk, vf_set1(x[t][k]), sum[g * tokens + t]);       \
@@ -87,85 +97,141 @@ FLOAT_PRODUCT(product_f32, EM_F32, float, vf_load)
 FLOAT_PRODUCT(product_f16, EM_F16, uint16_t, vf_load_f16)
 FLOAT_PRODUCT(product_bf16, EM_BF16, uint16_t, vf_load_bf16)
 
-/* A block's quants lie in chunks of 64 bytes, 4 a row: chunk c of 16 rows times one token's q. */
-EM_INLINE vi dot_chunk_q8(vi dot, const uint8_t *w, const int8_t *q, int c) {
-    return vi_dot_q8(dot, w + 64 * c, q + 4 * c);
+/* What is left in an instruction's sum of a step for each activation. */
+EM_INLINE int32_t bias_of(const int dtype) {
+    return is_wide(dtype) ? EM_Q8_BIAS : FORMS[dtype].offset;
 }
 
-EM_INLINE vi dot_chunk_q4(vi dot, const uint8_t *w, const int8_t *q, int c) {
-    return vi_dot_q4(dot, w + 64 * c, q + 4 * c, q + 16 + 4 * c);
+EM_INLINE vi dot_chunk(const int dtype, vi dot, vb w, const int8_t *q) {
+    return is_wide(dtype) ? vi_dot_wide(dot, w, q) : vi_dot(dot, w, q);
 }
 
-/* Where instructions multiply matrices, a block is multiplied by two tokens' at once. */
-#ifndef EM_PAIRS
+/* The sum of token row `row`'s quants of a part of block `b`. */
+EM_INLINE int32_t part_sum(const em_acts *a, int64_t at, const int parts, int part) {
+    if (parts == 1) return a->sum[at];
+    return part ? a->sum[at] - a->first[at] : a->first[at];
+}
+
+#ifdef EM_PAIRS
+/* Where instructions multiply matrices, a step is multiplied by two tokens' at once. */
+EM_INLINE void dot_pair(const int dtype, const uint8_t *w, int begin, int end, const int8_t *a,
+                        const int8_t *b, vi *of_a, vi *of_b) {
+    pair_sums s = {{{0}}};
+    for (int c = begin; c < end; c += 2)
+        s = pair_add(s, quants(dtype, w, c), quants(dtype, w, c + 1), a + 4 * c, b + 4 * c);
+    pair_end(s, of_a, of_b);
+}
+#else
 #define EM_PAIRS 0
-#define vi_pair_q8(w, a, b, of_a, of_b) (void)(w)
-#define vi_pair_q4(w, a, b, of_a, of_b) (void)(w)
+#define dot_pair(dtype, w, begin, end, a, b, of_a, of_b) (void)(w)
 #endif
 
-/* Where instructions multiply a whole block by many tokens', they take what tokens there are in
- * sixteens and eights. Returns how many. */
+/* dot[g * tokens + t] += a part of a step of group g, whose first lies at w, times token t's.
+ * Chunks go outside and tokens inside: a chunk is unpacked once, and what it is multiplied by is
+ * spread over a register once for all groups. */
+EM_INLINE void dot_part(const int dtype, const uint8_t *w, int64_t next, const int groups, int part,
+                        const int8_t *const *q, const int tokens, vi *dot) {
+    const int chunks = EM_BLOCK / 4 / FORMS[dtype].parts, begin = part * chunks;
+    const int paired = EM_PAIRS ? tokens / 2 * 2 : 0;
+    for (int t = 0; t < paired; t += 2)
+        for (int g = 0; g < groups; g++)
+            dot_pair(dtype, w + g * next, begin, begin + chunks, q[t], q[t + 1],
+                     &dot[g * tokens + t], &dot[g * tokens + t + 1]);
+    for (int c = begin; paired < tokens && c < begin + chunks; c++)
+        for (int g = 0; g < groups; g++) {
+            vb chunk = quants(dtype, w + g * next, c);
+            for (int t = paired; t < tokens; t++)
+                dot[g * tokens + t] = dot_chunk(dtype, dot[g * tokens + t], chunk, q[t] + 4 * c);
+        }
+}
+
+/* sum[t] += what a part of a step gives; `at` are the blocks of the tokens' activations. */
+EM_INLINE void add_part(const int dtype, const em_acts *a, const int64_t *at, const int tokens,
+                        const uint8_t *d, const uint8_t *w, int s, int part, const vi *dot,
+                        vf *sum) {
+    vf scale = block_scale(dtype, d, w, s, part);
+    for (int t = 0; t < tokens; t++)
+        sum[t] = vf_fma(vf_from_vi(dot[t]), vf_mul(scale, vf_set1(a->scale[at[t]])), sum[t]);
+    if (!FORMS[dtype].minima) return;
+    vf minimum = block_minimum(dtype, d, w, s, part);
+    for (int t = 0; t < tokens; t++) {
+        float x = a->scale[at[t]] * (float)part_sum(a, at[t], FORMS[dtype].parts, part);
+        sum[t] = vf_fma(minimum, vf_set1(x), sum[t]);
+    }
+}
+
+EM_INLINE void block_tile(const int dtype, const uint8_t *weights, const em_acts *a,
+                          const em_out *o, int64_t group, const int groups, int64_t token,
+                          const int tokens) {
+    const block_form *f = &FORMS[dtype];
+    const int64_t next = em_group_bytes(dtype, a->cols, EM_LANES);
+    const int64_t plane = em_scale_bytes(dtype, a->cols, EM_LANES);
+    const int64_t words_bytes = block_words(dtype) * 4 * EM_LANES;
+    const int64_t step_bytes = (words_bytes + f->scale_bytes * EM_LANES) / f->steps;
+    const uint8_t *d = weights + group * next, *w = d + plane, *ahead = w;
+    vf sum[BLOCK_TILE_GROUPS * BLOCK_TOKENS];
+    vi dot[BLOCK_TILE_GROUPS * BLOCK_TOKENS];
+    int64_t at[BLOCK_TOKENS];
+    for (int t = 0; t < tokens; t++) at[t] = act_row(a, token + t) * a->blocks;
+    for (int i = 0; i < groups * tokens; i++) sum[i] = vf_set1(0);
+    const uint8_t *turn = ahead + (next - plane - PREFETCH_BYTES) / step_bytes * step_bytes;
+    for (int64_t b = 0; b < a->blocks; b += f->steps) {
+        for (int s = 0; s < f->steps; s++) {
+            const uint8_t *step = w + (f->header + s * step_words(dtype)) * 4 * EM_LANES;
+            const int64_t past = ahead < turn ? 0 : (groups - 1) * next;
+            const int8_t *q[BLOCK_TOKENS];
+            for (int g = 0; token == 0 && g < groups; g++)
+                prefetch(ahead + past + g * next, step_bytes, EM_FEW_BITS_TO_L2 && f->low < 8);
+            for (int t = 0; t < tokens; t++) q[t] = a->q + at[t] * EM_BLOCK;
+            for (int part = 0; part < f->parts; part++) {
+                for (int i = 0; i < groups * tokens; i++)
+                    dot[i] = vi_set1(-bias_of(dtype) * part_sum(a, at[i % tokens], f->parts, part));
+                dot_part(dtype, step, next, groups, part, q, tokens, dot);
+                for (int g = 0; g < groups; g++)
+                    add_part(dtype, a, at, tokens, d + g * next, w + g * next, s, part,
+                             dot + g * tokens, sum + g * tokens);
+            }
+            for (int t = 0; t < tokens; t++) at[t]++;
+            ahead += step_bytes;
+        }
+        d += f->scale_bytes * EM_LANES;
+        w += words_bytes;
+    }
+    for (int g = 0; g < groups; g++)
+        for (int t = 0; t < tokens; t++)
+            finish(sum[g * tokens + t], o, token + t, (group + g) * EM_LANES);
+}
+
 #ifdef EM_TILE_TOKENS
 #include "matrices.h"
 #else
-#define product_q8_matrices(weights, first_group, n_groups, a, n_tokens, o) 0
-#define product_q4_matrices(weights, first_group, n_groups, a, n_tokens, o) 0
+#define block_matrices(dtype, weights, first_group, n_groups, a, n_tokens, o) 0
 #endif
 
-/* Chunks go outside and tokens inside: a chunk is unpacked once, and what it is multiplied by is
- * spread over a register once for all groups. */
-#define BLOCK_PRODUCT(name, dtype, chunks, bias, dot_chunk, dot_pair)                              \
-    EM_INLINE void name##_tile(const uint8_t *weights, const em_acts *a, const em_out *o,          \
-                               int64_t group, const int groups, int64_t token, const int tokens) { \
-        const int64_t next = em_group_bytes(dtype, a->cols, EM_LANES);                             \
-        const uint8_t *base = weights + group * next;                                              \
-        const int64_t plane = em_scale_bytes(dtype, a->cols, EM_LANES);                            \
-        const int64_t block_bytes = (chunks) * 64 + 2 * EM_LANES;                                  \
-        vf sum[BLOCK_TILE_GROUPS * BLOCK_TOKENS];                                                  \
-        vi dot[BLOCK_TILE_GROUPS * BLOCK_TOKENS];                                                  \
-        int64_t row[BLOCK_TOKENS];                                                                 \
-        for (int t = 0; t < tokens; t++) row[t] = act_row(a, token + t) * a->blocks;               \
-        for (int i = 0; i < groups * tokens; i++) sum[i] = vf_set1(0);                             \
-        const int64_t turn = (next - plane - PREFETCH_BYTES) / block_bytes;                        \
-        for (int64_t b = 0; b < a->blocks; b++) {                                                  \
-            const uint8_t *w = base + plane + b * ((chunks) * 64);                                 \
-            const int64_t past = b < turn ? 0 : (groups - 1) * next;                               \
-            for (int g = 0; token == 0 && g < groups; g++)                                         \
-                prefetch(base + past + g * next + plane + b * block_bytes, block_bytes);           \
-            for (int i = 0; i < groups * tokens; i++)                                              \
-                dot[i] = vi_set1(-(bias) * a->sum[row[i % tokens] + b]);                           \
-            const int8_t *q[BLOCK_TOKENS];                                                         \
-            for (int t = 0; t < tokens; t++) q[t] = a->q + (row[t] + b) * EM_BLOCK;                \
-            const int paired = EM_PAIRS ? tokens / 2 * 2 : 0;                                      \
-            for (int t = 0; t < paired; t += 2)                                                    \
-                for (int g = 0; g < groups; g++)                                                   \
-                    dot_pair(w + g * next, q[t], q[t + 1], &dot[g * tokens + t],                   \
-                             &dot[g * tokens + t + 1]);                                            \
-            for (int c = 0; c < (chunks); c++)                                                     \
-                for (int t = paired; t < tokens; t++)                                              \
-                    for (int g = 0; g < groups; g++)                                               \
-                        dot[g * tokens + t] =                                                      \
-                            dot_chunk(dot[g * tokens + t], w + g * next, q[t], c);                 \
-            for (int g = 0; g < groups; g++) {                                                     \
-                vf d = vf_load_f16((const uint16_t *)(base + g * next) + b * EM_LANES);            \
-                for (int t = 0; t < tokens; t++) {                                                 \
-                    int i = g * tokens + t;                                                        \
-                    vf scale = vf_mul(d, vf_set1(a->scale[row[t] + b]));                           \
-                    sum[i] = vf_fma(vf_from_vi(dot[i]), scale, sum[i]);                            \
-                }                                                                                  \
-            }                                                                                      \
-        }                                                                                          \
-        for (int g = 0; g < groups; g++)                                                           \
-            for (int t = 0; t < tokens; t++)                                                       \
-                finish(sum[g * tokens + t], o, token + t, (group + g) * EM_LANES);                 \
-    }                                                                                              \
+#define BLOCK_CALL(g, ng, t, nt) block_tile(dtype, weights, a, o, g, ng, t, nt)
+
+EM_INLINE void block_product(const int dtype, const uint8_t *weights, int32_t first_group,
+                             int32_t n_groups, const em_acts *a, int32_t n_tokens,
+                             const em_out *o) {
+    const int32_t from = block_matrices(dtype, weights, first_group, n_groups, a, n_tokens, o);
+    FOR_TILES(BLOCK_CALL, from, BLOCK_GROUPS, BLOCK_TILE_GROUPS, BLOCK_TOKENS);
+}
+
+#define BLOCK_PRODUCT(name, dtype)                                                                 \
     static void name(const uint8_t *weights, int32_t first_group, int32_t n_groups,                \
                      const em_acts *a, int32_t n_tokens, const em_out *o) {                        \
-        const int32_t from = name##_matrices(weights, first_group, n_groups, a, n_tokens, o);      \
-        FOR_TILES(name##_CALL, from, BLOCK_GROUPS, BLOCK_TILE_GROUPS, BLOCK_TOKENS);               \
+        block_product(dtype, weights, first_group, n_groups, a, n_tokens, o);                      \
     }
-
-#define product_q8_CALL(g, ng, t, nt) product_q8_tile(weights, a, o, g, ng, t, nt)
-#define product_q4_CALL(g, ng, t, nt) product_q4_tile(weights, a, o, g, ng, t, nt)
-BLOCK_PRODUCT(product_q8, EM_Q8_0, 8, EM_Q8_BIAS, dot_chunk_q8, vi_pair_q8)
-BLOCK_PRODUCT(product_q4, EM_Q4_0, 4, 8, dot_chunk_q4, vi_pair_q4)
+BLOCK_PRODUCT(product_q8_0, EM_Q8_0)
+BLOCK_PRODUCT(product_q4_0, EM_Q4_0)
+BLOCK_PRODUCT(product_q4_1, EM_Q4_1)
+BLOCK_PRODUCT(product_q5_0, EM_Q5_0)
+BLOCK_PRODUCT(product_q5_1, EM_Q5_1)
+BLOCK_PRODUCT(product_q2_k, EM_Q2_K)
+BLOCK_PRODUCT(product_q3_k, EM_Q3_K)
+BLOCK_PRODUCT(product_q4_k, EM_Q4_K)
+BLOCK_PRODUCT(product_q5_k, EM_Q5_K)
+BLOCK_PRODUCT(product_q6_k, EM_Q6_K)
+BLOCK_PRODUCT(product_iq4_nl, EM_IQ4_NL)
+BLOCK_PRODUCT(product_iq4_xs, EM_IQ4_XS)
+BLOCK_PRODUCT(product_mxfp4, EM_MXFP4)

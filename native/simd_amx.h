@@ -8,6 +8,7 @@
 #include <stddef.h>
 
 #define EM_TILE_TOKENS 16
+#define EM_FEW_BITS_TO_L2 1
 
 /* Macros, since assemblers read them as parts of registers' names. */
 #define TILE_ACTS 0
@@ -118,28 +119,30 @@ static bool request_tiles(void) {
 
 #endif
 
-/* Between these two a thread's tiles are for blocks of 16 tokens, two at a time, or of 8; outside
- * them it has none, so that nobody else's are disturbed, and switching threads saves nothing. */
-EM_INLINE void tiles_begin(void) {
+/* Between these two a thread's tiles hold `depth` columns of 16 tokens, two at a time, or of 8;
+ * outside them it has none, so that nobody else's are disturbed, and switching threads saves
+ * nothing. */
+EM_INLINE void tiles_begin(int depth) {
     static const uint8_t acts[] = {TILE_ACTS, TILE_NEXT_ACTS, TILE_HALF_ACTS};
     static const uint8_t weights[] = {TILE_WEIGHTS, TILE_NEXT_WEIGHTS};
     static const uint8_t dots[] = {TILE_DOTS, TILE_NEXT_DOTS, TILE_HALF_DOTS};
     tile_config config = {.palette = 1};
     for (int i = 0; i < 3; i++) {
         config.rows[acts[i]] = config.rows[dots[i]] = i < 2 ? EM_TILE_TOKENS : 8;
-        config.row_bytes[acts[i]] = EM_BLOCK;
+        config.row_bytes[acts[i]] = (uint16_t)depth;
         config.row_bytes[dots[i]] = 4 * EM_LANES;
     }
     for (int i = 0; i < 2; i++) {
-        config.rows[weights[i]] = EM_BLOCK / 4;
+        config.rows[weights[i]] = (uint8_t)(depth / 4);
         config.row_bytes[weights[i]] = 4 * EM_LANES;
     }
     tile_configure(&config);
 }
 EM_INLINE void tiles_end(void) { tile_end(); }
 
-/* dots[t * 16 + lane] = token t's block of q times row `lane` of the 8 chunks w. What comes `next`
- * after another takes tiles of its own: it does not wait for that one's. */
+/* dots[t * 16 + lane] = token t's columns of q, EM_BLOCK bytes after those of the one before it,
+ * times row `lane` of the chunks w. What comes `next` after another takes tiles of its own: it does
+ * not wait for that one's. */
 #define TILES_DOT(ACTS, WEIGHTS, DOTS)                                                             \
     do {                                                                                           \
         tile_zero(DOTS);                                                                           \
@@ -159,46 +162,26 @@ EM_INLINE void tiles_dot(int32_t *dots, const int8_t *q, const int8_t *w, const 
         TILES_DOT(TILE_ACTS, TILE_WEIGHTS, TILE_DOTS);
 }
 
-EM_INLINE vi vi_load(const int32_t *p) { return _mm512_loadu_si512(p); }
-
-/* The 8 chunks of a block, as signed bytes. */
-EM_INLINE void widen_q4(int8_t *wide, const uint8_t *w) {
-    vi nibble = _mm512_set1_epi8(15), bias = _mm512_set1_epi8(8);
-    for (int c = 0; c < 4; c++) {
-        vi both = _mm512_loadu_si512(w + 64 * c);
-        vi low = _mm512_and_si512(both, nibble);
-        vi high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-        _mm512_storeu_si512(wide + 64 * c, _mm512_sub_epi8(low, bias));
-        _mm512_storeu_si512(wide + 64 * (c + 4), _mm512_sub_epi8(high, bias));
-    }
-}
-EM_INLINE void widen_q8(int8_t *wide, const uint8_t *w) {
-    vi bias = _mm512_set1_epi8((char)EM_Q8_BIAS);
-    for (int c = 0; c < 8; c++)
-        _mm512_storeu_si512(wide + 64 * c, _mm512_sub_epi8(_mm512_loadu_si512(w + 64 * c), bias));
-}
+EM_INLINE vb vb_set1(uint8_t x) { return _mm512_set1_epi8((char)x); }
+EM_INLINE vb vb_sub(vb a, vb b) { return _mm512_sub_epi8(a, b); }
+EM_INLINE void vb_store(int8_t *p, vb a) { _mm512_store_si512(p, a); }
 
 /* Multiply-adds of tiles that stay where they are: how many, and what they add up to. */
-static int64_t tiles_peak(int32_t dtype, float *sum) {
+static int64_t tiles_peak(float *sum) {
     enum { ROUNDS = 512, CHAINS = 4 };
-    uint8_t ones[EM_TILE_TOKENS * EM_BLOCK], packed[EM_BLOCK * EM_LANES];
-    int8_t wide[sizeof packed];
+    uint8_t ones[EM_TILE_TOKENS * EM_BLOCK], more[EM_BLOCK * EM_LANES];
     int32_t dots[CHAINS][EM_TILE_TOKENS * EM_LANES];
     tile_config config = {.palette = 1};
     int64_t total = 0;
     memset(ones, 1, sizeof ones);
-    memset(packed, 129, sizeof packed);
+    memset(more, 1, sizeof more);
     for (int i = 0; i < TILE_DOTS + CHAINS; i++) {
         config.rows[i] = i == TILE_WEIGHTS ? EM_BLOCK / 4 : EM_TILE_TOKENS;
         config.row_bytes[i] = i == TILE_ACTS ? EM_BLOCK : 4 * EM_LANES;
     }
     tile_configure(&config);
     tile_load(TILE_ACTS, ones, EM_BLOCK);
-    if (dtype == EM_Q4_0)
-        widen_q4(wide, packed);
-    else
-        widen_q8(wide, packed);
-    tile_load(TILE_WEIGHTS, wide, 4 * EM_LANES);
+    tile_load(TILE_WEIGHTS, more, 4 * EM_LANES);
     tile_zero(2);
     tile_zero(3);
     tile_zero(4);

@@ -15,9 +15,9 @@ typedef struct {
 } vf;
 typedef struct {
     __m256i a, b;
-} vi;
+} vi, vb;
 
-#define BOTH(op, x, y) ((vf){op((x).a, (y).a), op((x).b, (y).b)})
+#define BOTH(op, x, y) {op((x).a, (y).a), op((x).b, (y).b)}
 
 EM_INLINE vf vf_set1(float x) {
     __m256 r = _mm256_set1_ps(x);
@@ -28,12 +28,12 @@ EM_INLINE void vf_store(float *p, vf x) {
     _mm256_storeu_ps(p, x.a);
     _mm256_storeu_ps(p + 8, x.b);
 }
-EM_INLINE vf vf_add(vf x, vf y) { return BOTH(_mm256_add_ps, x, y); }
-EM_INLINE vf vf_sub(vf x, vf y) { return BOTH(_mm256_sub_ps, x, y); }
-EM_INLINE vf vf_mul(vf x, vf y) { return BOTH(_mm256_mul_ps, x, y); }
-EM_INLINE vf vf_div(vf x, vf y) { return BOTH(_mm256_div_ps, x, y); }
-EM_INLINE vf vf_max(vf x, vf y) { return BOTH(_mm256_max_ps, x, y); }
-EM_INLINE vf vf_min(vf x, vf y) { return BOTH(_mm256_min_ps, x, y); }
+EM_INLINE vf vf_add(vf x, vf y) { return (vf)BOTH(_mm256_add_ps, x, y); }
+EM_INLINE vf vf_sub(vf x, vf y) { return (vf)BOTH(_mm256_sub_ps, x, y); }
+EM_INLINE vf vf_mul(vf x, vf y) { return (vf)BOTH(_mm256_mul_ps, x, y); }
+EM_INLINE vf vf_div(vf x, vf y) { return (vf)BOTH(_mm256_div_ps, x, y); }
+EM_INLINE vf vf_max(vf x, vf y) { return (vf)BOTH(_mm256_max_ps, x, y); }
+EM_INLINE vf vf_min(vf x, vf y) { return (vf)BOTH(_mm256_min_ps, x, y); }
 EM_INLINE vf vf_fma(vf x, vf y, vf z) {
     return (vf){_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
@@ -55,6 +55,24 @@ EM_INLINE vi vi_add(vi x, vi y) {
 }
 EM_INLINE vf vf_from_vi(vi x) { return (vf){_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 EM_INLINE vi vi_from_vf(vf x) { return (vi){_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+EM_INLINE vi vi_load(const void *p) {
+    return (vi){_mm256_loadu_si256(p), _mm256_loadu_si256((const __m256i *)p + 1)};
+}
+EM_INLINE vi vi_bits(vi x, int shift, int32_t mask) {
+    __m128i count = _mm_cvtsi32_si128(shift);
+    __m256i bits = _mm256_set1_epi32(mask);
+    return (vi){_mm256_and_si256(_mm256_srl_epi32(x.a, count), bits),
+                _mm256_and_si256(_mm256_srl_epi32(x.b, count), bits)};
+}
+EM_INLINE vi vi_shift_up(vi x, int shift) {
+    __m128i count = _mm_cvtsi32_si128(shift);
+    return (vi){_mm256_sll_epi32(x.a, count), _mm256_sll_epi32(x.b, count)};
+}
+EM_INLINE vf vf_of_bits(vi x) { return (vf){_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+EM_INLINE vi vi_load_u16(const uint16_t *p) {
+    return (vi){_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)),
+                _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p + 1))};
+}
 EM_INLINE vi vi_load_i8(const int8_t *p) {
     __m128i bytes = _mm_loadu_si128((const __m128i *)p);
     return (vi){_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))};
@@ -119,7 +137,20 @@ EM_INLINE __m256i broadcast4(const int8_t *a) {
     memcpy(&word, a, 4);
     return _mm256_set1_epi32(word);
 }
-EM_INLINE __m256i load32(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+EM_INLINE vb vb_load(const uint8_t *p) { return vi_load(p); }
+EM_INLINE __m256i byte_bits(__m256i x, const int shift, const int mask) {
+    if (shift > 0) x = _mm256_srli_epi16(x, shift);
+    if (shift < 0) x = _mm256_slli_epi16(x, -shift);
+    return _mm256_and_si256(x, _mm256_set1_epi8((char)mask));
+}
+EM_INLINE vb vb_bits(vb x, const int shift, const int mask) {
+    return (vb){byte_bits(x.a, shift, mask), byte_bits(x.b, shift, mask)};
+}
+EM_INLINE vb vb_or(vb x, vb y) { return (vb)BOTH(_mm256_or_si256, x, y); }
+EM_INLINE vb vb_lookup(vb x, const uint8_t *table) {
+    __m256i few = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+    return (vb){_mm256_shuffle_epi8(few, x.a), _mm256_shuffle_epi8(few, x.b)};
+}
 
 #if defined(__AVXVNNI__)
 #define EM_Q8_BIAS 128
@@ -140,16 +171,11 @@ EM_INLINE __m256i dot_w8(__m256i acc, __m256i w, __m256i a) {
 }
 #endif
 
-EM_INLINE vi vi_dot_q8(vi acc, const uint8_t *w, const int8_t *a) {
+EM_INLINE vi vi_dot(vi acc, vb w, const int8_t *a) {
     __m256i x = broadcast4(a);
-    return (vi){dot_w8(acc.a, load32(w), x), dot_w8(acc.b, load32(w + 32), x)};
+    return (vi){dot_u8(acc.a, w.a, x), dot_u8(acc.b, w.b, x)};
 }
-EM_INLINE __m256i dot_nibbles(__m256i acc, __m256i w, __m256i low, __m256i high) {
-    __m256i nibble = _mm256_set1_epi8(15);
-    acc = dot_u8(acc, _mm256_and_si256(w, nibble), low);
-    return dot_u8(acc, _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble), high);
-}
-EM_INLINE vi vi_dot_q4(vi acc, const uint8_t *w, const int8_t *low, const int8_t *high) {
-    __m256i l = broadcast4(low), h = broadcast4(high);
-    return (vi){dot_nibbles(acc.a, load32(w), l, h), dot_nibbles(acc.b, load32(w + 32), l, h)};
+EM_INLINE vi vi_dot_wide(vi acc, vb w, const int8_t *a) {
+    __m256i x = broadcast4(a);
+    return (vi){dot_w8(acc.a, w.a, x), dot_w8(acc.b, w.b, x)};
 }

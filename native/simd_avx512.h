@@ -11,7 +11,7 @@
 #define PEAK_TOKENS 4
 
 typedef __m512 vf;
-typedef __m512i vi;
+typedef __m512i vi, vb;
 
 EM_INLINE vf vf_set1(float x) { return _mm512_set1_ps(x); }
 EM_INLINE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
@@ -32,6 +32,15 @@ EM_INLINE vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
 EM_INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 EM_INLINE vf vf_from_vi(vi a) { return _mm512_cvtepi32_ps(a); }
 EM_INLINE vi vi_from_vf(vf a) { return _mm512_cvtps_epi32(a); }
+EM_INLINE vi vi_load(const void *p) { return _mm512_loadu_si512(p); }
+EM_INLINE vi vi_bits(vi a, int shift, int32_t mask) {
+    return _mm512_and_si512(_mm512_srl_epi32(a, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(mask));
+}
+EM_INLINE vi vi_shift_up(vi a, int shift) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(shift)); }
+EM_INLINE vf vf_of_bits(vi a) { return _mm512_castsi512_ps(a); }
+EM_INLINE vi vi_load_u16(const uint16_t *p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+}
 EM_INLINE vi vi_load_i8(const int8_t *p) {
     return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
 }
@@ -71,6 +80,20 @@ EM_INLINE float vf_sum(vf a) {
 }
 EM_INLINE float vf_max_lane(vf a) { return _mm512_reduce_max_ps(a); }
 
+typedef uint16_t halves512 __attribute__((vector_size(64)));
+
+EM_INLINE vb vb_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
+EM_INLINE vb vb_bits(vb a, const int shift, const int mask) {
+    if (shift > 0) a = (vb)((halves512)a >> shift);
+    if (shift < 0) a = (vb)((halves512)a << -shift);
+    return _mm512_and_si512(a, _mm512_set1_epi8((char)mask));
+}
+EM_INLINE vb vb_or(vb a, vb b) { return _mm512_or_si512(a, b); }
+EM_INLINE vb vb_lookup(vb a, const uint8_t *table) {
+    __m128i few = _mm_loadu_si128((const __m128i *)table);
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(few), a);
+}
+
 EM_INLINE vi broadcast4(const int8_t *a) {
     int32_t word;
     memcpy(&word, a, 4);
@@ -79,10 +102,10 @@ EM_INLINE vi broadcast4(const int8_t *a) {
 
 #if defined(__AVX512VNNI__)
 #define EM_Q8_BIAS 128
-EM_INLINE vi vi_dot_q8(vi acc, const uint8_t *w, const int8_t *a) {
-    return _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(w), broadcast4(a));
+EM_INLINE vi vi_dot(vi acc, vb w, const int8_t *a) {
+    return _mm512_dpbusd_epi32(acc, w, broadcast4(a));
 }
-EM_INLINE vi dot_u8(vi acc, vi w, vi a) { return _mm512_dpbusd_epi32(acc, w, a); }
+EM_INLINE vi vi_dot_wide(vi acc, vb w, const int8_t *a) { return vi_dot(acc, w, a); }
 #else
 /* Pairs of |w - 128| * a reach 2 * 128 * 127, which int16 just holds; w * a would not fit. */
 #define EM_Q8_BIAS 0
@@ -90,17 +113,12 @@ EM_INLINE vi dot_u8(vi acc, vi w, vi a) {
     vi pairs = _mm512_maddubs_epi16(w, a);
     return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
-EM_INLINE vi vi_dot_q8(vi acc, const uint8_t *p, const int8_t *a) {
-    vi w = _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8((char)0x80));
+EM_INLINE vi vi_dot(vi acc, vb w, const int8_t *a) { return dot_u8(acc, w, broadcast4(a)); }
+EM_INLINE vi vi_dot_wide(vi acc, vb w, const int8_t *a) {
+    w = _mm512_xor_si512(w, _mm512_set1_epi8((char)0x80));
     __mmask64 negative = _mm512_movepi8_mask(w);
     vi x = broadcast4(a);
     vi signed_x = _mm512_mask_sub_epi8(x, negative, _mm512_setzero_si512(), x);
     return dot_u8(acc, _mm512_abs_epi8(w), signed_x);
 }
 #endif
-
-EM_INLINE vi vi_dot_q4(vi acc, const uint8_t *p, const int8_t *low, const int8_t *high) {
-    vi w = _mm512_loadu_si512(p), nibble = _mm512_set1_epi8(15);
-    acc = dot_u8(acc, _mm512_and_si512(w, nibble), broadcast4(low));
-    return dot_u8(acc, _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble), broadcast4(high));
-}

@@ -22,6 +22,9 @@ typedef struct {
 typedef struct {
     int32x4_t v[4];
 } vi;
+typedef struct {
+    uint8x16_t v[4];
+} vb;
 
 #define EACH for (int i = 0; i < 4; i++)
 
@@ -92,6 +95,29 @@ EM_INLINE vi vi_from_vf(vf a) {
     EACH r.v[i] = vcvtnq_s32_f32(a.v[i]);
     return r;
 }
+EM_INLINE vi vi_load(const void *p) {
+    vi r;
+    EACH r.v[i] = vld1q_s32((const int32_t *)p + 4 * i);
+    return r;
+}
+EM_INLINE vi vi_bits(vi a, int shift, int32_t mask) {
+    EACH a.v[i] = vandq_s32(vshlq_s32(a.v[i], vdupq_n_s32(-shift)), vdupq_n_s32(mask));
+    return a;
+}
+EM_INLINE vi vi_shift_up(vi a, int shift) {
+    EACH a.v[i] = vshlq_s32(a.v[i], vdupq_n_s32(shift));
+    return a;
+}
+EM_INLINE vf vf_of_bits(vi a) {
+    vf r;
+    EACH r.v[i] = vreinterpretq_f32_s32(a.v[i]);
+    return r;
+}
+EM_INLINE vi vi_load_u16(const uint16_t *p) {
+    vi r;
+    EACH r.v[i] = vreinterpretq_s32_u32(vmovl_u16(vld1_u16(p + 4 * i)));
+    return r;
+}
 EM_INLINE vi vi_load_u8(const uint8_t *p) {
     uint8x16_t bytes = vld1q_u8(p);
     int16x8_t low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(bytes)));
@@ -151,6 +177,28 @@ EM_INLINE float vf_max_lane(vf a) {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[1]), vmaxq_f32(a.v[2], a.v[3])));
 }
 
+EM_INLINE vb vb_load(const uint8_t *p) {
+    vb r;
+    EACH r.v[i] = vld1q_u8(p + 16 * i);
+    return r;
+}
+EM_INLINE vb vb_bits(vb a, const int shift, const int mask) {
+    EACH {
+        if (shift) a.v[i] = vshlq_u8(a.v[i], vdupq_n_s8((int8_t)-shift));
+        a.v[i] = vandq_u8(a.v[i], vdupq_n_u8((uint8_t)mask));
+    }
+    return a;
+}
+EM_INLINE vb vb_or(vb a, vb b) {
+    EACH a.v[i] = vorrq_u8(a.v[i], b.v[i]);
+    return a;
+}
+EM_INLINE vb vb_lookup(vb a, const uint8_t *table) {
+    uint8x16_t few = vld1q_u8(table);
+    EACH a.v[i] = vqtbl1q_u8(few, a.v[i]);
+    return a;
+}
+
 EM_INLINE int8x16_t broadcast4(const int8_t *a) {
     int32_t word;
     memcpy(&word, a, 4);
@@ -172,26 +220,22 @@ EM_INLINE int32x4_t dot4(int32x4_t acc, int8x16_t w, int8x16_t a) {
 EM_INLINE int32x4_t dot_u8(int32x4_t acc, uint8x16_t w, int8x16_t a) {
     return vusdotq_s32(acc, w, a);
 }
-EM_INLINE uint8x16_t quants_q8(const uint8_t *w) { return vld1q_u8(w); }
+EM_INLINE uint8x16_t wide_quants(uint8x16_t w) { return w; }
 #else
 EM_INLINE int32x4_t dot_u8(int32x4_t acc, uint8x16_t w, int8x16_t a) {
     return dot4(acc, vreinterpretq_s8_u8(w), a);
 }
-EM_INLINE uint8x16_t quants_q8(const uint8_t *w) { return veorq_u8(vld1q_u8(w), vdupq_n_u8(0x80)); }
+EM_INLINE uint8x16_t wide_quants(uint8x16_t w) { return veorq_u8(w, vdupq_n_u8(0x80)); }
 #endif
 
-EM_INLINE vi vi_dot_q8(vi acc, const uint8_t *w, const int8_t *a) {
+EM_INLINE vi vi_dot(vi acc, vb w, const int8_t *a) {
     int8x16_t x = broadcast4(a);
-    EACH acc.v[i] = dot_u8(acc.v[i], quants_q8(w + 16 * i), x);
+    EACH acc.v[i] = dot_u8(acc.v[i], w.v[i], x);
     return acc;
 }
-EM_INLINE vi vi_dot_q4(vi acc, const uint8_t *p, const int8_t *low, const int8_t *high) {
-    int8x16_t l = broadcast4(low), h = broadcast4(high);
-    EACH {
-        uint8x16_t w = vld1q_u8(p + 16 * i);
-        acc.v[i] = dot_u8(acc.v[i], vandq_u8(w, vdupq_n_u8(15)), l);
-        acc.v[i] = dot_u8(acc.v[i], vshrq_n_u8(w, 4), h);
-    }
+EM_INLINE vi vi_dot_wide(vi acc, vb w, const int8_t *a) {
+    int8x16_t x = broadcast4(a);
+    EACH acc.v[i] = dot_u8(acc.v[i], wide_quants(w.v[i]), x);
     return acc;
 }
 
@@ -204,11 +248,11 @@ typedef struct {
 } pair_sums;
 
 /* Adds 8 columns of 16 rows, of which two chunks hold 4 each, times 8 numbers of both tokens. */
-EM_INLINE pair_sums add_columns(pair_sums s, const uint8x16_t *first, const uint8x16_t *second,
-                                const int8_t *a, const int8_t *b) {
+EM_INLINE pair_sums pair_add(pair_sums s, vb first, vb second, const int8_t *a, const int8_t *b) {
     int8x16_t x = vcombine_s8(vld1_s8(a), vld1_s8(b));
     EACH {
-        uint32x4_t left = vreinterpretq_u32_u8(first[i]), right = vreinterpretq_u32_u8(second[i]);
+        uint32x4_t left = vreinterpretq_u32_u8(first.v[i]);
+        uint32x4_t right = vreinterpretq_u32_u8(second.v[i]);
         uint8x16_t low = vreinterpretq_u8_u32(vzip1q_u32(left, right));
         uint8x16_t high = vreinterpretq_u8_u32(vzip2q_u32(left, right));
         s.v[2 * i] = vusmmlaq_s32(s.v[2 * i], low, x);
@@ -217,38 +261,11 @@ EM_INLINE pair_sums add_columns(pair_sums s, const uint8x16_t *first, const uint
     return s;
 }
 
-EM_INLINE void end_pair(pair_sums s, vi *of_a, vi *of_b) {
+EM_INLINE void pair_end(pair_sums s, vi *of_a, vi *of_b) {
     EACH {
         of_a->v[i] = vaddq_s32(of_a->v[i], vuzp1q_s32(s.v[2 * i], s.v[2 * i + 1]));
         of_b->v[i] = vaddq_s32(of_b->v[i], vuzp2q_s32(s.v[2 * i], s.v[2 * i + 1]));
     }
-}
-
-/* A block of 16 rows times those of two tokens. */
-EM_INLINE void vi_pair_q8(const uint8_t *w, const int8_t *a, const int8_t *b, vi *of_a, vi *of_b) {
-    pair_sums s = {{{0}}};
-    for (int c = 0; c < 8; c += 2) {
-        uint8x16_t first[4], second[4];
-        EACH first[i] = vld1q_u8(w + 64 * c + 16 * i);
-        EACH second[i] = vld1q_u8(w + 64 * (c + 1) + 16 * i);
-        s = add_columns(s, first, second, a + 4 * c, b + 4 * c);
-    }
-    end_pair(s, of_a, of_b);
-}
-EM_INLINE void vi_pair_q4(const uint8_t *w, const int8_t *a, const int8_t *b, vi *of_a, vi *of_b) {
-    pair_sums s = {{{0}}};
-    for (int c = 0; c < 4; c += 2) {
-        uint8x16_t first[4], second[4], low[2][4];
-        EACH first[i] = vld1q_u8(w + 64 * c + 16 * i);
-        EACH second[i] = vld1q_u8(w + 64 * (c + 1) + 16 * i);
-        EACH low[0][i] = vandq_u8(first[i], vdupq_n_u8(15));
-        EACH low[1][i] = vandq_u8(second[i], vdupq_n_u8(15));
-        EACH first[i] = vshrq_n_u8(first[i], 4);
-        EACH second[i] = vshrq_n_u8(second[i], 4);
-        s = add_columns(s, low[0], low[1], a + 4 * c, b + 4 * c);
-        s = add_columns(s, first, second, a + 16 + 4 * c, b + 16 + 4 * c);
-    }
-    end_pair(s, of_a, of_b);
 }
 #endif
 #undef EACH

@@ -1,6 +1,6 @@
 /* The words of kernels.c in plain C: their meaning. A vector is 16 lanes in every instruction set.
  *
- *   vf   16 floats        vi   16 int32
+ *   vf   16 floats        vi   16 int32        vb   64 bytes: 4 for each of 16 lanes
  *   Every float word rounds once, to nearest even; vf_fma rounds once for both operations. */
 #include <math.h>
 #include <string.h>
@@ -11,7 +11,7 @@
 #define BLOCK_TOKENS 1
 #define ATTENTION_TILE 1
 #define PEAK_TOKENS 1
-#define EM_Q8_BIAS 0 /* what vi_dot_q8 leaves in: sum of w*a for w in 0..255 would be 128 */
+#define EM_Q8_BIAS 0 /* what vi_dot_wide leaves in: sum of w*a for w in 0..255 would be 128 */
 
 typedef struct {
     float v[16];
@@ -19,8 +19,12 @@ typedef struct {
 typedef struct {
     int32_t v[16];
 } vi;
+typedef struct {
+    uint8_t v[64];
+} vb;
 
 #define EACH for (int i = 0; i < 16; i++)
+#define EACH_BYTE for (int i = 0; i < 64; i++)
 
 EM_INLINE vf vf_set1(float x) {
     vf r;
@@ -91,7 +95,31 @@ EM_INLINE vi vi_from_vf(vf a) {
     EACH r.v[i] = (int32_t)a.v[i];
     return r;
 }
+EM_INLINE vi vi_load(const void *p) {
+    vi r;
+    memcpy(r.v, p, sizeof r.v);
+    return r;
+}
+/* Bits of each lane, moved down by `shift`; and all bits moved up. */
+EM_INLINE vi vi_bits(vi a, int shift, int32_t mask) {
+    EACH a.v[i] = a.v[i] >> shift & mask;
+    return a;
+}
+EM_INLINE vi vi_shift_up(vi a, int shift) {
+    EACH a.v[i] = (int32_t)((uint32_t)a.v[i] << shift);
+    return a;
+}
+EM_INLINE vf vf_of_bits(vi a) {
+    vf r;
+    memcpy(r.v, a.v, sizeof r.v);
+    return r;
+}
 EM_INLINE vi vi_load_u8(const uint8_t *p) {
+    vi r;
+    EACH r.v[i] = p[i];
+    return r;
+}
+EM_INLINE vi vi_load_u16(const uint16_t *p) {
     vi r;
     EACH r.v[i] = p[i];
     return r;
@@ -178,15 +206,35 @@ EM_INLINE float vf_max_lane(vf a) {
     return a.v[0];
 }
 
-/* acc[i] += sum over j < 4 of (w[4i + j] - 128 + EM_Q8_BIAS) * a[j] */
-EM_INLINE vi vi_dot_q8(vi acc, const uint8_t *w, const int8_t *a) {
-    EACH for (int j = 0; j < 4; j++) acc.v[i] += ((int32_t)w[4 * i + j] - 128) * a[j];
+EM_INLINE vb vb_load(const uint8_t *p) {
+    vb r;
+    memcpy(r.v, p, sizeof r.v);
+    return r;
+}
+/* Bits of each byte, moved down by `shift` (up where it is negative); those of `mask` must have
+ * been in the same byte. */
+EM_INLINE vb vb_bits(vb a, const int shift, const int mask) {
+    EACH_BYTE a.v[i] = (uint8_t)((shift < 0 ? a.v[i] << -shift : a.v[i] >> shift) & mask);
+    return a;
+}
+EM_INLINE vb vb_or(vb a, vb b) {
+    EACH_BYTE a.v[i] |= b.v[i];
+    return a;
+}
+/* table[a], for bytes below 16. */
+EM_INLINE vb vb_lookup(vb a, const uint8_t *table) {
+    EACH_BYTE a.v[i] = table[a.v[i]];
+    return a;
+}
+/* acc[i] += sum over j < 4 of w[4i + j] * a[j], for bytes of w up to 128 */
+EM_INLINE vi vi_dot(vi acc, vb w, const int8_t *a) {
+    EACH for (int j = 0; j < 4; j++) acc.v[i] += w.v[4 * i + j] * a[j];
     return acc;
 }
-/* acc[i] += sum over j < 4 of (w[4i+j] & 15) * low[j] + (w[4i+j] >> 4) * high[j] */
-EM_INLINE vi vi_dot_q4(vi acc, const uint8_t *w, const int8_t *low, const int8_t *high) {
-    EACH for (int j = 0; j < 4; j++) acc.v[i] +=
-        (w[4 * i + j] & 15) * low[j] + (w[4 * i + j] >> 4) * high[j];
+/* acc[i] += sum over j < 4 of (w[4i + j] - 128 + EM_Q8_BIAS) * a[j] */
+EM_INLINE vi vi_dot_wide(vi acc, vb w, const int8_t *a) {
+    EACH for (int j = 0; j < 4; j++) acc.v[i] += ((int32_t)w.v[4 * i + j] - 128) * a[j];
     return acc;
 }
 #undef EACH
+#undef EACH_BYTE

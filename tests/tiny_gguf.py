@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import gguf
+import gguf_rows
 import numpy as np
 import tiny
 from gguf import GGMLQuantizationType as Type
@@ -25,10 +26,30 @@ _DENSE = {
 }  # fmt: skip
 
 
-def facts(model_type: str, seed: int, blocks: bool = False) -> dict:
+BLOCKS = (
+    Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K,
+    Type.IQ4_NL, Type.IQ4_XS, Type.MXFP4,
+)  # fmt: skip
+"""Formats that are taken over and never made."""
+
+
+def q4_k_m(name: str) -> Type:
+    """Types as llama.cpp mixes them for Q4_K_M: half of the values and downs get more bits."""
+    more = "blk.0" in name and ("attn_v" in name or "ffn_down" in name)
+    return Type.Q6_K if more or name == "output.weight" else Type.Q4_K
+
+
+def of_every_type(name: str) -> Type:
+    """Neighbours differ: q, k and v, gate and up, and the layers."""
+    parts = ("embd", "output.w", "attn_q", "attn_k", "attn_v", "attn_o", "gate", "up", "down")
+    which = next(i for i, part in enumerate(parts) if part in name or i == len(parts) - 1)
+    return (*BLOCKS, Type.Q8_0, Type.Q4_0)[(which + 5 * ("blk.1" in name)) % 13]
+
+
+def facts(model_type: str, seed: int, blocks: int = 0) -> dict:
     """Facts for `tiny.write` that keep a spec to what GGUF says and llama.cpp computes.
 
-    With `blocks` every row is a whole number of blocks of 32.
+    With `blocks`, 32 or 256, every row is a whole number of blocks of so many.
     """
     if model_type in FAMILIES:
         return FAMILIES[model_type].gguf_facts(seed)
@@ -41,11 +62,15 @@ def facts(model_type: str, seed: int, blocks: bool = False) -> dict:
         "max_positions": 512, "rope": ROPES[seed % len(ROPES)], "clip_qkv": 0.0,
     }  # fmt: skip
     if blocks:
-        found |= {"hidden": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "intermediate": 96}
+        width = {32: 96, 256: 512}[blocks]
+        found |= {"hidden": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16}
+        found |= {"intermediate": width}
+    if blocks == 256:
+        found |= {"hidden": 256, "head_dim": 64}
     if blocks and any(routed):
-        found |= {"expert_intermediate": 96, "shared_intermediate": 0}
+        found |= {"expert_intermediate": width, "shared_intermediate": 0}
     if blocks and model_type == "qwen2_moe":
-        found["shared_intermediate"] = 32
+        found["shared_intermediate"] = blocks
     return found
 
 
@@ -150,9 +175,10 @@ def write(path: Path, model: "tiny.Tiny", kind=Type.F32, split: int = 0, more=No
         more(writer)
     for name, values in tensors(spec, model.weights).items():
         chosen = kind(name) if callable(kind) else kind
-        if values.ndim == 1 or "ffn_gate_inp" in name or values.shape[-1] % 32:
+        whole = values.shape[-1] % gguf.GGML_QUANT_SIZES[chosen][0] == 0
+        if values.ndim == 1 or "ffn_gate_inp" in name or not whole:
             chosen = Type.F32
-        data = gguf.quants.quantize(np.ascontiguousarray(values, np.float32), chosen)
+        data = gguf_rows.quantized(np.ascontiguousarray(values, np.float32), chosen)
         writer.add_tensor(name, data, raw_dtype=chosen)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

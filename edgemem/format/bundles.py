@@ -10,7 +10,7 @@ from itertools import pairwise, zip_longest
 
 import numpy as np
 
-from ..dtypes import F32, LANES, U32, DType, matrix_bytes
+from ..dtypes import F32, GGUF_BLOCKS, LANES, U32, DType, matrix_bytes
 from ..errors import CorruptError
 from ..spec import ModelSpec
 from .layout import NO_LAYER, Kind, Layout
@@ -184,12 +184,19 @@ def check_bundles(entries: np.ndarray, meta: Meta) -> None:
             raise CorruptError(f"the {what} bundles of layer {layer} are not of one layout class")
     for kind, layer, layout in classes:
         _check_layout(meta.layouts[layout], bundle_parts(spec, Kind(kind), layer), layer)
-        if kind == Kind.NEURONS and spec.hidden % meta.layouts[layout]["neurons"].dtype.block:
-            raise CorruptError(f"the neurons of layer {layer} are not made of whole blocks")
+        if kind == Kind.NEURONS:
+            _check_neurons(meta.layouts[layout]["neurons"].dtype, spec.hidden, layer)
         if kind == Kind.PREDICTOR and len({s.dtype for s in meta.layouts[layout].segments[:2]}) > 1:
             raise CorruptError(f"the predictor of layer {layer} is not of one number format")
     _check_table(entries[:embeds], Kind.EMBED, meta, expected=not spec.tied)
     _check_table(entries[len(entries) - heads :], Kind.HEAD, meta, expected=True)
+
+
+def _check_neurons(dtype: DType, hidden: int, layer: int) -> None:
+    if dtype in GGUF_BLOCKS:
+        raise CorruptError(f"the neurons of layer {layer} are in {dtype.name}, which rows are not")
+    if hidden % dtype.block:
+        raise CorruptError(f"the neurons of layer {layer} are not made of whole blocks")
 
 
 def _check_layout(layout: Layout, parts: tuple[Part, ...], layer: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 
-from ..dtypes import BY_NAME, LANES, U32, DType, matrix_bytes, round_up
+from ..dtypes import BLOCK, BY_NAME, LANES, U32, DType, matrix_bytes, round_up
 from ..errors import CorruptError, UnsupportedError
 from ..spec import MAX_DIM
 
@@ -123,4 +123,6 @@ def _segment_shape(item) -> tuple[str, DType, int, int, int]:
         raise CorruptError(f"segment {name} has lanes {lanes!r:.40}")
     if not (1 <= rows <= MAX_DIM and 1 <= cols <= MAX_DIM):
         raise CorruptError(f"segment {name} has the shape {rows!r:.40} × {cols!r:.40}")
+    if _FORMATS[dtype].block > BLOCK and cols % _FORMATS[dtype].block:
+        raise CorruptError(f"segment {name} has {cols} columns, no whole blocks of {dtype}")
     return name, _FORMATS[dtype], lanes, rows, cols

@@ -18,6 +18,7 @@ from .. import dtypes
 from ..dtypes import BLOCK, DType
 from ..format import NO_LAYER, Kind
 from ..spec import ModelSpec
+from . import blocks
 from .reference_rope import attention_factor, frequencies, rotate
 
 Watch = Callable[[int, str, np.ndarray], None]
@@ -28,13 +29,15 @@ Watch = Callable[[int, str, np.ndarray], None]
 
 
 def unpack(data, dtype: DType, rows: int, cols: int, lanes: int) -> np.ndarray:
-    """The values of one packed matrix, float64 [rows, cols]. `data` holds its matrix_bytes."""
+    """The values of one packed matrix, float64 [rows, cols], of which a float32 holds each. `data`
+    has its matrix_bytes."""
     raw = np.frombuffer(data, np.uint8)
     expected = dtypes.matrix_bytes(dtype, rows, cols, lanes)
     if raw.size != expected:
         raise ValueError(f"a {dtype.name} matrix of {rows}x{cols} has {expected} bytes: {raw.size}")
     groups = raw.reshape(-1, dtypes.group_bytes(dtype, cols, lanes))
-    values = (_unpack_blocks if dtype.is_block else _unpack_floats)(groups, dtype, cols, lanes)
+    values = (blocks.unpack if dtype.is_block else _unpack_floats)(groups, dtype, cols, lanes)
+    values = values.astype(np.float64)
     return values.transpose(0, 2, 1).reshape(-1, values.shape[1])[:rows, :cols]
 
 
@@ -45,23 +48,7 @@ def _unpack_floats(groups: np.ndarray, dtype: DType, cols: int, lanes: int) -> n
         values = (raw.copy().view("<u2").astype(np.uint32) << 16).view(np.float32)
     else:
         values = raw.copy().view("<f2" if dtype is dtypes.F16 else "<f4")
-    return values.astype(np.float64).reshape(len(groups), cols, lanes)
-
-
-def _unpack_blocks(groups: np.ndarray, dtype: DType, cols: int, lanes: int) -> np.ndarray:
-    """[groups, padded cols, lanes]: scale × quant, from the planes of both."""
-    blocks = -(-cols // BLOCK)
-    plane = dtypes.scale_plane_bytes(dtype, cols, lanes)
-    scales = groups[:, : blocks * lanes * 2].copy().view("<f2").reshape(-1, blocks, 1, lanes)
-    chunks = groups[:, plane : plane + blocks * lanes * dtype.quant_bytes]
-    chunks = chunks.reshape(-1, blocks, dtype.quant_bytes // 4, lanes, 4)
-    bytes_by_lane = chunks.transpose(0, 1, 2, 4, 3).reshape(-1, blocks, dtype.quant_bytes, lanes)
-    if dtype is dtypes.Q8_0:
-        quants = bytes_by_lane.astype(np.int16) - 128
-    else:
-        halves = np.concatenate([bytes_by_lane & 15, bytes_by_lane >> 4], axis=2)
-        quants = halves.astype(np.int16) - 8
-    return (scales.astype(np.float64) * quants).reshape(len(groups), blocks * BLOCK, lanes)
+    return values.reshape(len(groups), cols, lanes)
 
 
 # ---- operations --------------------------------------------------------------------------------

@@ -22,14 +22,19 @@ void fill_unit(float *x, int64_t n, uint32_t seed);
 /* 64-byte aligned, exactly sized, so that AddressSanitizer sees the first byte too far. */
 void *exact(size_t bytes);
 
-/* A store matrix of 16 lanes with scales in a normal range, and its elements as doubles. */
+/* A number of columns that a format may have, not below `cols`. */
+int32_t fitting(int32_t dtype, int32_t cols);
+
+/* A store matrix of 16 lanes with scales in a normal range, its elements as doubles, and the
+ * magnitudes of what those are sums of. */
 uint8_t *random_matrix(int32_t dtype, int32_t rows, int32_t cols, uint32_t seed);
 double matrix_element(const uint8_t *data, int32_t dtype, int32_t cols, int32_t row, int32_t col);
+double matrix_size(const uint8_t *data, int32_t dtype, int32_t cols, int32_t row, int32_t col);
 size_t matrix_bytes(int32_t dtype, int32_t rows, int32_t cols);
 
 extern const int32_t LENGTHS[]; /* boundary lengths */
 extern const int N_LENGTHS;
-extern const char *const DTYPES[5];
+extern const char *const DTYPES[EM_DTYPES];
 
 /* Calls f for every instruction set that runs here. */
 void for_each_isa(void (*f)(const em_kernels *k));

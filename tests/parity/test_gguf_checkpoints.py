@@ -70,8 +70,31 @@ def spec_of(store: Store) -> dict:
 @pytest.mark.parametrize("kind", [*KINDS, mixed], ids=lambda k: getattr(k, "name", "mixed"))
 @pytest.mark.parametrize("model_type", ROPE_TYPES)
 def test_values_are_those_of_the_package(model_type, kind, tmp_path, seed_base):
-    facts = tiny_gguf.facts(model_type, 0, blocks=True)
-    model = tiny.write(tmp_path / "hf", model_type, seed_base, **facts)
+    facts = tiny_gguf.facts(model_type, 0, blocks=32)
+    formats = values_of_a_store(model_type, kind, facts, tmp_path, seed_base)
+    assert kind.name.lower() in formats if kind != mixed else {"q8_0", "q4_0"} < formats
+
+
+MIXES = (tiny_gguf.q4_k_m, tiny_gguf.of_every_type)
+
+
+@pytest.mark.parametrize(
+    "kind, tied",
+    [*((kind, False) for kind in (*tiny_gguf.BLOCKS, *MIXES)), (Type.Q6_K, True), (MIXES[1], True)],
+    ids=lambda k: getattr(k, "name", None) or getattr(k, "__name__", None),
+)
+def test_blocks_are_taken_over(kind, tied, tmp_path, seed_base):
+    """Bit for bit, whatever lies beside what; the tables of tied models too."""
+    model_type = "llama" if tied else "qwen3_moe"
+    facts = tiny_gguf.facts(model_type, 0, blocks=256) | {"tied": tied}
+    formats = values_of_a_store(model_type, kind, facts, tmp_path, seed_base)
+    least = {tiny_gguf.q4_k_m: 3, tiny_gguf.of_every_type: 10}.get(kind, 2)  # f32 is one
+    assert len(formats - {"u32"}) >= least
+
+
+def values_of_a_store(model_type, kind, facts, tmp_path, seed) -> set[str]:
+    """Holds a GGUF's store to the values of the `gguf` package; the formats that it has."""
+    model = tiny.write(tmp_path / "hf", model_type, seed, **facts)
     path = tiny_gguf.write(tmp_path / "m.gguf", model, kind)
     expected = {t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(path).tensors}
     converters.convert(path, tmp_path / "m.edgemem")
@@ -93,14 +116,15 @@ def test_values_are_those_of_the_package(model_type, kind, tmp_path, seed_base):
                     wanted = pairs.swapaxes(1, 2).reshape(wanted.shape)
                 assert same(values, np.atleast_2d(wanted)), f"{bundle} {part}"
         formats = {s.dtype.name for layout in store.layouts for s in layout.segments}
-        assert kind.name.lower() in formats if kind != mixed else {"q8_0", "q4_0"} < formats
     logits = edgemem.load(tmp_path / "m.edgemem", context=CONTEXT).logits(model.ids)
     assert np.isfinite(logits).all()
+    return formats
 
 
 def same(found: np.ndarray, expected: np.ndarray) -> bool:
-    """Exactly equal; the reference's float64 holds every value of every format."""
-    return expected.dtype == np.float32 and np.array_equal(found, expected)
+    """Bit for bit."""
+    found = found.astype(np.float32)
+    return expected.dtype == np.float32 and np.array_equal(found.view("u4"), expected.view("u4"))
 
 
 def test_templates_and_sampling_travel(tmp_path, seed_base):
@@ -121,7 +145,7 @@ def test_templates_and_sampling_travel(tmp_path, seed_base):
 
 @pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])
 def test_requantising_is_that_of_the_checkpoint(dtype, tmp_path, seed_base):
-    facts = tiny_gguf.facts("qwen3_moe", 0, blocks=True)
+    facts = tiny_gguf.facts("qwen3_moe", 0, blocks=32)
     model = tiny.write(tmp_path / "hf", "qwen3_moe", seed_base, dtype="F32", **facts)
     path = tiny_gguf.write(tmp_path / "m.gguf", model)
     converters.convert(model.folder, tmp_path / "hf.edgemem", dtype=dtype)
@@ -134,7 +158,7 @@ def test_requantising_is_that_of_the_checkpoint(dtype, tmp_path, seed_base):
 @pytest.mark.parametrize("dtype", ["f16", "q4_0"])
 def test_blocks_can_be_turned_into_another_format(dtype, tmp_path, seed_base):
     """From q8_0: the numbers that it holds, rounded or quantised once more."""
-    facts = tiny_gguf.facts("qwen3", 0, blocks=True)
+    facts = tiny_gguf.facts("qwen3", 0, blocks=32)
     model = tiny.write(tmp_path / "hf", "qwen3", seed_base, **facts)
     path = tiny_gguf.write(tmp_path / "m.gguf", model, Type.Q8_0)
     values = {t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(path).tensors}

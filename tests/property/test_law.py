@@ -15,10 +15,12 @@ import answers
 import numpy as np
 import pytest
 import tiny
+import tiny_gguf
 from tiny import MODEL_TYPES
 from tiny_families import FAMILIES
 
 import edgemem
+from edgemem import converters
 from edgemem._native import isa_names
 from edgemem.dtypes import KV_TYPES
 
@@ -71,6 +73,16 @@ def assert_one_answer_each(stores: list[str], kv: str = "f16") -> dict[str, str]
 
 def test_random_models_have_one_answer(stores):
     assert_one_answer_each(stores)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_blocks_of_a_gguf_have_one_answer(model_type, tmp_path, seed_base):
+    """All formats in one model; of a tied one the table too."""
+    facts = tiny_gguf.facts(model_type, 0, blocks=256) | {"tied": model_type == "llama"}
+    model = tiny.write(tmp_path / "hf", model_type, seed_base, **facts)
+    path = tiny_gguf.write(tmp_path / "m.gguf", model, tiny_gguf.of_every_type)
+    converters.convert(path, tmp_path / "m.edgemem")
+    assert_one_answer_each([str(tmp_path / "m.edgemem")])
 
 
 def test_trained_models_have_one_answer(trained):

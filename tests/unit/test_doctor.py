@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from edgemem import doctor
 from edgemem.cli import cli
 from edgemem.doctor import Device, Reading
-from edgemem.dtypes import BY_NAME
+from edgemem.dtypes import MULTIPLIED
 from edgemem.errors import FlashError
 
 MIB = 1 << 20
@@ -63,7 +63,7 @@ def device(**changed) -> Device:
             Reading("io_uring", True, size, depth, size / 1.024 * depth)
             for size in (4096, 65536) for depth in (1, 16)
         ),
-        "dram_bytes_per_second": 1e10, "multiply_adds": dict.fromkeys(BY_NAME, 1e12),
+        "dram_bytes_per_second": 1e10, "multiply_adds": {d.name: 1e12 for d in MULTIPLIED},
     }  # fmt: skip
     return Device(**(facts | changed))
 
@@ -85,7 +85,10 @@ def test_a_file_is_read_in_every_way_and_stays_as_it_is(file):
     assert len(found.flash) == len(ways) * len(cells)
     assert all(r.bytes_per_second > 0 for r in found.flash)
     assert found.dram_bytes_per_second > 0 and found.threads >= 1
-    assert set(found.multiply_adds) == set(BY_NAME) and min(found.multiply_adds.values()) > 0
+    assert (
+        list(found.multiply_adds) == [d.name for d in MULTIPLIED]
+        and min(found.multiply_adds.values()) > 0
+    )
     assert file.read_bytes() == content and file.stat().st_mtime_ns == before.st_mtime_ns
     assert files(file.parent) == ["large"]
 

@@ -126,9 +126,18 @@ def test_footers_that_do_not_fit(change):
 # ---- layouts -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("cols", [32, 255, 257])
+def test_blocks_of_256_columns_are_whole(cols):
+    layout = Layout.build([("a", dtypes.Q4_K, 16, 1, cols)])
+    with pytest.raises(CorruptError, match="no whole blocks of q4_k"):
+        Layout.from_json(layout.to_json())
+
+
 @pytest.mark.parametrize("dtype", dtypes.BY_NAME.values())
 def test_segments_are_aligned_and_do_not_overlap(dtype):
-    layout = Layout.build([("a", dtype, 1, 1, 3), ("b", dtype, 16, 17, 33), ("c", dtype, 16, 1, 1)])
+    cols = (256, 768, 512) if dtype.block == 256 else (3, 33, 1)
+    shapes = (("a", 1, 1), ("b", 16, 17), ("c", 16, 1))
+    layout = Layout.build((name, dtype, *form, n) for (name, *form), n in zip(shapes, cols))
     end = 0
     for segment in layout.segments:
         assert segment.offset % 64 == 0 and 0 <= segment.offset - end < 64
@@ -490,3 +499,9 @@ def test_predictors_that_do_not_fit_their_model_are_refused(tmp_path, change):
 def test_neurons_are_whole_blocks(tmp_path):
     with pytest.raises(CorruptError, match="whole blocks"):
         painted.write(tmp_path / "a", replace(painted.APART, hidden=48, head_dim=24), dtypes.Q8_0)
+
+
+def test_rows_of_neurons_are_in_formats_that_rows_have(tmp_path):
+    spec = replace(painted.APART, hidden=256, head_dim=128)
+    with pytest.raises(CorruptError, match="neurons of layer 0 are in q4_1"):
+        painted.write(tmp_path / "a", spec, dtypes.Q4_1)

@@ -5,6 +5,7 @@ import tracemalloc
 
 import gguf
 import gguf_bytes as raw
+import gguf_rows
 import numpy as np
 import pytest
 from boundaries import LANES
@@ -13,7 +14,19 @@ from edgemem.converters.checkpoint import open_checkpoint
 from edgemem.converters.checkpoint.gguf import is_gguf
 from edgemem.converters.checkpoint.gguf.tensors import DTYPES, TYPES, GgufFile, GgufTensor
 
-from edgemem.dtypes import BLOCK, F16, F32, Q4_0, Q8_0, group_bytes, scale_plane_bytes
+from edgemem.dtypes import (
+    BLOCK,
+    BY_NAME,
+    F16,
+    F32,
+    MXFP4,
+    Q4_0,
+    Q8_0,
+    group_bytes,
+    matrix_bytes,
+    scale_plane_bytes,
+)
+from edgemem.kernels.reference import unpack
 from edgemem.errors import CheckpointError, UnsupportedError
 
 HUGE = (1 << 63) - 1
@@ -123,6 +136,7 @@ BAD = {
     "[8, 0]": one_tensor(dims=(8, 0)),
     f"[{HUGE}, 1]": one_tensor(dims=(HUGE, 1)),
     "type Q8_0 has the dimensions [8, 4]": one_tensor(code=8),
+    "type Q4_K has the dimensions [32, 4]": one_tensor(code=12, dims=(32, 4)),
     "which is not known": one_tensor(code=12345),
     "not aligned": one_tensor(offset=4),
     "lies beyond": one_tensor(offset=32),
@@ -150,8 +164,8 @@ def test_every_truncation_is_noticed(opened):
 
 
 def test_types_that_a_store_cannot_hold_are_named(opened):
-    file = opened(raw.file(tensors=[raw.tensor("w", (256, 1), 12, 0)], data=bytes(144)))
-    with pytest.raises(UnsupportedError, match="w is of type Q4_K; supported are F32, F16"):
+    file = opened(raw.file(tensors=[raw.tensor("w", (256, 1), 16, 0)], data=bytes(66)))
+    with pytest.raises(UnsupportedError, match="w is of type IQ2_XXS; supported are F32, F16"):
         _ = file.tensors["w"].dtype
 
 
@@ -246,12 +260,33 @@ def test_blocks_lie_where_the_format_says(dtype, lanes):
             assert np.array_equal(found, packed(given, dtype, lanes)), (rows, n_blocks)
 
 
-@pytest.mark.parametrize("dtype", [Q8_0, Q4_0], ids=lambda d: d.name)
-def test_blocks_have_the_values_of_the_package(dtype, rng):
-    rows = painted_rows(dtype, 5, 4)
+QUANTISED = [dtype for dtype in BY_NAME.values() if dtype.is_block]
+
+
+@pytest.mark.parametrize("dtype", QUANTISED, ids=lambda d: d.name)
+def test_blocks_have_the_values_of_the_package(dtype):
+    """Bit for bit, in a store's order as in GGML's; also in groups that lack rows."""
     kind = gguf.GGMLQuantizationType[dtype.name.upper()]
-    expected = gguf.quants.dequantize(rows, kind)
-    assert np.array_equal(blocks.dequantize(rows, dtype), expected)
+    values = np.random.default_rng(1).standard_normal((37, 3 * dtype.block), np.float32)
+    rows = gguf_rows.quantized(values, kind)
+    expected = gguf.quants.dequantize(rows, kind).view(np.uint32)
+    assert np.array_equal(blocks.dequantize(rows, dtype).view(np.uint32), expected)
+    for lanes in (1, LANES):
+        packed = blocks.pack(rows, dtype, dtype, lanes)
+        found = unpack(packed.tobytes(), dtype, *values.shape, lanes).astype(np.float32)
+        assert np.array_equal(found.view(np.uint32), expected)
+
+
+@pytest.mark.parametrize("dtype", QUANTISED, ids=lambda d: d.name)
+def test_a_store_is_as_large_as_its_gguf(dtype):
+    """But for what fills up planes of scales that are no whole number of words."""
+    kind = gguf.GGMLQuantizationType[dtype.name.upper()]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    for cols in (768, 2048, 2816, 4096, 14336):
+        for rows, lanes in ((32000, 1), (4096, LANES)):
+            theirs = rows * cols // block * size
+            most = 1.007 if cols == 768 else 1.005  # three blocks of q3_k, odd and small
+            assert theirs <= matrix_bytes(dtype, rows, cols, lanes) <= most * theirs
 
 
 @pytest.mark.parametrize("target", [Q8_0, F16])
@@ -261,3 +296,17 @@ def test_scales_must_be_finite(scale, target):
     rows[1, 34:36] = np.array([scale], np.float16).view(np.uint8)
     with pytest.raises(ValueError, match="NaN or infinite"):
         blocks.pack(rows, Q8_0, target, LANES)
+
+
+@pytest.mark.parametrize("dtype", QUANTISED, ids=lambda d: d.name)
+def test_hostile_scales_are_refused(dtype):
+    kind = gguf.GGMLQuantizationType[dtype.name.upper()]
+    good = gguf_rows.quantized(np.ones((3, 2 * dtype.block), np.float32), kind)
+    blocks.pack(good, dtype, dtype, LANES)
+    fields = ("e",) if dtype == MXFP4 else ("d", "min")
+    for field in (f for f in fields if f in blocks.FIELDS[dtype].names):
+        bad = good.copy()
+        bad.view(blocks.FIELDS[dtype])[field][2, 1] = 0xFF if dtype == MXFP4 else 0xFC00
+        for target in (dtype, F16):
+            with pytest.raises(ValueError, match="NaN or infinite"):
+                blocks.pack(bad, dtype, target, LANES)

@@ -11,6 +11,7 @@ from bench.ggml import TYPES, Ggml, GgmlProduct, NoGgml
 from bench.kernel_cases import ColdMemory, cases, prepare, weight_bytes
 from bench.kernel_report import compare, row
 from edgemem._native import isa_names, lib
+from edgemem.dtypes import BY_NAME, MULTIPLIED
 from edgemem.kernels import Core
 
 MEMORY = 1 << 20
@@ -20,9 +21,10 @@ MEMORY = 1 << 20
 def small(monkeypatch):
     """Every shape in small, measurements as short as they get, and a machine that is quiet."""
     for name in kernel_cases.PRODUCTS:
-        monkeypatch.setitem(kernel_cases.PRODUCTS, name, (40, 72))
+        cols = 256 if name in kernel_cases.PRODUCTS_OF_ALL_BLOCKS else 72
+        monkeypatch.setitem(kernel_cases.PRODUCTS, name, (40, cols))
     for name in kernel_cases.EXPERTS:
-        monkeypatch.setitem(kernel_cases.EXPERTS, name, (3, 72, 40))
+        monkeypatch.setitem(kernel_cases.EXPERTS, name, (1, 256, 256))
     for name in kernel_cases.ATTENTION:
         monkeypatch.setitem(kernel_cases.ATTENTION, name, (4, 2, 80))
     monkeypatch.setattr(kernels, "ROUND_SECONDS", 1e-5)
@@ -161,10 +163,10 @@ def test_options_that_make_no_sense_are_refused(options, capsys):
 
 @pytest.mark.parametrize("isa", isa_names())
 def test_multiply_adds_are_counted_for_every_thread(isa):
-    for dtype in (lib.EM_F32, lib.EM_F16, lib.EM_BF16, lib.EM_Q8_0, lib.EM_Q4_0):
+    for dtype in (d.code for d in MULTIPLIED):
         one = lib.em_peak(Core(1, isa).handle, dtype, 1)
         assert one > 10_000 and lib.em_peak(Core(2, isa).handle, dtype, 3) == 3 * one
-    assert lib.em_peak(Core(1, isa).handle, 5, 1) == -1
+    assert lib.em_peak(Core(1, isa).handle, lib.EM_DTYPES, 1) == -1
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -174,13 +176,15 @@ def test_llama_cpp_multiplies_what_it_is_given(dtype):
     except NoGgml as error:
         pytest.skip(str(error))
     rng = np.random.default_rng(0)
-    weights, x = rng.standard_normal((64, 96), np.float32), rng.standard_normal((3, 96), np.float32)
+    cols = max(96, BY_NAME[dtype].block)
+    weights = rng.standard_normal((64, cols), np.float32)
+    x = rng.standard_normal((3, cols), np.float32)
     data = {"f32": weights, "f16": weights.astype(np.float16)}.get(dtype)
     if data is None:
         data = rng.integers(32, 60, weights.nbytes).astype(np.uint8)
     with pytest.raises(ValueError, match="whole blocks"):
         GgmlProduct(ggml, dtype, 64, 72, 3, places=2)
-    product = GgmlProduct(ggml, dtype, 64, 96, 3, places=2)
+    product = GgmlProduct(ggml, dtype, 64, cols, 3, places=2)
     product.fill(data, x)
     product.run(3, threads=2)
     found = product.result()

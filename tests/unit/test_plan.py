@@ -17,7 +17,7 @@ from edgemem import converters, doctor, inventory, plan
 from edgemem.budget import MIB, Budget
 from edgemem.cli import cli
 from edgemem.doctor import Device, Reading
-from edgemem.dtypes import BY_NAME
+from edgemem.dtypes import BY_NAME, MULTIPLIED
 from edgemem.errors import BudgetError, UnsupportedError
 from edgemem.needs import Needs
 from edgemem.store import Store
@@ -39,7 +39,15 @@ def device(flash: float = 1e9, dram: float = 1e10, compute: float = 1e15) -> Dev
         Reading("io_uring", True, size, depth, flash)
         for size in (4096, 1 << 20) for depth in (1, 128)
     )  # fmt: skip
-    return Device("there", "a processor", 2, 1.0, readings, dram, dict.fromkeys(BY_NAME, compute))
+    return Device(
+        "there",
+        "a processor",
+        2,
+        1.0,
+        readings,
+        dram,
+        dict.fromkeys((d.name for d in MULTIPLIED), compute),
+    )
 
 
 def looked(path, memory="auto", **more) -> plan.Outlook:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgemem.dtypes import BF16, F16, F32, Q4_0, Q8_0, DType
+from edgemem.dtypes import BY_NAME, DType
 from edgemem.errors import UnsupportedError
 from edgemem.spec import MAX_DIM
 
@@ -31,7 +31,7 @@ TYPES = {
 """ggml's types that files hold (enum ggml_type in ggml.h): code → name, elements and bytes of a
 block."""
 
-DTYPES = {"F32": F32, "F16": F16, "BF16": BF16, "Q8_0": Q8_0, "Q4_0": Q4_0}
+DTYPES = {name.upper(): dtype for name, dtype in BY_NAME.items()}
 """The types whose values can be taken over as they are."""
 
 
