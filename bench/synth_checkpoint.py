@@ -121,7 +121,7 @@ def _hf_name(weights: Weights, part: Slice) -> str:
     if part.kind == Kind.EMBED or (part.kind == Kind.HEAD and spec.tied):
         return prefix + own.EMBED
     if part.kind == Kind.HEAD:
-        return naming.HEAD
+        return own.HEAD[0]
     wanted = Part(segment.name, segment.rows, segment.cols, segment.lanes)
     found = own.sources(spec, prefix, part.kind, part.layer, part.index, wanted)
     names = [source.tensor for source in found]

@@ -52,6 +52,8 @@ def _ropes(keys) -> tuple[RopeSpec, RopeSpec]:
     if isinstance(full, dict) and isinstance(scaling, dict):
         full = full | scaling
     return (
-        read_rope(keys, full, keys.number("rope_theta", 1e6)),
+        read_rope(
+            keys, full if isinstance(scaling, dict) else scaling, keys.number("rope_theta", 1e6)
+        ),
         read_rope(keys, local, keys.number("rope_local_base_freq", 1e4)),
     )

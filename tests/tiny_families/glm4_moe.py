@@ -22,6 +22,8 @@ _ABSENT = {
 
 def spec(draw, vocab_size: int):
     plain, width = gated(draw, "glm4_moe", vocab_size), draw.whole(8, 24)
+    if draw.maybe(0.4):
+        plain = replace(plain, hidden=draw.whole(24, 60))
     n_layers, dense = plain.n_layers, draw.whole(0, min(2, plain.n_layers - 1))
     n_experts, groups, top = draw.one(
         ((4, 0, 0), (5, 0, 0), (8, 2, 1), (8, 4, 2), (9, 3, 2), (12, 3, 3))
