@@ -198,7 +198,54 @@ static void arguments_are_checked(em_core *core, problem *p) {
     CHECK(em_core_open(1, "mmx", &none) == EM_UNSUPPORTED && !none, "isa %s", "mmx");
 }
 
+enum { MANY = 24, CHOSEN = 3, N_ROUTERS = 4 };
+
+static const float BIAS[MANY] = {0.3f, -0.2f, 0.1f, 0.5f, -0.4f, 0.25f};
+
+static const em_router ROUTERS[N_ROUTERS] = {
+    {.n_experts = MANY, .top_k = CHOSEN, .normalize = 1, .scale = 2},
+    {.n_experts = MANY, .top_k = CHOSEN, .scoring = EM_SIGMOID, .bias = BIAS, .scale = 2.5f},
+    {.n_experts = MANY,
+     .top_k = CHOSEN,
+     .normalize = 1,
+     .scoring = EM_SIGMOID,
+     .n_groups = 6,
+     .top_groups = 2,
+     .bias = BIAS,
+     .scale = 1},
+    {.n_experts = MANY, .top_k = 2, .scoring = EM_SPARSEMIXER, .scale = 1, .jitter = 0.1f},
+};
+
+static const uint32_t ROUTED[N_ROUTERS] = {0x663e320c, 0x06c23cd5, 0x194dbb6a, 0xc974ac12};
+
+/* The bytes that all machines must give, of what each kind of router chooses. */
+static void routers_choose(const em_kernels *k) {
+    em_core *core;
+    CHECK(em_core_open(1, k->name, &core) == EM_OK, "%s does not open", k->name);
+    CHECK(em_core_reserve(core, em_route_scratch(TOKENS, MANY, CHOSEN)) == EM_OK, "%s", k->name);
+    float logits[TOKENS * MANY], weights[TOKENS * CHOSEN];
+    fill_unit(logits, TOKENS * MANY, 33);
+    for (int i = 0; i < TOKENS * MANY; i++) logits[i] *= 5;
+    for (int r = 0; r < N_ROUTERS; r++) {
+        const em_router *router = &ROUTERS[r];
+        uint32_t experts[MANY];
+        int32_t first[MANY + 1], tokens[TOKENS * CHOSEN];
+        int32_t n = em_route(core, router, logits, TOKENS, experts, first, tokens, weights);
+        size_t pairs = (size_t)(TOKENS * router->top_k);
+        CHECK(n > 0 && first[n] == (int32_t)pairs, "router %d: %d experts", r, n);
+        uint32_t crc = em_crc32c(0, experts, (size_t)n * sizeof *experts);
+        crc = em_crc32c(crc, tokens, pairs * sizeof *tokens);
+        crc = em_crc32c(crc, weights, pairs * sizeof *weights);
+        CHECK(crc == ROUTED[r], "%s: router %d: 0x%08x, not 0x%08x", k->name, r, crc, ROUTED[r]);
+    }
+    em_router bad = ROUTERS[2];
+    bad.top_groups = 7;
+    CHECK(em_route(core, &bad, logits, TOKENS, NULL, NULL, NULL, NULL) == -1, "groups %d", 7);
+    em_core_close(core);
+}
+
 int main(void) {
+    for_each_isa(routers_choose);
     for (int32_t dtype = EM_F32; dtype <= EM_Q4_0; dtype++) {
         static problem p;
         make_problem(&p, dtype);
