@@ -312,6 +312,20 @@ def test_what_came_later_is_written_down_only_where_it_differs():
 # ---- directory ---------------------------------------------------------------------------------
 
 
+def test_thresholds_are_numbers_in_range():
+    data = json.loads(fmt.encode_meta(replace(meta(), spec=painted.RESTING)))
+    assert fmt.decode_meta(json.dumps(data).encode()).spec == painted.RESTING
+    fine = [[0], [1.5]]
+    wrong = [value for value in HOSTILE if value not in fine]
+    for value in [*fine, *wrong, [10**400], [1e31], [True], ["0"], [0.1, 0.1]]:
+        data["spec"]["thresholds"] = value
+        if value in fine:
+            assert fmt.decode_meta(json.dumps(data).encode()).spec.thresholds == tuple(value)
+            continue
+        with pytest.raises((CorruptError, UnsupportedError)):
+            fmt.decode_meta(json.dumps(data).encode())
+
+
 @pytest.fixture(scope="module", params=["dense", "routed"])
 def directory(request, tmp_path_factory):
     """(entries, meta, end) of a good store."""
@@ -398,110 +412,3 @@ def test_a_huge_claimed_model_costs_nothing(directory):
     spec = replace(painted.ROUTED, n_experts=1 << 24, top_k=1)
     with pytest.raises(CorruptError):
         fmt.check_directory(entries, replace(meta, spec=spec), 4096, end)
-
-
-# ---- neurons -----------------------------------------------------------------------------------
-
-
-def test_a_store_of_neurons_is_read_back(tmp_path):
-    path = painted.write(tmp_path / "a", painted.APART)
-    with Store.open(path) as store:
-        layout = store.layout_of(int(store.find(Kind.NEURONS, 0)[0]))
-        assert store.spec == painted.APART and store.verify().ok
-        assert [s.name for s in layout.segments] == ["neurons", "checksums"]
-        assert (layout["neurons"].rows, layout["neurons"].cols) == (24, 64)
-
-
-def test_thresholds_are_numbers_in_range():
-    data = json.loads(fmt.encode_meta(replace(meta(), spec=painted.RESTING)))
-    assert fmt.decode_meta(json.dumps(data).encode()).spec == painted.RESTING
-    fine = [[0], [1.5]]
-    wrong = [value for value in HOSTILE if value not in fine]
-    for value in [*fine, *wrong, [10**400], [1e31], [True], ["0"], [0.1, 0.1]]:
-        data["spec"]["thresholds"] = value
-        if value in fine:
-            assert fmt.decode_meta(json.dumps(data).encode()).spec.thresholds == tuple(value)
-            continue
-        with pytest.raises((CorruptError, UnsupportedError)):
-            fmt.decode_meta(json.dumps(data).encode())
-
-
-def test_a_store_of_what_is_foretold_is_read_back(tmp_path):
-    path = painted.write(tmp_path / "a", painted.FORETOLD)
-    with Store.open(path) as store:
-        neurons, predictor = (
-            store.layout_of(int(store.find(kind, 0)[0])) for kind in (Kind.NEURONS, Kind.PREDICTOR)
-        )
-        assert store.spec == painted.FORETOLD and store.verify().ok
-        assert (neurons["neurons"].rows, neurons["neurons"].cols) == (24, 96)
-        assert [s.name for s in predictor.segments] == ["reduce", "score", "score_bias"]
-        assert (predictor["score"].rows, predictor["score"].cols) == (24, 32)
-
-
-def _meta(change):
-    def changed(data: bytes) -> bytes:
-        found = json.loads(data)
-        change(found)
-        return json.dumps(found, sort_keys=True, separators=(",", ":")).encode()
-
-    return changed
-
-
-def _segment(meta: dict, name: str) -> dict:
-    return next(s for layout in meta["layouts"] for s in layout if s["name"] == name)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda m: _segment(m, "neurons").update(dtype="u32"),
-        lambda m: _segment(m, "checksums").update(dtype="f32"),
-        lambda m: _segment(m, "checksums").update(cols=23),
-        lambda m: _segment(m, "neurons").update(rows=23),
-        lambda m: _segment(m, "neurons").update(lanes=16),
-        lambda m: _segment(m, "gate").update(dtype="u32"),
-        lambda m: _segment(m, "rows").update(dtype="u32"),
-        lambda m: m["spec"].update(activation="silu"),
-        lambda m: m["spec"].update(neurons=False),
-        lambda m: m["spec"].update(gated=False),
-    ],
-)
-def test_neurons_that_do_not_fit_their_model_are_refused(tmp_path, change):
-    path = painted.write(tmp_path / "a", painted.APART, dtypes.F32)
-    painted.rewrite(path, meta=_meta(change))
-    with pytest.raises((CorruptError, UnsupportedError)):
-        Store.open(path)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda m: m["spec"].update(ranks=[]),
-        lambda m: m["spec"].update(ranks=[0]),
-        lambda m: m["spec"].update(ranks=[31]),
-        lambda m: m["spec"].update(ranks=[33]),
-        lambda m: m["spec"].update(ranks=[32, 32]),
-        lambda m: m["spec"].update(neurons=False),
-        lambda m: _segment(m, "reduce").update(cols=31),
-        lambda m: _segment(m, "score").update(dtype="u32"),
-        lambda m: _segment(m, "score").update(dtype="f16"),
-        lambda m: _segment(m, "score_bias").update(cols=23),
-        lambda m: _segment(m, "neurons").update(cols=64),
-    ],
-)
-def test_predictors_that_do_not_fit_their_model_are_refused(tmp_path, change):
-    path = painted.write(tmp_path / "a", painted.FORETOLD, dtypes.F32)
-    painted.rewrite(path, meta=_meta(change))
-    with pytest.raises((CorruptError, UnsupportedError)):
-        Store.open(path)
-
-
-def test_neurons_are_whole_blocks(tmp_path):
-    with pytest.raises(CorruptError, match="whole blocks"):
-        painted.write(tmp_path / "a", replace(painted.APART, hidden=48, head_dim=24), dtypes.Q8_0)
-
-
-def test_rows_of_neurons_are_in_formats_that_rows_have(tmp_path):
-    spec = replace(painted.APART, hidden=256, head_dim=128)
-    with pytest.raises(CorruptError, match="neurons of layer 0 are in q4_1"):
-        painted.write(tmp_path / "a", spec, dtypes.Q4_1)
