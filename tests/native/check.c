@@ -160,12 +160,15 @@ static number number_at(place p, int32_t dtype, int k) {
     }
 }
 
+/* Of a row's block: its part of the plane of scales, and all else. */
+static const int SCALE_BYTES[EM_DTYPES] = {0, 0, 0, 2, 2, 4, 2, 4, 4, 2, 4, 4, 2, 2, 4, 1};
+static const int WORD_BYTES[EM_DTYPES] = {0,  0,   0,   32,  16,  16, 20,  20,
+                                          80, 108, 140, 172, 208, 16, 132, 16};
+
 static number block_number(const uint8_t *group, int32_t dtype, int32_t cols, int lane, int col) {
-    int width = in_256s(dtype) ? 256 : 32;
-    int64_t scales = em_scale_bytes(dtype, 4 * width, 16) / 4;
-    int64_t words = em_group_bytes(dtype, 4 * width, 16) / 4 - scales;
-    const uint8_t *quants = group + em_scale_bytes(dtype, cols, 16);
-    place p = {group + col / width * scales, quants + col / width * words, lane};
+    int width = in_256s(dtype) ? 256 : 32, b = col / width, scales = 16 * SCALE_BYTES[dtype];
+    int plane = ((cols + width - 1) / width * scales + 63) / 64 * 64;
+    place p = {group + b * scales, group + plane + b * 16 * WORD_BYTES[dtype], lane};
     return number_at(p, dtype, col % width);
 }
 

@@ -272,7 +272,7 @@ static void make_layers(world *w, layer *layers) {
         l->foresees =
             (em_route_op){.experts = l->foreseen, .weights = one, .n_chosen = &l->n_foreseen};
         l->routing.kind = EM_OP_CLAMP;
-        l->routing.elements = (em_elements_op){state, HIDDEN, 1e9f};
+        l->routing.elements = (em_elements_op){.x = state, .cols = HIDDEN, .limit = 1e9f};
         l->op.kind = EM_OP_FFN;
         l->op.ffn = (em_ffn_op){.stream = &w->stream,
                                 .ffn = &FFN,

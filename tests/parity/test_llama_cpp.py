@@ -27,7 +27,7 @@ from edgemem.store import Store
 
 KINDS = {Type.F32: 1e-3, Type.F16: 5e-3, Type.Q8_0: 3e-2, Type.Q4_0: 3e-2}
 """Number formats, and how far logits may differ, over the largest."""
-BLOCKS_BOUND = 6e-2
+BLOCKS_BOUND = 3e-2
 CONTEXT = 128
 SEEDS = 10
 TIES = {Type.F32: 0.0, Type.Q8_0: 2e-2, Type.Q4_0: 2e-2}
@@ -106,7 +106,8 @@ def test_logits_agree(model_type, kind, llama, tmp_path, seed_base):
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
 def test_logits_of_blocks_agree(model_type, kind, llama, tmp_path, seed_base):
     """As near as both are to what the numbers mean: llama.cpp rounds activations to 8 bits too, in
-    some formats with one scale for 256 of them."""
+    some formats with one scale for 256 of them. Of most tokens: either rounding may turn a near tie
+    of a router."""
     model = computable(tmp_path, model_type, seed_base, 256)
     path = tiny_gguf.write(tmp_path / "m.gguf", model, kind)
     converters.convert(path, tmp_path / "m.edgemem")
@@ -114,10 +115,12 @@ def test_logits_of_blocks_agree(model_type, kind, llama, tmp_path, seed_base):
     theirs = logits(llama(path), model.ids)
     with Store.open(tmp_path / "m.edgemem") as store:
         exact = Forward(store.spec, StoreWeights(store), "f16").feed(model.ids)
-    errors = [oracle.relative_error(a, exact) for a in (found, theirs)]
-    print(f"{model_type} {kind}: from float64 {errors[0]:.1e} here, {errors[1]:.1e} in llama.cpp")
-    assert errors[0] <= 1.5 * errors[1] + 1e-3
-    assert oracle.relative_error(found, theirs) <= BLOCKS_BOUND
+    ours, judges, apart = (
+        np.median(np.abs(a - b).max(axis=1)) / np.abs(exact).max()
+        for a, b in ((found, exact), (theirs, exact), (found, theirs))
+    )
+    print(f"{model_type} {kind}: from float64 {ours:.1e} here, {judges:.1e} in llama.cpp")
+    assert ours <= 1.5 * judges + 1e-3 and apart <= BLOCKS_BOUND
 
 
 def as_gguf(path, store_path, kind):
