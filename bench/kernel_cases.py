@@ -287,12 +287,8 @@ def _route(case: Case, core: Core, memory: ColdMemory) -> Work:
     for op in ops:
         op.kind = lib.EM_OP_ROUTE
         route = op.route
-        route.logits, route.n_experts, route.top_k, route.normalize = (
-            logits.pointer,
-            experts,
-            top,
-            1,
-        )
+        router, route.logits = route.router, logits.pointer
+        router.n_experts, router.top_k, router.normalize, router.scale = experts, top, 1, 1.0
         route.experts, route.first, route.n_chosen = chosen.pointer, first.pointer, n_chosen
         route.tokens, route.weights = tokens.pointer, weights.pointer
     keep = (logits, weights, chosen, first, tokens, n_chosen)

@@ -114,7 +114,7 @@ def _model_type(config: dict) -> str:
     if model_type not in DEFAULTS or (names and model_type not in types):
         named = f"{model_type or 'no model_type'} ({', '.join(names) or 'no architectures'})"
         raise UnsupportedError(
-            f"config.json: {named:.200} is not supported; "
+            f"config.json: {ascii(named)[1:-1]:.200} is not supported; "
             f"supported are causal language models of type {', '.join(DEFAULTS)}"
         )
     return model_type

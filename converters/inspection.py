@@ -19,8 +19,8 @@ from .configuration import describe
 from .conversion import tokenizer_of
 
 _NO_WEIGHTS = re.compile(r"rope_(freqs|factors_\w+)\.weight|.*\.rotary_emb\.inv_freq")
-_HEAD = re.compile(r"(.*\.)?(lm_head|output)\.weight")
-_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|token_embd|wte|word_embeddings)\.weight")
+_HEAD = re.compile(r"(.*\.)?(lm_head|output|embed_out)\.weight")
+_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|token_embd|wte|word_embeddings|embed_in)\.weight")
 _FFN = re.compile(
     r"blk\.\d+\.ffn_(gate|up|down|gate_up)(_exps|\.\d+)?\.(weight|bias)|"
     r".*\.(mlp|block_sparse_moe|feed_forward)\.(experts\.|((gate|up|down|gate_up)_proj\.)).*|"

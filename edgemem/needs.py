@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from . import inventory, planner
+from ._native import isa_names
 from .arguments import context_limit
 from .budget import MIB, Budget, Item, current_bytes, machine_bytes, show_size
 from .dtypes import BY_NAME
@@ -25,7 +26,9 @@ STREAMING_RESERVE_BYTES = 16 << 20
 """What slots leave for what the system keeps for this process, such as page tables."""
 
 HEADROOM_BYTES = 4 * MIB
-"""What the interpreter, its heap and the threads' stacks grow by while a model runs."""
+"""What the interpreter and its heap grow by while a model runs."""
+STACK_BYTES = 128 << 10
+"""Of each thread, at most: products by tiles take most (native/matrices.h)."""
 
 
 class Needs:
@@ -47,9 +50,10 @@ class Needs:
         self.context = _context(store, context)
         label = f"KV cache ({self.context} tokens at {kv})"
         self.kv_item = Item(label, cache_bytes(self.spec, self.context, kv))
+        isa_names()  # kernels are tested once in a process, whose memory that is from then on
         base = [
             Item("process before loading", current_bytes()),
-            Item("headroom for Python", HEADROOM_BYTES),
+            Item("headroom for Python and stacks", HEADROOM_BYTES + threads * STACK_BYTES),
             self.kv_item,
         ]
         self._choose(limit - sum(item.bytes for item in base))

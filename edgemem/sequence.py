@@ -46,6 +46,8 @@ class TokenSequence:
         self._logits = np.empty(engine.spec.vocab_size, np.float32)
         self._logits_at = 0
         """Number of tokens after which `_logits` are; 0 for none."""
+        self._long: list[bool] = []
+        """Of each rope, whether the keys in the cache have longrope's long factors."""
 
     @property
     def closed(self) -> bool:
@@ -87,7 +89,7 @@ class TokenSequence:
         self._run(np.array(self._level(), np.int32), "decode")
         chunk_tokens = self._engine.logits_tokens
         rows = np.empty((min(len(ids), chunk_tokens), len(self._logits)), np.float32)
-        self._kv.rope_length = self._kv.position + len(ids)
+        self._step(self._again(len(ids)), "prefill")
         for start in range(0, len(ids), chunk_tokens):
             chunk = ids[start : start + chunk_tokens]
             self._engine.step(chunk, self._kv, "prefill", rows[: len(chunk)])
@@ -116,10 +118,24 @@ class TokenSequence:
         if not len(ids):
             return
         end = self._kv.position + len(ids)
-        self._kv.rope_length = end
         self._logits_at = 0
+        self._step(np.concatenate([self._again(len(ids)), ids]), phase, self._logits)
+        self._logits_at = end
+
+    def _again(self, count: int) -> np.ndarray:
+        """What has to run again before `count` more tokens, int32: the whole text, where with them
+        it becomes one whose keys have longrope's other factors; else nothing."""
+        end = self._kv.position + count
+        long = [rope.is_long(end) for rope in self._engine.spec.ropes]
+        again = self.tokens[: self._kv.position] if long != self._long else []
+        if again:
+            self._kv.truncate(0)
+        self._long, self._kv.rope_length = long, end
+        return np.array(again, np.int32)
+
+    def _step(self, ids: np.ndarray, phase: str, logits: np.ndarray | None = None) -> None:
+        """Run `ids` chunk by chunk; `logits` takes the last one's."""
         for start in range(0, len(ids), self._engine.chunk_tokens):
             chunk = ids[start : start + self._engine.chunk_tokens]
             is_last = start + len(chunk) == len(ids)
-            self._engine.step(chunk, self._kv, phase, self._logits if is_last else None)
-        self._logits_at = end
+            self._engine.step(chunk, self._kv, phase, logits if is_last else None)

@@ -64,6 +64,10 @@ class RopeSpec:
         ramp = self.high_freq_factor > self.low_freq_factor
         _check(ramp or self.type != "llama3", "rope.high_freq_factor", self.high_freq_factor)
 
+    def is_long(self, length: int) -> bool:
+        """Whether a sequence of so many tokens takes longrope's long factors (arXiv 2402.13753)."""
+        return self.type == "longrope" and length > self.original_positions
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -180,8 +184,10 @@ class ModelSpec:
     def _check_scales(self) -> None:
         for name in ("embedding_scale", "residual_scale", "logit_scale", "routed_scale"):
             _check(1e-6 <= abs(getattr(self, name)) <= 1e6, name, getattr(self, name))
-        for name in ("attention_scale", "attention_cap", "logit_cap", "router_jitter"):
-            _check(0 <= getattr(self, name) <= 1e6, name, getattr(self, name))
+        _check(0 <= self.router_jitter <= 1e6, "router_jitter", self.router_jitter)
+        for name in ("attention_scale", "attention_cap", "logit_cap"):
+            value = getattr(self, name)
+            _check(value == 0 or 1e-6 <= value <= 1e6, name, value)
 
     def _check_routing(self) -> None:
         _check(self.scoring in SCORINGS, "scoring", self.scoring)

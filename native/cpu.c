@@ -59,15 +59,16 @@ enum {
     ROWS = 16 * GROUPS,
     TOKENS = 27, /* tiles of 16, of 8, and less */
     WIDE = 256,  /* columns for blocks that have so many, */
-    WIDE_TOKENS = TOKENS * COLS / WIDE,
+    WIDE_TOKENS = 11,
+    NUMBERS = WIDE_TOKENS * WIDE, /* of all tokens, in either shape */
     MATRIX_BYTES = ROWS * WIDE * 4,
     ATTENDED = EM_SPAN_ROWS + 6
 };
 
 typedef struct {
     float products[EM_DTYPES][(2 * TOKENS + 1) * ROWS];
-    float vectors[8][WIDE], attended[4][6 * COLS];
-    int8_t q[TOKENS * COLS];
+    float unpacked[EM_DTYPES][WIDE], vectors[7][COLS], attended[4][6 * COLS];
+    int8_t q[NUMBERS];
     uint16_t halves[COLS];
     uint64_t sum;
 } test_result;
@@ -78,7 +79,8 @@ static uint32_t next_random(uint32_t *state) { return *state = *state * 1664525u
 static void fill_matrix(int32_t dtype, int32_t cols, uint8_t *data) {
     uint32_t state = 7;
     for (int i = 0; i < MATRIX_BYTES; i++) data[i] = (uint8_t)(next_random(&state) >> 24);
-    int64_t group = em_group_bytes(dtype, cols, EM_LANES), step = dtype == EM_F32 ? 4 : 2;
+    int64_t group = em_group_bytes(dtype, cols, EM_LANES);
+    int64_t step = dtype == EM_F32 ? 4 : dtype == EM_MXFP4 ? 1 : 2;
     int64_t end = em_dtype_is_block(dtype) ? em_scale_bytes(dtype, cols, EM_LANES) : group;
     for (int64_t g = 0; g < GROUPS; g++)
         for (int64_t i = step - 1; i < end; i += step)
@@ -98,16 +100,17 @@ static void multiply(const em_kernels *k, int32_t dtype, em_acts acts, int32_t t
     out.out += ROWS;
     acts.rows = backwards;
     k->product[dtype](matrix, 1, GROUPS - 1, &acts, tokens, &out);
-    k->unpack_row(matrix, dtype, EM_LANES, acts.cols, 21, r->vectors[dtype % 2 + 4]);
+    k->unpack_row(matrix, dtype, EM_LANES, acts.cols, 21, r->unpacked[dtype]);
 }
 
+/* By one thread (`probed`), whose stack may be small. */
 static void self_test(const em_kernels *k, test_result *r) {
     static const float weight_seed[4] = {0.25f, -1.5f, 3.0f, -0.0625f};
-    _Alignas(64) uint8_t matrix[MATRIX_BYTES];
-    float x[TOKENS * COLS], scale[TOKENS * COLS / EM_BLOCK];
-    int32_t sum[TOKENS * COLS / EM_BLOCK], first[TOKENS * COLS / EM_BLOCK];
-    for (int i = 0; i < TOKENS * COLS; i++) x[i] = weight_seed[i % 4] * (float)(i % 37 - 18);
-    for (int t = 0; t < TOKENS; t++)
+    static _Alignas(64) uint8_t matrix[MATRIX_BYTES];
+    static float x[NUMBERS], scale[NUMBERS / EM_BLOCK];
+    static int32_t sum[NUMBERS / EM_BLOCK], first[NUMBERS / EM_BLOCK];
+    for (int i = 0; i < NUMBERS; i++) x[i] = weight_seed[i % 4] * (float)(i % 37 - 18);
+    for (int t = 0; t < NUMBERS / COLS; t++)
         k->quantize(x + t * COLS, COLS, r->q + t * COLS, scale + t * 2, sum + t * 2, first + t * 2);
     em_acts acts = {x, r->q, scale, sum, NULL, COLS, COLS / EM_BLOCK, first};
     em_acts wide = {x, r->q, scale, sum, NULL, WIDE, WIDE / EM_BLOCK, first};
@@ -118,16 +121,18 @@ static void self_test(const em_kernels *k, test_result *r) {
     memcpy(r->vectors[0], x, COLS * sizeof *x);
     k->softmax(r->vectors[0], COLS);
     k->rms_norm(x, x + COLS, 1e-6f, COLS, r->vectors[1]);
-    k->layer_norm(x, x + COLS, x + 2 * COLS, 1e-6f, COLS, r->vectors[7]);
+    k->layer_norm(x, x + COLS, x + 2 * COLS, 1e-6f, COLS, r->vectors[5]);
     k->rotate(x, r->vectors[0], r->vectors[1], COLS, r->vectors[2]);
     memcpy(r->vectors[3], x, COLS * sizeof *x);
     k->gate(r->vectors[3], x + COLS, COLS, EM_GELU);
     k->store_f16(x, COLS, r->halves);
     for (int32_t dtype = EM_F32; dtype <= EM_Q8_0; dtype++) {
-        _Alignas(64) uint8_t keys[(ATTENDED + EM_LANES) * COLS * 4] = {0};
-        _Alignas(64) uint8_t values[ATTENDED * COLS * 4];
-        float block[EM_SPAN_ROWS * COLS], *out = r->attended[dtype];
+        static _Alignas(64) uint8_t keys[(ATTENDED + EM_LANES) * COLS * 4];
+        static _Alignas(64) uint8_t values[ATTENDED * COLS * 4];
+        static float block[EM_SPAN_ROWS * COLS];
+        float *out = r->attended[dtype];
         if (dtype == EM_BF16) continue;
+        memset(keys, 0, sizeof keys);
         int64_t row_bytes = em_kv_row_bytes(dtype, COLS);
         for (int i = 0; i < ATTENDED; i++) {
             k->store_key(x + i, COLS, dtype, keys + i / EM_LANES * EM_LANES * row_bytes,
@@ -148,9 +153,10 @@ static void self_test(const em_kernels *k, test_result *r) {
                               .out = out};
         k->attend(&queries);
     }
+    memcpy(r->vectors[4], x, COLS * sizeof *x);
     k->sigmoid(r->vectors[4], COLS);
     memcpy(r->vectors[6], x, COLS * sizeof *x);
-    k->axpy(r->vectors[6], 0.3f, r->vectors[5], COLS);
+    k->axpy(r->vectors[6], 0.3f, r->unpacked[EM_Q8_0], COLS);
     r->sum = k->read_bytes(matrix, MATRIX_BYTES);
 }
 

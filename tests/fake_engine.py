@@ -36,7 +36,7 @@ class FakeEngine:
 
     def __init__(self, tokenizer, context=64, chunk_tokens=8, eos_ids=(), bos_id=None, follow=None):
         self.tokenizer = tokenizer
-        self.spec = SimpleNamespace(vocab_size=tokenizer.vocab_size)
+        self.spec = SimpleNamespace(vocab_size=tokenizer.vocab_size, ropes=())
         self.context, self.context_limit = context, 4 * context
         self.chunk_tokens = self.logits_tokens = chunk_tokens
         self.eos_ids, self.bos_id = frozenset(eos_ids), bos_id

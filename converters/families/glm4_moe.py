@@ -25,7 +25,7 @@ DEFAULTS = {
     "first_k_dense_replace": 1, "norm_topk_prob": True, "use_qk_norm": False,
 }  # fmt: skip
 KEYS: dict[str, str] = {}
-_LAYER = re.compile(r"layers\.([0-9]{1,7})\.")
+_LAYER = re.compile(r"(?:layers|blk)\.([0-9]{1,7})\.")
 
 
 def facts(keys, hidden: int, heads: int) -> dict:

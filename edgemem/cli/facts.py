@@ -75,7 +75,7 @@ def describe(store: Store) -> dict:
 def summarize(facts: dict) -> list[tuple[str, str]]:
     """Facts for people: (name, text) of each line."""
     spec, bundles = facts["spec"], facts["bundles"].items()
-    kind = spec["model_type"] if spec else facts["architecture"]
+    kind = spec["model_type"] if spec else ascii(facts["architecture"])[1:-1][:60]
     sizes = " · ".join(f"{name} {show_size(size)}" for name, size in facts["dtype_bytes"].items())
     lines = [("model", f"{kind}, {facts['parameters'] / 1e6:,.1f} M parameters")]
     if spec:

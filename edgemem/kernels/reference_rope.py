@@ -29,18 +29,13 @@ def frequencies(rope: RopeSpec, head_dim: int, max_positions: int, length: int) 
     if rope.type == "yarn":
         return _yarn_frequencies(rope, plain, head_dim)
     if rope.type == "longrope":
-        return plain / np.array(rope.long_factors if is_long(rope, length) else rope.short_factors)
+        return plain / np.array(rope.long_factors if rope.is_long(length) else rope.short_factors)
     return plain
-
-
-def is_long(rope: RopeSpec, length: int) -> bool:
-    """Whether a sequence takes the long factors of "longrope"."""
-    return rope.type == "longrope" and length > rope.original_positions
 
 
 def attention_factor(rope: RopeSpec, length: int) -> float:
     """What sines and cosines are multiplied by."""
-    long = rope.long_attention_factor if is_long(rope, length) else 0.0
+    long = rope.long_attention_factor if rope.is_long(length) else 0.0
     return long or rope.attention_factor
 
 

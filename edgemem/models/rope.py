@@ -27,24 +27,19 @@ def inverse_frequencies(
     if rope.type == "yarn":
         return _yarn(rope, plain, head_dim)
     if rope.type == "longrope":
-        return plain / np.array(rope.long_factors if is_long(rope, length) else rope.short_factors)
+        return plain / np.array(rope.long_factors if rope.is_long(length) else rope.short_factors)
     return plain
-
-
-def is_long(rope: RopeSpec, length: int) -> bool:
-    """Whether a sequence of so many tokens takes longrope's long factors (arXiv 2402.13753)."""
-    return rope.type == "longrope" and length > rope.original_positions
 
 
 def attention_factor(rope: RopeSpec, length: int) -> float:
     """What cosines and sines are multiplied by."""
-    long = rope.long_attention_factor if is_long(rope, length) else 0.0
+    long = rope.long_attention_factor if rope.is_long(length) else 0.0
     return long or rope.attention_factor
 
 
 def frequencies_key(rope: RopeSpec, length: int) -> int:
     """Of lengths with one key the frequencies are the same."""
-    return length if rope.type == "dynamic" else int(is_long(rope, length))
+    return length if rope.type == "dynamic" else int(rope.is_long(length))
 
 
 def _llama3(rope: RopeSpec, plain: np.ndarray) -> np.ndarray:

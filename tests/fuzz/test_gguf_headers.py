@@ -26,7 +26,7 @@ MAX_BYTES = 48 << 20
 @pytest.fixture(scope="module", params=["llama", "qwen2_moe"])
 def good(request, tmp_path_factory, seed_base) -> bytes:
     folder = tmp_path_factory.mktemp("gguf")
-    facts = tiny_gguf.facts(request.param, 1, blocks=True)
+    facts = tiny_gguf.facts(request.param, 1, blocks=32)
     model = tiny.write(folder / "hf", request.param, seed_base, **facts)
     return tiny_gguf.write(folder / "m.gguf", model, Type.Q8_0).read_bytes()
 

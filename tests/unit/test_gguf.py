@@ -169,6 +169,12 @@ def test_types_that_a_store_cannot_hold_are_named(opened):
         _ = file.tensors["w"].dtype
 
 
+def test_vectors_of_blocks_are_refused_by_name(opened):
+    data = raw.file(tensors=[raw.tensor("norm", (32,), 8, 0)], data=bytes(34))
+    with pytest.raises(UnsupportedError, match="norm' is a vector of type Q8_0"):
+        opened(data)
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 

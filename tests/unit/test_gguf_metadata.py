@@ -34,7 +34,7 @@ def metadata(architecture: str = "llama", keys: dict | None = None) -> Metadata:
 class Vector:
     """A tensor that is a vector in memory."""
 
-    type_name = "F32"
+    name, type_name = "rope_freqs.weight", "F32"
 
     def __init__(self, values):
         self.values = np.asarray(values, f32)
@@ -123,8 +123,8 @@ def test_scaling_that_is_not_supported_is_named():
     keys = {".rope.scaling.type": "longrope", ".rope.scaling.factor": 4.0}
     with pytest.raises(UnsupportedError, match="longrope.*none, linear, yarn"):
         spec(metadata(keys=keys))
-    with pytest.raises(UnsupportedError, match="'gemma3' is not supported.*llama, qwen2"):
-        spec(metadata("gemma3"))
+    with pytest.raises(UnsupportedError, match="'mamba' is not supported.*llama, qwen2"):
+        spec(metadata("mamba"))
 
 
 # ---- rope factors --------------------------------------------------------------------------------

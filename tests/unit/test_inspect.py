@@ -37,7 +37,7 @@ def check(path, tmp_path) -> dict:
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "mixtral", "qwen2_moe", "qwen3_moe"])
 def test_gguf(model_type, tmp_path, seed_base):
     model = tiny.write(
-        tmp_path / "hf", model_type, seed_base, **tiny_gguf.facts(model_type, 0, blocks=True)
+        tmp_path / "hf", model_type, seed_base, **tiny_gguf.facts(model_type, 0, blocks=32)
     )
     path = tiny_gguf.write(tmp_path / "m.gguf", model, Type.Q8_0)
     found = check(path, tmp_path)
@@ -47,7 +47,7 @@ def test_gguf(model_type, tmp_path, seed_base):
 
 
 def test_any_part_of_a_split_file(tmp_path):
-    model = tiny.write(tmp_path / "hf", "llama", 1, **tiny_gguf.facts("llama", 1, blocks=True))
+    model = tiny.write(tmp_path / "hf", "llama", 1, **tiny_gguf.facts("llama", 1, blocks=32))
     first = tiny_gguf.write(tmp_path / "m.gguf", model, Type.F16, split=5)
     parts = sorted(tmp_path.glob("m-*.gguf"))
     found = check(first, tmp_path)
@@ -109,7 +109,7 @@ def test_a_config_that_edgemem_does_not_know(tmp_path):
 
 
 def test_missing_tensors_are_an_obstacle(tmp_path):
-    model = tiny.write(tmp_path / "hf", "llama", 1, **tiny_gguf.facts("llama", 0, blocks=True))
+    model = tiny.write(tmp_path / "hf", "llama", 1, **tiny_gguf.facts("llama", 0, blocks=32))
     data = bytearray(tiny_gguf.write(tmp_path / "m.gguf", model, Type.F16).read_bytes())
     at = data.index(b"blk.1.ffn_down")
     data[at : at + 14] = b"blk.1.ffn_dawn"

@@ -381,7 +381,7 @@ def test_a_stream_of_a_closed_session_says_so():
 
 def test_a_text_that_cannot_fit_is_refused_without_being_encoded(monkeypatch):
     engine = FakeEngine(BYTES, context=16)
-    monkeypatch.setattr(engine.tokenizer, "_inner", None)
     least = -(-40_000_000 // BYTES.longest_token)
+    monkeypatch.setattr(engine.tokenizer, "_inner", None)
     with pytest.raises(ContextError, match=f"at least {least} tokens .* context of 16"):
         Session(engine).generate("x" * 40_000_000)

@@ -49,8 +49,10 @@ class Metadata:
         )
 
     def text(self, key: str, *default: str | None) -> str:
-        value = self._get(key, default)
-        if not isinstance(value, str) and (value,) != default:
+        if default and key not in self:
+            return default[0]
+        value = self._get(key, ())
+        if not isinstance(value, str):
             raise self.error(key, "is no text")
         return value
 
@@ -73,13 +75,13 @@ class Metadata:
 
     def count(self, key: str, *default: int | None) -> int:
         """A whole number; an array of equal ones (some files have one a layer) counts as one."""
-        value = self._get(key, default)
+        if default and key not in self:
+            return default[0]
+        value = self._get(key, ())
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and len(value):
             if (value != value[0]).any():
                 raise self.unsupported(key, "one number for all layers")
             value = int(value[0])
-        if (value,) == default:
-            return value
         if type(value) is not int or not 0 <= value < 1 << 31:
             raise self.error(key, "is no whole number from 0 to 2^31")
         return value
@@ -87,9 +89,9 @@ class Metadata:
     def number(self, key: str, *default: float | None) -> float:
         """A finite number. A 32-bit float is given as the shortest decimal that it rounds from,
         which is what the original config said: 1e-05, not 9.999999747378752e-06."""
-        value = self._get(key, default)
-        if (value,) == default:
-            return value
+        if default and key not in self:
+            return default[0]
+        value = self._get(key, ())
         if type(value) not in (int, float) or not math.isfinite(value):
             raise self.error(key, "is no finite number")
         if type(value) is float and abs(value) < 3e38 and float(np.float32(value)) == value:

@@ -38,9 +38,14 @@ def longrope(metadata: Metadata, tensors: dict[str, GgufTensor]) -> dict:
     The attention factor, which the file has in 32 bits, follows from the two lengths; if it is
     another, it is that of the file.
     """
-    if LONG_FACTORS not in tensors or SHORT_FACTORS not in tensors:
+    lacking = [name for name in (LONG_FACTORS, SHORT_FACTORS) if name not in tensors]
+    if len(lacking) == 2:
         return {}
+    if lacking:
+        raise CheckpointError(f"reading {metadata.path}: it lacks the tensor {lacking[0]}")
     original = metadata.count(".rope.scaling.original_context_length")
+    if original < 1:
+        raise metadata.error(".rope.scaling.original_context_length", "is out of range")
     scaling = {
         "rope_type": "longrope",
         "long_factor": _factors(metadata, tensors[LONG_FACTORS]).tolist(),

@@ -127,6 +127,11 @@ class GgufFile(TensorFile):
         cols = info.dims[0]
         if not all(1 <= d <= MAX_DIM for d in info.dims) or cols % block:
             raise self._error(f"{what} of type {name} has the dimensions {list(info.dims)}")
+        if block > 1 and len(info.dims) == 1:
+            raise UnsupportedError(
+                f"reading {self.path}: {what} is a vector of type {name}; vectors are supported in "
+                "F32, F16 and BF16, which is what llama.cpp's converters write"
+            )
         row_bytes = cols // block * block_bytes
         size = math.prod(info.dims[1:]) * row_bytes
         start = header.data_start + info.offset

@@ -143,13 +143,20 @@ class Vocabulary:
                 "content": text,
                 "single_word": False,
                 "lstrip": False,
-                "rstrip": False,
+                "rstrip": self._swallows(text, id),
                 "normalized": False,
                 "special": self.types[id] in _SPECIAL,
             }
             for text, id in self.ids.items()
             if self.types[id] in (*_SPECIAL, _USER_DEFINED)
         ]
+
+    def _swallows(self, text: str, id: int) -> bool:
+        """Whether what separates a token from the word after it belongs to it. No key says so:
+        Phi-3's do, but for three (llama.cpp goes by the model's name too)."""
+        phi = self._metadata.architecture in ("phi3", "phimoe")
+        sentencepiece = self._metadata.text("tokenizer.ggml.model") == "llama"
+        return phi and sentencepiece and text not in ("<unk>", "<s>", "<|endoftext|>")
 
     @property
     def eos_ids(self) -> list[int]:
