@@ -42,6 +42,17 @@ def measured():
     return _measured.append
 
 
+def pytest_sessionfinish(session):
+    """What a worker has measured goes to the process that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["measured"] = _measured
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    _measured.extend(getattr(node, "workeroutput", {}).get("measured", ()))
+
+
 def pytest_terminal_summary(terminalreporter):
     """Print what was measured, and name every skip: what was not tested is part of the result."""
     if _measured:
