@@ -259,6 +259,7 @@ static void there_is_one_answer(const problem *p) {
     for (int32_t i = 0; em_isa_name(i); i++)
         for (int32_t threads = 1; em_isa_runs(i) && threads <= 3; threads++)
             for (int32_t cut = 1; cut <= TOKENS; cut += 2) {
+                if (!is_chosen(i + threads + cut / 2)) continue;
                 float out[TOKENS * HIDDEN] = {0};
                 core = open_core(threads, em_isa_name(i));
                 for (int32_t t = 0; t < TOKENS; t += cut)
