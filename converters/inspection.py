@@ -12,13 +12,13 @@ from edgemem.errors import CheckpointError, UnsupportedError
 from edgemem.format import STREAMABLE
 from edgemem.spec import ModelSpec
 
-from . import bundler
+from . import bundler, naming
 from .checkpoint import Checkpoint, GgufCheckpoint, Tensor, open_checkpoint
 from .checkpoint.gguf.tokenizer import words_of
 from .configuration import describe
 from .conversion import tokenizer_of
 
-_NO_WEIGHTS = re.compile(r"rope_(freqs|factors_\w+)\.weight|.*\.rotary_emb\.inv_freq")
+_ROPE_FACTORS = re.compile(r"rope_(freqs|factors_\w+)\.weight")
 _HEAD = re.compile(r"(.*\.)?(lm_head|output|embed_out)\.weight")
 _EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|token_embd|wte|word_embeddings|embed_in)\.weight")
 _FFN = re.compile(
@@ -70,7 +70,7 @@ def inspect(path: Path) -> Inspection:
     """
     with open_checkpoint(path) as checkpoint:
         tensors = {n: t for file in checkpoint.files for n, t in file.tensors.items()}
-        weights = {n: t for n, t in tensors.items() if not _NO_WEIGHTS.fullmatch(n)}
+        weights = {n: t for n, t in tensors.items() if _is_weight(n)}
         total, streamable = sum(t.bytes for t in weights.values()), _streamable_bytes(weights)
         sizes = Counter()
         for tensor in weights.values():
@@ -90,6 +90,10 @@ def inspect(path: Path) -> Inspection:
         _plan(found, checkpoint, weights)
         found.tokenizer = found.attempt(lambda: _tokenizer(found, checkpoint)) or {}
     return found
+
+
+def _is_weight(name: str) -> bool:
+    return naming.is_weight(name) and not _ROPE_FACTORS.fullmatch(name)
 
 
 def _architecture(checkpoint: Checkpoint | GgufCheckpoint) -> str:

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import tiny_gguf
 from gguf import GGMLQuantizationType as Type
+from safetensors.numpy import load_file, save_file
 from test_gguf import part
 
 from edgemem import converters
@@ -61,6 +62,17 @@ def test_any_part_of_a_split_file(tmp_path):
 def test_folders(model_type, tmp_path):
     tiny.write(tmp_path / "hf", model_type, 1)
     assert check(tmp_path / "hf", tmp_path)["architecture"] == model_type
+
+
+def test_masks_are_no_weights(tmp_path):
+    """Pythia's checkpoints carry them, in a type that no weight has."""
+    model = tiny.write(tmp_path / "hf", "gpt_neox", 1, dtype="F32")
+    plain = facts.of(model.folder)
+    path = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(path) | {"gpt_neox.layers.0.attention.bias": np.ones((1, 1, 4, 4), bool)}
+    save_file(tensors, path)
+    found = check(model.folder, tmp_path)
+    assert "bool" not in found["dtype_bytes"] and found["parameters"] == plain["parameters"]
 
 
 def foreign() -> bytes:
