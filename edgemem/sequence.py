@@ -119,7 +119,8 @@ class TokenSequence:
             return
         end = self._kv.position + len(ids)
         self._logits_at = 0
-        self._step(np.concatenate([self._again(len(ids)), ids]), phase, self._logits)
+        self._step(self._again(len(ids)), "prefill")
+        self._step(ids, phase, self._logits)
         self._logits_at = end
 
     def _again(self, count: int) -> np.ndarray:

@@ -13,10 +13,11 @@ from edgemem.tokenizer import Tokenizer
 
 
 class FakeKv:
-    """Remembers the tokens themselves where a real cache holds their keys and values."""
+    """Remembers the tokens themselves where a real cache holds their keys and values, and the
+    factors that longrope gave each."""
 
     def __init__(self):
-        self.ids = []
+        self.ids, self.long = [], []
         self.rope_length = 0
 
     @property
@@ -25,18 +26,21 @@ class FakeKv:
 
     def truncate(self, position):
         assert 0 <= position <= len(self.ids)
-        del self.ids[position:]
+        del self.ids[position:], self.long[position:]
 
 
 class FakeEngine:
     """`follow(ids) -> next id` makes greedy decoding follow a script; else it is pseudo-random.
 
-    `fail` is called at the start and at the end of every step, and may raise.
+    `fail` is called at the start and at the end of every step, and may raise. `ropes` are those of
+    a spec: of a step's keys all must have the same factors.
     """
 
-    def __init__(self, tokenizer, context=64, chunk_tokens=8, eos_ids=(), bos_id=None, follow=None):
+    def __init__(
+        self, tokenizer, context=64, chunk_tokens=8, eos_ids=(), bos_id=None, follow=None, ropes=()
+    ):
         self.tokenizer = tokenizer
-        self.spec = SimpleNamespace(vocab_size=tokenizer.vocab_size, ropes=())
+        self.spec = SimpleNamespace(vocab_size=tokenizer.vocab_size, ropes=ropes)
         self.context, self.context_limit = context, 4 * context
         self.chunk_tokens = self.logits_tokens = chunk_tokens
         self.eos_ids, self.bos_id = frozenset(eos_ids), bos_id
@@ -73,6 +77,9 @@ class FakeEngine:
         self.steps.append((phase, len(ids)))
         start = kv.position
         kv.ids += ids.tolist()
+        long = [rope.is_long(kv.rope_length) for rope in self.spec.ropes]
+        kv.long += [long] * len(ids)
+        assert kv.long == [long] * len(kv.long)
         if out is not None and out.ndim == 2:
             for i in range(len(ids)):
                 out[i] = self.logits_after(kv.ids[: start + i + 1])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from edgemem.errors import ContextError
 from edgemem.generation import StopFilter
 from edgemem.session import Session, check_ids
+from edgemem.spec import RopeSpec
 
 BYTES = byte_level()
 END = BYTES.special_id("<|end|>")
@@ -205,15 +206,30 @@ def test_generation_ends_cleanly_with_the_context(length):
     assert list(again) == [] and again.finish_reason == "context"
 
 
+LONGROPE = RopeSpec("longrope", original_positions=9)
+
+
+def test_a_text_that_becomes_long_is_run_again_as_a_prompt():
+    """Its first keys have longrope's other factors from there on."""
+    engine = FakeEngine(BYTES, chunk_tokens=4, ropes=(LONGROPE,))
+    Session(engine).generate("prompt", max_tokens=6)
+    again = [("prefill", 4), ("prefill", 4), ("prefill", 1)]
+    assert engine.steps == [
+        ("prefill", 4), ("prefill", 2), *[("decode", 1)] * 3, *again, *[("decode", 1)] * 2
+    ]  # fmt: skip
+
+
 # Interrupts and threads
 
 
-@pytest.mark.parametrize("call", range(12))
-def test_an_interrupt_at_any_step_leaves_the_session_consistent(call):
+@pytest.mark.parametrize(
+    ("call", "ropes"), [(i, ropes) for ropes, n in (((), 12), ((LONGROPE,), 22)) for i in range(n)]
+)
+def test_an_interrupt_at_any_step_leaves_the_session_consistent(call, ropes):
     """Whatever step is cut, before or after its work, going on gives what no interrupt gives."""
     calm = Session(FakeEngine(BYTES, chunk_tokens=4))
     calm.generate("prompt", max_tokens=8)
-    engine = FakeEngine(BYTES, chunk_tokens=4)
+    engine = FakeEngine(BYTES, chunk_tokens=4, ropes=ropes)
     left = [call]
 
     def fail():
