@@ -31,6 +31,8 @@ _NEUTRAL = {
     ".expert_group_count": (0.0, 1.0),
     ".expert_gating_func": (0.0, 1.0),
     ".rope.scaling.yarn_log_multiplier": (0.0,),
+    ".rope.scaling.yarn_attn_factor": (1.0,),
+    ".rope.scaling.yarn_ext_factor": (1.0,),
 }
 """Keys that change the forward pass, with the values that do not."""
 
