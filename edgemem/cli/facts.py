@@ -144,9 +144,17 @@ def _attention(spec: dict) -> str:
         parts.append(f"window {'/'.join(map(str, windows))} in {count} layers")
     if spec.get("positions") == "learned":
         return ", ".join([*parts, "learned positions"])
-    rope = spec["rope"]
-    scaled = "" if rope["type"] == "default" else f" {rope['type']} × {rope['factor']:g}"
-    return ", ".join([*parts, f"RoPE {rope['theta']:g}{scaled}"])
+    return ", ".join([*parts, _rope(spec["rope"])])
+
+
+def _rope(rope: dict) -> str:
+    """What is rotated, and by what: of longrope no factor says how long texts may be."""
+    part = f" of {rope['dims']} numbers" if rope.get("dims") else ""
+    scaled = {
+        "default": "",
+        "longrope": f" longrope, long beyond {rope['original_positions']} tokens",
+    }.get(rope["type"], f" {rope['type']} × {rope['factor']:g}")
+    return f"RoPE {rope['theta']:g}{part}{scaled}"
 
 
 def _context(facts: dict) -> str:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import gguf_bytes as raw
 import numpy as np
@@ -16,6 +17,7 @@ from test_gguf import part
 from edgemem import converters
 from edgemem.cli import facts
 from edgemem.errors import CheckpointError, EdgeMemError
+from edgemem.spec import RopeSpec
 
 SAME = ("spec", "parameters", "dense_bytes", "streamable_bytes", "kv_bytes_per_token", "bundles",
         "tokenizer", "generation")  # fmt: skip
@@ -62,6 +64,23 @@ def test_any_part_of_a_split_file(tmp_path):
 def test_folders(model_type, tmp_path):
     tiny.write(tmp_path / "hf", model_type, 1)
     assert check(tmp_path / "hf", tmp_path)["architecture"] == model_type
+
+
+@pytest.mark.parametrize(
+    ("rope", "words"),
+    [
+        (RopeSpec(theta=1e6), "RoPE 1e+06"),
+        (RopeSpec("linear", 1e4, 4.0), "RoPE 10000 linear × 4"),
+        (RopeSpec(dims=6), "RoPE 10000 of 6 numbers"),
+        (RopeSpec("longrope", original_positions=4096, short_factors=(1.0,), long_factors=(2.0,)),
+         "RoPE 10000 longrope, long beyond 4096 tokens"),
+    ],
+)  # fmt: skip
+def test_ropes_are_told(rope, words, tmp_path):
+    found = facts.of(tiny.write(tmp_path, "llama", 1).folder)
+    found["spec"] |= {"rope": asdict(rope)}
+    (text,) = (text for name, text in facts.summarize(found) if name == "attention")
+    assert text.endswith(words)
 
 
 def test_masks_are_no_weights(tmp_path):
