@@ -32,7 +32,8 @@ class Checkpoint:
         self.files: list[TensorFile] = []
         if not os.path.isdir(path):
             raise CheckpointError(
-                f"reading {path}: it is not a directory; give the directory that holds config.json"
+                f"reading {path}: it is not a directory, nor a GGUF file; give the directory that "
+                "holds config.json, or a .gguf file"
             )
         self.config_bytes = self._read("config.json", _MAX_JSON_BYTES)
         if self.config_bytes is None:

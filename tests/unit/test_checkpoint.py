@@ -240,7 +240,7 @@ def test_huge_json_files_are_refused_unread(folder):
 
 
 def test_what_is_missing_is_named(folder, tmp_path):
-    with pytest.raises(CheckpointError, match="not a directory"):
+    with pytest.raises(CheckpointError, match="not a directory, nor a GGUF file"):
         Checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="not a directory"):
         Checkpoint(folder / "config.json")
