@@ -6,7 +6,9 @@ from .layers import Dense, Experts, SharedExpert
 
 
 class Model(Decoder):
-    """Each layer has routed and shared experts, or one dense FFN."""
+    """Each layer has routed experts and, if there is one, the shared one; or one dense FFN."""
 
     def feed_forward(self, index: int) -> list[type]:
-        return [Experts, SharedExpert] if self.spec.routed[index] else [Dense]
+        if not self.spec.routed[index]:
+            return [Dense]
+        return [Experts, SharedExpert] if self.spec.shared_intermediate else [Experts]

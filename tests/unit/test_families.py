@@ -13,6 +13,7 @@ from edgemem.converters.checkpoint.gguf.configuration import config_of
 from edgemem.converters.checkpoint.gguf.metadata import Metadata
 from edgemem.converters.configuration import describe
 from edgemem.errors import CheckpointError, UnsupportedError
+from edgemem.kernels.reference import Forward
 
 SMALL = {
     "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 6,
@@ -108,6 +109,14 @@ def test_ffns_are_taken_apart_however_matrices_lie(model_type, tmp_path, seed_ba
     paths = tmp_path / "whole.edgemem", tmp_path / "apart.edgemem"
     whole, apart = (edgemem.load(path, context=tiny.IDS_COUNT + 2, threads=1) for path in paths)
     assert np.array_equal(whole.logits(model.ids), apart.logits(model.ids))
+
+
+def test_experts_need_no_shared_one_beside_them(tmp_path, seed_base):
+    model = tiny.write(tmp_path / "hf", "glm4_moe", seed_base, dtype="F32", shared_intermediate=0)
+    converters.convert(model.folder, tmp_path / "m.edgemem")
+    expected = Forward(model.spec, model.weights).feed(model.ids)
+    with edgemem.load(tmp_path / "m.edgemem", context=len(model.ids), kv="f32") as engine:
+        assert np.allclose(engine.logits(model.ids), expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(
