@@ -19,15 +19,18 @@ import tiny
 import tiny_gguf
 from gguf import GGMLQuantizationType as Type
 from tiny_config import ROPE_TYPES
+from tiny_families import FAMILIES
 
 import edgemem
 from edgemem import converters
 from edgemem.kernels.reference import Forward, StoreWeights
+from edgemem.spec import RopeSpec
 from edgemem.store import Store
 
 KINDS = {Type.F32: 1e-3, Type.F16: 5e-3, Type.Q8_0: 3e-2, Type.Q4_0: 3e-2}
 """Number formats, and how far logits may differ, over the largest."""
 BLOCKS_BOUND = 3e-2
+FLOAT_BOUND, GELU_BOUND = 1e-5, 1e-3
 CONTEXT = 128
 SEEDS = 10
 TIES = {Type.F32: 0.0, Type.Q8_0: 2e-2, Type.Q4_0: 2e-2}
@@ -121,6 +124,46 @@ def test_logits_of_blocks_agree(model_type, kind, llama, tmp_path, seed_base):
     )
     print(f"{model_type} {kind}: from float64 {ours:.1e} here, {judges:.1e} in llama.cpp")
     assert ours <= 1.5 * judges + 1e-3 and apart <= BLOCKS_BOUND
+
+
+def computable_of_family(folder, family: str, first_seed: int) -> tiny.Tiny:
+    """Likewise; of Phi-3 without windows, which llama.cpp leaves out, and with the long factors,
+    which it takes for short texts too where the context is long; of GLM without groups; of
+    Gemma 3 with the scaling that there is, since of YaRN it leaves a part to layers that slide."""
+    facts = tiny_gguf.facts(family, first_seed) | FAMILY_FACTS.get(family, {})
+    facts |= {"norm_eps": 1e-5, "max_positions": 512}
+    biased = {"gpt_neox": True, "gemma2": False, "gemma3_text": False}.get(family)
+    for seed in range(first_seed, first_seed + 100):
+        model = tiny.write(folder / str(seed), family, seed, dtype="F32", **facts)
+        rope = model.spec.rope
+        short = rope.type == "longrope" and not rope.is_long(tiny.IDS_COUNT)
+        if not short and biased in (None, "q_bias" in model.weights.dense(0)):
+            return model
+    raise AssertionError("no seed draws what llama.cpp computes")
+
+
+FAMILY_FACTS = {
+    "gemma2": {"attention_cap": 50.0, "logit_cap": 30.0}, "gpt_neox": {"tied": False},
+    "gemma3_text": {"rope": RopeSpec("linear", 1e6, 8.0)},
+    "phi3": {"n_layers": 2, "routed": (False, False), "windows": (0, 0)},
+    "glm4_moe": {"n_groups": 0, "top_groups": 0},
+}  # fmt: skip
+JUDGED = [family for family in FAMILIES if family != "phimoe"]
+"""Of Phi-3.5-MoE llama.cpp takes no mean off in norms, and weighs experts by a softmax."""
+
+
+@pytest.mark.parametrize("family", JUDGED)
+@pytest.mark.parametrize("nth", range(2))
+def test_logits_of_families_agree(family, nth, llama, tmp_path, seed_base):
+    """llama.cpp looks GELU up in a table of f16."""
+    model = computable_of_family(tmp_path, family, seed_base + 101 * nth)
+    path = tiny_gguf.write(tmp_path / "m.gguf", model)
+    converters.convert(path, tmp_path / "m.edgemem")
+    with edgemem.load(tmp_path / "m.edgemem", context=CONTEXT, kv="f32") as engine:
+        found = engine.logits(model.ids)
+    error = oracle.relative_error(found, logits(llama(path, **CACHES["f32"]), model.ids))
+    print(f"{family}: logits differ by {error:.1e} of the largest")
+    assert error <= (GELU_BOUND if model.spec.activation.startswith("gelu") else FLOAT_BOUND)
 
 
 def as_gguf(path, store_path, kind):
