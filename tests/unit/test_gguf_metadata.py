@@ -7,6 +7,7 @@ import pytest
 import tiny_gguf
 from edgemem.converters.checkpoint.gguf.configuration import config_of
 from edgemem.converters.checkpoint.gguf.metadata import Metadata
+from edgemem.converters.checkpoint.gguf.naming import LONG_FACTORS, SHORT_FACTORS
 from edgemem.converters.checkpoint.gguf.tokenizer import Vocabulary
 from edgemem.converters.configuration import describe
 
@@ -122,9 +123,9 @@ def test_bad_and_unsupported_values_are_named(key, value, error):
 
 
 def test_scaling_that_is_not_supported_is_named():
-    keys = {".rope.scaling.type": "longrope", ".rope.scaling.factor": 4.0}
-    with pytest.raises(UnsupportedError, match="longrope.*none, linear, yarn"):
-        spec(metadata(keys=keys))
+    for more in ({}, {".rope.scaling.factor": 4.0}):
+        with pytest.raises(UnsupportedError, match="longrope.*none, linear, yarn"):
+            spec(metadata(keys={".rope.scaling.type": "longrope"} | more))
     with pytest.raises(UnsupportedError, match="'mamba' is not supported.*llama, qwen2"):
         spec(metadata("mamba"))
 
@@ -172,6 +173,17 @@ def test_other_rope_factors_are_refused():
     for bad in (np.ones(31), np.zeros(32), np.full(32, np.nan)):
         with pytest.raises(CheckpointError, match="rope_freqs.weight"):
             config_of(metadata(keys=keys), {"rope_freqs.weight": Vector(bad)})
+
+
+@pytest.mark.parametrize("told", [{}, {".rope.scaling.type": "longrope"}])
+def test_factors_of_longrope_are_not_passed_over(told):
+    keys = {".rope.scaling.original_context_length": 64} | told
+    tensors = {name: Vector(np.full(8, 1.5)) for name in (SHORT_FACTORS, LONG_FACTORS)}
+    config = config_of(metadata("phi3", keys), tensors)
+    assert describe(config, {}).spec.rope.long_factors == (1.5,) * 8
+    config = config_of(metadata("llama", keys), tensors)
+    with pytest.raises(UnsupportedError, match="rope type 'longrope'"):
+        describe(config, {})
 
 
 # ---- tokenizers ----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .families import OWN
 from .metadata import Metadata
-from .rope import rope_scaling
+from .rope import longrope, rope_scaling
 from .tensors import GgufTensor
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "olmoe", "qwen2moe", "qwen3moe", *OWN)
@@ -70,6 +70,7 @@ def config_of(metadata: Metadata, tensors: dict[str, GgufTensor]) -> dict:
         "tie_word_embeddings": "output.weight" not in tensors,
         "rope_theta": metadata.number(".rope.freq_base", 10000.0),
         "rope_scaling": rope_scaling(metadata, tensors, head_dim),
+        **longrope(metadata, tensors),
     }
     return config | (own.config if own else _of_type)(metadata, tensors, config)
 
