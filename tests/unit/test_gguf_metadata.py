@@ -99,6 +99,7 @@ def test_layers_without_router_are_dense():
         (".attention.clamp_kqv", 8.0, "clamp_kqv"),
         (".rope.scaling.yarn_attn_factor", 1.2, "yarn_attn_factor = 1.2.*supported: 1"),
         (".rope.scaling.yarn_ext_factor", 0.5, "yarn_ext_factor"),
+        (".rope.scaling.attn_factor", 1.2, "scaling.attn_factor = 1.2.*supported: 1"),
         (".attention.value_length", 8, "the size of a head, 16"),
         (".rope.dimension_count", 8, "the size of a head, 16"),
         (".attention.causal", False, "causal"),

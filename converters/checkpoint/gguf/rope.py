@@ -73,11 +73,14 @@ def _factors(metadata: Metadata, tensor: GgufTensor) -> np.ndarray:
 
 def rope_scaling(metadata: Metadata, tensors: dict[str, GgufTensor], head_dim: int) -> dict | None:
     """What a config calls rope_scaling; None for none, and for longrope (see `longrope`)."""
-    if ROPE_FACTORS in tensors:
-        return _llama3(metadata, tensors[ROPE_FACTORS], head_dim)
     linear = metadata.number(".rope.scale_linear", 0.0)  # the key of the first files
     kind = metadata.text(".rope.scaling.type", "linear" if linear else "none")
     factor = metadata.number(".rope.scaling.factor", linear)
+    attention = metadata.number(".rope.scaling.attn_factor", 1.0)
+    if attention != 1.0 and kind != "yarn" and LONG_FACTORS not in tensors:
+        raise metadata.unsupported(".rope.scaling.attn_factor", "1")
+    if ROPE_FACTORS in tensors:
+        return _llama3(metadata, tensors[ROPE_FACTORS], head_dim)
     if kind == "none" or (kind == "longrope" and LONG_FACTORS in tensors):
         return None
     if kind not in ("linear", "yarn"):
@@ -87,7 +90,6 @@ def rope_scaling(metadata: Metadata, tensors: dict[str, GgufTensor], head_dim: i
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     original = metadata.count(".rope.scaling.original_context_length", None)
-    attention = metadata.number(".rope.scaling.attn_factor", 1.0)
     return {
         "rope_type": "yarn",
         "factor": factor,
