@@ -127,6 +127,7 @@ def test_experts_need_no_shared_one_beside_them(tmp_path, seed_base):
         ("glm4moe", {"expert_gating_func": 1}, "expert_gating_func = 1"),
         ("phi3", {"rope.dimension_count": 99}, "rope.dimension_count = 99"),
         ("gemma2", {"logit_scale": 2.0}, "logit_scale = 2.0"),
+        ("granite", {"rope.scaling.finetuned": False}, "finetuned = False"),
     ],
 )
 def test_keys_of_gguf_that_are_not_computed_are_refused(architecture, keys, words, tmp_path):

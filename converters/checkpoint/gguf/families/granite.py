@@ -6,7 +6,10 @@ INTERLEAVED = True
 
 
 def config(metadata, tensors: dict, config: dict) -> dict:
-    """Source: GraniteModel in convert_hf_to_gguf.py."""
+    """Source: GraniteModel in convert_hf_to_gguf.py; what switches rope off is as llama.cpp has it
+    in llama-model.cpp."""
+    if not metadata.flag(".rope.scaling.finetuned", True):
+        raise metadata.unsupported(".rope.scaling.finetuned", "true")
     return {
         "attention_multiplier": metadata.number(".attention.scale"),
         "embedding_multiplier": metadata.number(".embedding_scale", 1.0),
