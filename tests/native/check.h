@@ -36,8 +36,8 @@ extern const int32_t LENGTHS[]; /* boundary lengths */
 extern const int N_LENGTHS;
 extern const char *const DTYPES[EM_DTYPES];
 
-/* Whether this of several combinations of ways is to be tested: all are, but for every third where a
- * sanitizer or an emulator takes a hundred times as long. */
+/* Whether this of several combinations of ways is to be tested: all are, but for every third where
+ * a sanitizer or an emulator takes a hundred times as long. */
 bool is_chosen(int64_t combination);
 
 /* Calls f for every instruction set that runs here. */
