@@ -11,8 +11,10 @@ that is follows from the slots, by kind:
 * of neurons a token wants few, mostly those of the tokens before: with room for r times as many it
   misses 1 / (1 + (r / 1.5)²): 50, 36, 8, 4 % at r = 1.5, 2, 5, 7 (bench/LOG.md).
 
-Reads go on while products are computed, but not all: `_together`. The constants were fitted to what
-runs took (bench/LOG.md); the paces are this device's (doctor.py).
+Reads go on while products are computed, but not all: `_together`. How many experts a layer lacks
+changes from token to token, so that now computing waits for flash, now flash for computing:
+`_by_turns`. The constants were fitted to what runs took (bench/LOG.md); the paces are this device's
+(doctor.py).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from __future__ import annotations
 import importlib
 import os
 from dataclasses import dataclass
-from math import exp
+from math import ceil, exp, lgamma, log, sqrt
 
 import numpy as np
 
@@ -47,9 +49,7 @@ IN_TRANSIT = 1 + streamer.AHEAD
 PRODUCT_SHARE = 0.9
 """Of the pace of a plain read of memory, what products reach."""
 BUNDLE_SHARE = 0.9
-"""Of the pace of flash, what bundles reach: each is checked, and few are in flight at times."""
-TOGETHER = 0.15
-"""Of computing layers or reading their experts, whichever is less, what is not done meanwhile."""
+"""Of the pace of flash, what bundles reach that come in turns: each is checked."""
 STEP_SECONDS, LAYER_SECONDS = 0.3e-3, 10e-6
 """Python's part of a step, and what each layer adds."""
 TURN_SECONDS, FORESEEING_SECONDS = 20e-6, 60e-6
@@ -175,15 +175,15 @@ def expect(needs: Needs, slots: dict[int, int], tokens: int, device: Device) -> 
 class _Stream:
     """The bundles (or neurons) of one layout class: how many a token wants, how many of those it
     misses, and what reading them takes. `serial` is the share of the lesser of computing and
-    reading that is not done meanwhile; with `foreseen` nothing is read while the output head
-    computes."""
+    reading that is not done meanwhile. With `chances` that follows from them, the turns in which
+    bundles are missed by chance; and nothing is read while the output head computes."""
 
     wanted: float
     missed: float
     read_bytes: float
     seconds: float
     serial: float
-    foreseen: bool = False
+    chances: int = 0
 
 
 def _stream(needs: Needs, index: int, slots: int, device: Device) -> _Stream:
@@ -200,9 +200,10 @@ def _stream(needs: Needs, index: int, slots: int, device: Device) -> _Stream:
     turns = len(np.unique(inventory.turns(store)[bundles]))
     at_once = max(1.0, min(missed / turns, slots // 2)) * -(-each // residency.PIECE_BYTES)
     size, depth = min(each, residency.PIECE_BYTES), min(at_once, residency.DEPTH)
-    rate = device.flash_rate(size, depth) * BUNDLE_SHARE
+    by_chance = kind == Kind.EXPERT
+    rate = device.flash_rate(size, depth) * (1.0 if by_chance else BUNDLE_SHARE)
     seconds = missed * each / rate
-    return _Stream(wanted, missed, missed * each, seconds, serial, kind == Kind.EXPERT)
+    return _Stream(wanted, missed, missed * each, seconds, serial, turns if by_chance else 0)
 
 
 def _missed(kind: int, slots: int, count: int, top_k: int) -> tuple[float, float]:
@@ -211,7 +212,7 @@ def _missed(kind: int, slots: int, count: int, top_k: int) -> tuple[float, float
         return 0.0, 0.0
     if kind == Kind.EXPERT:
         held, none = max(0, slots - top_k) / count, exp(-EXPERT_DECAY)
-        return (exp(-EXPERT_DECAY * held) - none) / (1 - none), TOGETHER
+        return (exp(-EXPERT_DECAY * held) - none) / (1 - none), 0.0
     if kind == Kind.FFN:
         hits = max(0, slots - IN_TRANSIT) / max(1, count - IN_TRANSIT)
         return 1 - hits, max(0.0, hits - streamer.AHEAD / count)
@@ -257,10 +258,23 @@ def _together(streams: list[_Stream], compute: float, alone: float) -> float:
     read = sum(s.seconds for s in streams)
     if not read:
         return compute
-    serial = sum(s.serial * s.seconds for s in streams) / read
-    alone *= sum(s.seconds for s in streams if s.foreseen) / read
+    alone *= sum(s.seconds for s in streams if s.chances) / read
     beside = compute - alone
-    return alone + max(beside, read) + serial * min(beside, read)
+    serial = sum(s.serial * s.seconds for s in streams) / read * min(beside, read)
+    for s in streams:
+        if s.chances and s.missed:
+            own = beside * s.seconds / read
+            serial += _by_turns(own, s.seconds, s.missed, s.chances) - max(own, s.seconds)
+    return alone + max(beside, read) + serial
+
+
+def _by_turns(compute: float, read: float, missed: float, turns: int) -> float:
+    """Seconds of some turns, each of which takes what its part of the computing takes, or reading
+    what it lacks, whichever is longer: of all `missed` a number by chance (Poisson's)."""
+    mean = missed / turns
+    lacks = np.arange(ceil(mean + 10 * sqrt(mean) + 10))
+    chance = np.array([exp(k * log(mean) - mean - lgamma(k + 1)) for k in lacks.tolist()])
+    return turns * float(chance @ np.maximum(compute / turns, lacks * (read / missed)))
 
 
 def _use(needs: Needs) -> np.ndarray:

@@ -182,6 +182,18 @@ def test_parts_add_up_to_something_between_the_longest_and_the_sum(store):
             assert told.seconds - told.management_seconds <= high * (1 + 1e-9)
 
 
+@pytest.mark.parametrize(
+    "compute, read, missed", [(1, 1, 50), (3, 1, 20), (1, 5, 200), (1, 1, 2)]
+)
+def test_turns_wait_for_what_they_lack_by_chance(compute, read, missed):
+    turns, draws = 40, 20_000
+    lacks = np.random.default_rng(0).poisson(missed / turns, (draws, turns))
+    each = np.maximum(compute / turns, lacks * read / missed)
+    assert plan._by_turns(compute, read, missed, turns) == pytest.approx(
+        each.sum(1).mean(), rel=0.02
+    )
+
+
 def test_more_memory_never_costs_time(store):
     found = [looked(store, memory, device=device(flash=1e7)).expected for memory in budgets(store)]
     seconds, read = [p.seconds for p in found], [p.read_bytes for p in found]
