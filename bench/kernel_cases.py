@@ -240,7 +240,9 @@ def _attention(case: Case, core: Core, memory: ColdMemory) -> Work:
     q, out, layer = _floats(n, heads * HEAD_DIM), Array((n, heads * HEAD_DIM)), cycle(layers)
 
     def call() -> int:
-        return lib.em_attention_run(core.handle, next(layer), q.pointer, keys - n, n, out.pointer)
+        return lib.em_attention_run(
+            core.handle, next(layer), ffi.NULL, q.pointer, keys - n, n, out.pointer
+        )
 
     seen = sum(range(keys - n + 1, keys + 1))
     return Work(_repeated(call), size, 4 * heads * HEAD_DIM * seen)

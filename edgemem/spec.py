@@ -11,6 +11,9 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from .errors import CorruptError, UnsupportedError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2")
+GATES = ("clamped_swiglu",)
+"""Activations that are of gate and up together (reference.gated)."""
+
 NORMS = ("rms", "layer")
 POSITIONS = ("rope", "learned")
 QK_NORMS = ("none", "head", "full")
@@ -89,7 +92,8 @@ class ModelSpec:
     Embeddings are multiplied by `embedding_scale`, what a block (attention, or the feed-forward
     parts together) adds to the residual stream by `residual_scale`, logits by `logit_scale`, and
     attention scores by `attention_scale` (0: by 1 / sqrt(head_dim)). With a cap c > 0 scores or
-    logits s become c · tanh(s / c). With `post_norms` what a block adds is normed first. Layers
+    logits s become c · tanh(s / c). With `sinks` each head has a score more, of no key (arXiv
+    2309.17453). With `post_norms` what a block adds is normed first. Layers
     with a window have the `local_rope` where there is one. `scoring` says how router logits become
     scores: by a "softmax" over all experts, a "sigmoid" of each, or "sparsemixer" with its
     `router_jitter` (reference.choose). With a `router_bias` other scores decide than weigh. Of
@@ -145,6 +149,7 @@ class ModelSpec:
     top_groups: int = 0
     routed_scale: float = 1.0
     shared_gated: bool = True
+    sinks: bool = False
 
     def __post_init__(self):
         for name in _POSITIVE:
@@ -153,7 +158,8 @@ class ModelSpec:
             _check(0 <= getattr(self, name) <= MAX_DIM, name, getattr(self, name))
         _check(self.n_heads % self.n_kv_heads == 0, "n_kv_heads", self.n_kv_heads)
         _check(self.head_dim % 2 == 0, "head_dim", self.head_dim)
-        _check(self.activation in ACTIVATIONS, "activation", self.activation)
+        whole = self.gated and not self.neurons
+        _check(self.activation in ACTIVATIONS + GATES * whole, "activation", self.activation)
         _check(self.qk_norm in QK_NORMS, "qk_norm", self.qk_norm)
         _check(self.norm in NORMS, "norm", self.norm)
         _check(self.positions in POSITIONS, "positions", self.positions)
@@ -266,7 +272,7 @@ _LATER = {
     "norm", "positions", "gated", "parallel", "shared_norm", "neurons", "ranks", "thresholds",
     "embedding_scale", "residual_scale", "logit_scale", "attention_scale", "attention_cap",
     "logit_cap", "post_norms", "local_rope", "scoring", "router_jitter", "router_bias", "n_groups",
-    "top_groups", "routed_scale", "shared_gated",
+    "top_groups", "routed_scale", "shared_gated", "sinks",
     "dims", "short_factors", "long_factors", "long_attention_factor",
 }  # fmt: skip
 """What came after the first stores; of RopeSpec too."""

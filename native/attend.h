@@ -300,7 +300,10 @@ EM_INLINE void attend_as(const em_queries *s, const int32_t key_dtype, const int
     span_weights p[EM_QUERIES];
     attended a = {.total = {0}};
     const int64_t last = s->end + (s->n_rows - 1) / s->heads;
-    for (int r = 0; r < s->n_rows; r++) a.top[r] = -INFINITY;
+    for (int r = 0; r < s->n_rows; r++) { /* a sink is the first score, whose value is zero */
+        a.top[r] = s->sinks ? s->sinks[r % s->heads] : -INFINITY;
+        a.total[r] = s->sinks ? 1 : 0;
+    }
     memset(s->out, 0, (size_t)(s->n_rows * s->padded) * sizeof(float));
     for (int64_t key = s->begin / EM_LANES * EM_LANES; key < last; key += EM_SPAN_ROWS) {
         const int64_t n = em_min(EM_SPAN_ROWS, last - key), begin = em_max(0, s->begin - key);

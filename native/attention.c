@@ -57,6 +57,7 @@ typedef struct {
     float *thread_rows; /* [threads, THREAD_ROWS, padded] */
     float *q;
     const float *k, *v, *cos_table, *sin_table; /* to store */
+    const float *sinks;
     float *out;
     int32_t heads, parts, tokens, tiles; /* how items share the work */
 } attention_task;
@@ -169,6 +170,7 @@ static void attend_heads(const attention_task *t, int32_t thread, int64_t kv_hea
         .padded = t->padded,
         .dtype = a->kv_dtype,
         .cap = a->cap,
+        .sinks = t->sinks ? t->sinks + head : NULL,
         .block = scale + EM_QUERIES * t->padded,
         .out = out,
     };
@@ -203,10 +205,10 @@ static void attend_item(void *arg, int64_t item, int32_t thread) {
     }
 }
 
-int32_t em_attention_run(em_core *core, const em_attention *a, const float *q, int64_t position,
-                         int32_t n, float *out) {
+int32_t em_attention_run(em_core *core, const em_attention *a, const float *sinks, const float *q,
+                         int64_t position, int32_t n, float *out) {
     if (!valid(a, position, n)) return EM_INVALID;
-    attention_task task = {.q = (float *)q, .out = out};
+    attention_task task = {.q = (float *)q, .sinks = sinks, .out = out};
     if (!prepare(&task, core, a, position, n)) return EM_NO_MEMORY;
     if (n == 0) return EM_OK;
     int64_t keys = a->window > 0 ? em_min(a->window, position + n) : position + n;

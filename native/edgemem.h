@@ -57,6 +57,7 @@ enum {
     EM_GELU_QUICK = 3,
     EM_RELU = 4,
     EM_RELU2 = 5,
+    EM_CLAMPED_SWIGLU = 6, /* of gate and up together: needs both, and clamps infinities too */
 };
 
 /* Continues the CRC-32C (Castagnoli) `crc` over n bytes; start with 0. */
@@ -191,9 +192,10 @@ uint64_t em_attention_scratch(int32_t n_threads, int32_t head_dim);
 int32_t em_attention_store(em_core *core, const em_attention *a, float *q, const float *k,
                            const float *v, const float *cos_table, const float *sin_table,
                            int64_t position, int32_t n);
-/* Causal attention of queries at `position`...: out [n, n_heads, head_dim]. Online softmax. */
-int32_t em_attention_run(em_core *core, const em_attention *a, const float *q, int64_t position,
-                         int32_t n, float *out);
+/* Causal attention of queries at `position`...: out [n, n_heads, head_dim]. Online softmax. Each
+ * head of `sinks` [n_heads], or NULL, has that score more, of a key without a value. */
+int32_t em_attention_run(em_core *core, const em_attention *a, const float *sinks, const float *q,
+                         int64_t position, int32_t n, float *out);
 
 int32_t em_clamp(float *x, int64_t n, float limit);
 int32_t em_scale(em_core *core, float *x, int64_t n, float factor);
@@ -369,6 +371,7 @@ typedef struct {
 typedef struct {
     float *q;
     const float *k, *v, *cos_table, *sin_table;
+    const float *sinks; /* [n_heads] or NULL */
     float *out;
 } em_attend_op;
 

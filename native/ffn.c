@@ -338,7 +338,7 @@ static int32_t run_as_ready(em_core *core, ffn_task *t, const int32_t *ready, co
 static bool valid_ffn(const em_ffn *f) {
     return em_dtype_fits(f->gate_dtype, f->hidden) && em_dtype_fits(f->up_dtype, f->hidden) &&
            em_dtype_fits(f->down_dtype, f->intermediate) && f->activation >= EM_SILU &&
-           f->activation <= EM_RELU2;
+           f->activation <= (f->gate < 0 ? EM_RELU2 : EM_CLAMPED_SWIGLU);
 }
 
 int32_t em_ffn_run(em_core *core, const em_ffn *f, int32_t n_bundles, const uint64_t *addresses,

@@ -141,6 +141,7 @@ EM_INLINE vf activate(vf x, int32_t activation) {
         vf inner = vf_mul(vf_set1(0.79788456f), vf_fma(vf_set1(0.044715f), cube, x));
         return vf_mul(vf_mul(half, x), vf_add(one, vf_tanh(inner)));
     }
+    case EM_CLAMPED_SWIGLU: /* fall through */
     case EM_GELU_QUICK: return vf_mul(x, vf_sigmoid(vf_mul(vf_set1(1.702f), x)));
     default:
         positive = vf_max(vf_set1(0), x); /* in this order NaN stays NaN */
@@ -149,10 +150,15 @@ EM_INLINE vf activate(vf x, int32_t activation) {
 }
 
 static void gate(float *g, const float *up, int32_t n, int32_t activation) {
+    const vf limit = vf_set1(7), minus_limit = vf_set1(-7);
     for (int32_t i = 0; i < n; i += EM_LANES) {
-        vf a = activate(load_part(g + i, n - i, 0), activation);
-        if (up) a = vf_mul(a, load_part(up + i, n - i, 0));
-        store_part(g + i, n - i, a);
+        vf a = load_part(g + i, n - i, 0), b = up ? load_part(up + i, n - i, 0) : vf_set1(1);
+        if (activation == EM_CLAMPED_SWIGLU) {
+            a = vf_min(limit, a); /* in this order NaN stays NaN */
+            b = vf_add(vf_min(limit, vf_max(minus_limit, b)), vf_set1(1));
+        }
+        a = activate(a, activation);
+        store_part(g + i, n - i, up ? vf_mul(a, b) : a);
     }
 }
 

@@ -49,9 +49,10 @@ typedef struct {
     const uint8_t *keys, *values; /* the cache of the head, key 0's first */
     int64_t begin, end, row_bytes;
     int32_t n_rows, heads, padded, dtype;
-    float cap;    /* of scores (em_attention) */
-    float *block; /* scratch [EM_SPAN_ROWS, padded] */
-    float *out;   /* [n_rows, padded] */
+    float cap;          /* of scores (em_attention) */
+    const float *sinks; /* [heads] or NULL (em_attention_run) */
+    float *block;       /* scratch [EM_SPAN_ROWS, padded] */
+    float *out;         /* [n_rows, padded] */
 } em_queries;
 
 typedef void em_product(const uint8_t *weights, int32_t first_group, int32_t n_groups,
@@ -74,7 +75,8 @@ typedef struct {
     void (*rms_norm)(const float *x, const float *weight, float eps, int32_t n, float *out);
     void (*layer_norm)(const float *x, const float *weight, const float *bias, float eps, int32_t n,
                        float *out);
-    /* gate[i] = activation(gate[i]) * up[i], or without `up` (NULL) the activation alone */
+    /* gate[i] = activation(gate[i]) * up[i], or without `up` (NULL) the activation alone; of
+     * EM_CLAMPED_SWIGLU gelu_quick(min(gate[i], 7)) * (1 + up[i] clamped to +-7) */
     void (*gate)(float *gate, const float *up, int32_t n, int32_t activation);
     /* x[i] = exp(x[i] - max) / sum */
     void (*softmax)(float *x, int32_t n);

@@ -388,7 +388,8 @@ static int32_t attend(em_core *core, const em_attend_op *o, const em_attention *
     if (!a) return EM_INVALID;
     int32_t status =
         em_attention_store(core, a, o->q, o->k, o->v, o->cos_table, o->sin_table, position, n);
-    return status != EM_OK ? status : em_attention_run(core, a, o->q, position, n, o->out);
+    return status != EM_OK ? status
+                           : em_attention_run(core, a, o->sinks, o->q, position, n, o->out);
 }
 
 static int32_t run_op(em_core *core, const em_op *op, const em_attention *attention,

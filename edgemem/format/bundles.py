@@ -77,6 +77,7 @@ def bundle_parts(spec: ModelSpec, kind: Kind, layer: int) -> tuple[Part, ...]:
         full = spec.qk_norm == "full"
         parts.append(_vector("q_norm", q_rows if full else spec.head_dim))
         parts.append(_vector("k_norm", kv_rows if full else spec.head_dim))
+    parts += [_vector("sinks", spec.n_heads)] if spec.sinks else []
     parts += [Part("o", hidden, q_rows), _bias("o_bias", hidden)]
     parts += _norm(spec, "attn_post_norm") if spec.post_norms else ()
     parts += () if spec.shared_norm else _norm(spec, "ffn_norm")
@@ -90,6 +91,7 @@ def _routing(spec: ModelSpec) -> list[Part]:
     parts = [Part("router", spec.n_experts, spec.hidden)]
     if spec.router_bias:
         parts.append(_vector("router_bias", spec.n_experts))
+    parts.append(_bias("router_logit_bias", spec.n_experts))
     if spec.shared_intermediate and spec.shared_gated:
         parts.append(Part("shared_gate", 1, spec.hidden))
     return parts

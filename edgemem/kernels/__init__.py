@@ -19,6 +19,7 @@ ACTIVATION_CODES = {
     "gelu_quick": lib.EM_GELU_QUICK,
     "relu": lib.EM_RELU,
     "relu2": lib.EM_RELU2,
+    "clamped_swiglu": lib.EM_CLAMPED_SWIGLU,
 }
 
 SCORING_CODES = {

@@ -90,13 +90,14 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) ->
 
 def attend(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int = 0, scale: float = 0.0,
-    cap: float = 0.0,
+    cap: float = 0.0, sinks: np.ndarray | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Causal attention of the last n positions over all m: q [n, H, D], k and v [m, K, D].
 
     Head i reads key/value head i // (H // K). A query at position p sees positions j <= p and, with
     a window, j > p - window. Scores are times `scale` (0: 1 / sqrt(D)), then capped if there is a
-    `cap`. Returns [n, H, D].
+    `cap`. Each head of `sinks` [H] has that score more, of a key without a value.
+    Returns [n, H, D].
     """
     n, heads, head_dim = q.shape
     m, kv_heads, _ = k.shape
@@ -108,8 +109,9 @@ def attend(
     if window:
         visible &= there > here - window
     scores = np.where(visible, scores, -np.inf)
-    scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return np.einsum("hnm,mhd->nhd", scores / scores.sum(axis=-1, keepdims=True), v)
+    sinks = np.full(heads, -np.inf) if sinks is None else sinks.reshape(heads)
+    scores = np.concatenate([scores, np.broadcast_to(sinks[:, None, None], (heads, n, 1))], axis=-1)
+    return np.einsum("hnm,mhd->nhd", softmax(scores)[..., :-1], v)
 
 
 def capped(x: np.ndarray, cap: float) -> np.ndarray:
@@ -155,6 +157,14 @@ _ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "relu": lambda x: np.maximum(x, 0),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
 }
+
+
+def gated(activation: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """act(gate) · up; "clamped_swiglu" is gelu_quick(min(gate, 7)) · (1 + up clamped to ±7), as in
+    transformers' GptOssExperts."""
+    if activation == "clamped_swiglu":
+        return activate("gelu_quick", np.minimum(gate, 7)) * (1 + np.clip(up, -7, 7))
+    return activate(activation, gate) * up
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -228,7 +238,7 @@ def ffn(x: np.ndarray, bundle: Mapping[str, np.ndarray], activation: str) -> np.
     the bundle has; [n, h] → [n, h]."""
     h = linear(x, bundle["up"], bundle.get("up_bias"))
     if "gate" in bundle:
-        h *= activate(activation, linear(x, bundle["gate"], bundle.get("gate_bias")))
+        h = gated(activation, linear(x, bundle["gate"], bundle.get("gate_bias")), h)
     else:
         h = activate(activation, h)
     return linear(h, bundle["down"], bundle.get("down_bias"))
@@ -398,7 +408,8 @@ class Forward:
         values = self._values[layer] = self._keep(self._values[layer], v)
         scale, cap = self.spec.attention_scale, self.spec.attention_cap
         q = rounded_queries(q, scale) if self.kv == "q8_0" else q
-        mixed = attend(q, keys, values, self.spec.windows[layer], scale, cap)
+        window, sinks = self.spec.windows[layer], dense.get("sinks")
+        mixed = attend(q, keys, values, window, scale, cap, sinks)
         self.watch(layer, "heads", mixed)
         return linear(mixed.reshape(len(h), -1), dense["o"], dense.get("o_bias"))
 
@@ -416,7 +427,8 @@ class Forward:
     def _ffn(self, layer, dense, h) -> np.ndarray:
         if not self.spec.routed[layer]:
             return ffn(h, self.weights.ffn(layer), self.spec.activation)
-        logits = self._seen(layer, "router", linear(h, dense["router"]))
+        logits = linear(h, dense["router"], dense.get("router_logit_bias"))
+        self.watch(layer, "router", logits)
         ids, weights = choose(self.spec, logits, dense.get("router_bias"))
         out = np.zeros_like(h)
         for expert in np.unique(ids):

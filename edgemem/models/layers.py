@@ -84,6 +84,8 @@ def add_attention(work: Workspace, index: int, ops: Ops, tensors: Tensors) -> No
     attend.q, attend.k, attend.v = s.q.pointer, s.k.pointer, s.v.pointer
     angles = s.angles[spec.rope_of(index)]
     attend.cos_table, attend.sin_table = angles.cos.pointer, angles.sin.pointer
+    if spec.sinks:
+        attend.sinks = tensors.pointer("sinks", "float *")
     attend.out = s.attended.pointer
 
 

@@ -66,7 +66,7 @@ class Routing:
 
     def add_to(self, ops: Ops, spec: ModelSpec, tensors: Tensors, x: Array):
         """Let `ops` route x [n, hidden] by a layer's router; the em_route_op's address."""
-        router = Linears(tensors, [("router", None, self.logits)])
+        router = Linears(tensors, [("router", "router_logit_bias", self.logits)])
         router.add_to(ops, x.pointer, "routing")
         op = ops.add(lib.EM_OP_ROUTE, "routing")
         route = op.route

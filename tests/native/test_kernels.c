@@ -18,18 +18,25 @@ static double activation(double x, int32_t kind) {
     case EM_GELU_TANH: return 0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
     case EM_GELU_QUICK: return x / (1 + exp(-1.702 * x));
     case EM_RELU: return x > 0 ? x : 0;
+    case EM_CLAMPED_SWIGLU: return fmin(x, 7) / (1 + exp(-1.702 * fmin(x, 7)));
     default: return x > 0 ? x * x : 0;
     }
 }
 
 static void activations_are_right(void) {
-    for (int32_t kind = EM_SILU; kind <= EM_RELU2; kind++)
+    for (int32_t kind = EM_SILU; kind <= EM_CLAMPED_SWIGLU; kind++)
         for (int i = -4000; i <= 4000; i++) {
-            float x = (float)i / 100, g = x, one = 1;
+            float x = (float)i / 100, g = x, one = kind == EM_CLAMPED_SWIGLU ? 0 : 1;
             portable->gate(&g, &one, 1, kind);
             near(g, activation(x, kind), 4e-7 * (1 + fabs(x)) * (kind == EM_RELU2 ? 41 : 1),
                  "activation", kind);
         }
+    for (int i = -1000; i <= 1000; i++) {
+        float up = (float)i / 100, g = 2;
+        portable->gate(&g, &up, 1, EM_CLAMPED_SWIGLU);
+        double of_gate = activation(2, EM_CLAMPED_SWIGLU);
+        near(g, of_gate * (1 + fmax(-7, fmin(up, 7))), 1e-5, "clamped up", up);
+    }
     const float extremes[] = {0, -0.0f, 3e38f, -3e38f, 1e-40f, 200, -200};
     for (int32_t kind = EM_SILU; kind <= EM_RELU; kind++)
         for (int i = 0; i < 7; i++) {
@@ -196,8 +203,8 @@ static void halves_round_trip(const em_kernels *k) {
 }
 
 typedef struct {
-    float gate[6][1000], norm[1000], layer_norm[1000], soft[1000], sig[1000], sum[1000],
-        turned[1000], attended[3][1024];
+    float gate[EM_CLAMPED_SWIGLU + 1][1000], norm[1000], layer_norm[1000], soft[1000], sig[1000],
+        sum[1000], turned[1000], attended[3][1024];
     uint16_t half[1000];
     uint64_t read;
 } outputs;
@@ -209,7 +216,7 @@ static void run_all(const em_kernels *k, int32_t n, outputs *o) {
     fill_unit(y, 1000, 22);
     fill_unit(wide, 1024 * 72, 23);
     for (int32_t i = 0; i < n; i++) x[i] *= 9;
-    for (int32_t a = 0; a < 6; a++) {
+    for (int32_t a = 0; a <= EM_CLAMPED_SWIGLU; a++) {
         memcpy(o->gate[a], x, (size_t)n * 4);
         k->gate(o->gate[a], y, n, a);
     }
@@ -298,11 +305,14 @@ static void nothing_hides_overflow(const em_kernels *k) {
             CHECK(isnan(scale[at / 32]) && !isnan(scale[1 - at / 32]), "%s quantises %g", k->name,
                   bad[i]);
             cache_hides_nothing(k, x, good, at, bad[i]);
-            for (int32_t kind = EM_SILU; kind <= EM_RELU2 && isnan(bad[i]); kind++) {
+            for (int32_t kind = EM_SILU; kind <= EM_CLAMPED_SWIGLU && isnan(bad[i]); kind++) {
                 float g[48];
                 memcpy(g, x, sizeof g);
                 k->gate(g, up, 48, kind);
                 CHECK(isnan(g[at]), "%s activation %d hides NaN", k->name, kind);
+                memcpy(g, up, sizeof g);
+                k->gate(g, x, 48, kind);
+                CHECK(isnan(g[at]), "%s activation %d hides NaN of up", k->name, kind);
             }
         }
 }

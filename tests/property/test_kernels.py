@@ -18,7 +18,7 @@ from edgemem._native import ffi, isa_names, lib
 from edgemem.dtypes import BY_NAME, KV_TYPES, DType
 from edgemem.errors import UnsupportedError
 from edgemem.kernels import ACTIVATION_CODES, Array, Core, Linears, Ops, Tensors, reference
-from edgemem.spec import RopeSpec
+from edgemem.spec import ACTIVATIONS, GATES, RopeSpec
 
 U = 2.0**-24
 ISAS = isa_names()
@@ -255,14 +255,17 @@ def some_pairs(rng, bundles: int, tokens: int):
     return [[(int(t), float(rng.random())) for t in (c if len(c) else [0])] for c in chosen]
 
 
-@pytest.mark.parametrize("gated", (True, False))
-@pytest.mark.parametrize("activation", ACTIVATION_CODES)
+@pytest.mark.parametrize(
+    "activation, gated",
+    [*((name, gated) for name in ACTIVATIONS for gated in (True, False)), (*GATES, True)],
+)
 def test_ffn_in_floats(activation, gated, cores, rng):
     """Errors of gate, up and down add up; no activation has a slope over 1.2, relu2's is 2|g|."""
     for i, (hidden, width) in enumerate(itertools.product((1, 17, 32, 101), (1, 16, 33, 251))):
         dtype, tokens = (dtypes.F32, dtypes.F16, dtypes.BF16)[i % 3], TOKENS[i % len(TOKENS)]
         bundles = ffn_bundles(rng, dtype, 3, hidden, width, i % 2 == 0, gated)
         x, pairs = floats(rng, tokens, hidden), some_pairs(rng, 3, tokens)
+        x *= 6 if activation in GATES else 1  # some are clamped
         args = bundles, x / np.float32(np.sqrt(hidden)), pairs, activation
         found = on_all(cores, lambda c: run_ffn(c, *args))  # noqa: B023
         expected, magnitude = np.zeros(x.shape), np.zeros(x.shape)
@@ -277,7 +280,7 @@ def test_ffn_in_floats(activation, gated, cores, rng):
                     for name in (("gate", "up") if gated else ("up", "up"))
                 )
                 inner = 2 * inner**2 if activation == "relu2" else inner + 1
-                inner *= up if gated else 1
+                inner *= up + (activation in GATES) if gated else 1
                 y = reference.linear(inner, absolute["down"], absolute.get("down_bias"))
                 magnitude[token] += weight * y[0]
         bound = (2 * hidden + width + 40) * U * magnitude
@@ -347,14 +350,14 @@ class Cache:
         quants = quants.reshape(heads, context, -1, 32).astype(np.float64) - 128
         return (scales.reshape(heads, context, -1, 1) * quants).reshape(heads, context, -1)
 
-    def step(self, q, k, v, cos, sin, position: int) -> tuple[np.ndarray, np.ndarray]:
+    def step(self, q, k, v, cos, sin, position: int, sinks=None) -> tuple[np.ndarray, np.ndarray]:
         """(the rotated queries, what attention gives)"""
         q, out, n = q.copy(), np.zeros_like(q), len(q)
         handle, tables = self.core.handle, (_pointer(cos), _pointer(sin))
         args = _pointer(q), _pointer(k), _pointer(v), *tables, position, n
         assert lib.em_attention_store(handle, self.struct, *args) == lib.EM_OK
-        args = _pointer(q), position, n, _pointer(out)
-        assert lib.em_attention_run(handle, self.struct, *args) == lib.EM_OK
+        args = ffi.NULL if sinks is None else _pointer(sinks), _pointer(q), position, n
+        assert lib.em_attention_run(handle, self.struct, *args, _pointer(out)) == lib.EM_OK
         return q, out
 
 
@@ -407,7 +410,8 @@ def test_attention(heads, kv_heads, head_dim, window, kv, cores, rng):
 
 @pytest.mark.parametrize("kv", KV_TYPES)
 @pytest.mark.parametrize("scale, cap, dims", [(0.3, 0.0, 0), (0.0, 2.0, 0), (0.5, 1.0, 4)])
-def test_attention_with_its_options(scale, cap, dims, kv, cores, rng):
+@pytest.mark.parametrize("sinks", (False, True))
+def test_attention_with_its_options(sinks, scale, cap, dims, kv, cores, rng):
     length, heads, kv_heads, head_dim = 90, 4, 2, 18
     q = floats(rng, length, heads, head_dim)
     k, v = floats(rng, length, kv_heads, head_dim), floats(rng, length, kv_heads, head_dim)
@@ -415,10 +419,12 @@ def test_attention_with_its_options(scale, cap, dims, kv, cores, rng):
     angles = np.arange(length)[:, None] * freqs
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
+    sinks = floats(rng, heads) * 4 if sinks else None
+
     def run(core):
         cache = Cache(core, kv, heads, kv_heads, head_dim, 40, length)
         cache.struct.scale, cache.struct.cap, cache.struct.rotary = scale, cap, dims
-        mixed = cache.step(q, k, v, cos, sin, 0)
+        mixed = cache.step(q, k, v, cos, sin, 0, sinks)
         return np.concatenate([a.astype(float).ravel() for a in (*mixed, *cache.kept(length, 18))])
 
     found = np.split(on_all(cores, run), np.cumsum([q.size, q.size, k.size]))
@@ -430,7 +436,7 @@ def test_attention_with_its_options(scale, cap, dims, kv, cores, rng):
     turned = reference.rotate(k.astype(float), np.arange(length), freqs, 1.0)
     assert (np.abs(keys - turned) <= kv_bound(kv, turned) + 8 * U).all()
     queries = reference.rounded_queries(rotated, scale) if kv == "q8_0" else rotated
-    expected = reference.attend(queries, keys, values, 40, scale, cap)
+    expected = reference.attend(queries, keys, values, 40, scale, cap, sinks)
     assert np.abs(mixed - expected).max() <= 1e-4 * np.abs(values).max()
 
 
