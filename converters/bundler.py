@@ -277,7 +277,12 @@ class _Planner:
                     f"{list(tensor.shape)}, config.json asks for {list(source.shape)}"
                 )
             self.used.add(source.tensor)
-            assert tensor.dtype  # asked now, since it raises for what a store cannot hold
+            # Asked now, since it raises for what a store cannot hold.
+            if tensor.dtype.is_block and (source.transposed or source.items):
+                raise UnsupportedError(
+                    f"reading {tensor.file.path}: tensor {tensor.name} is in blocks of "
+                    f"{tensor.dtype.name}; it is supported in floats only"
+                )
             return tensor, source
         self.missing.append(candidates[0].tensor)
         if len(self.missing) > _MANY_MISSING:

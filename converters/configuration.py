@@ -86,11 +86,7 @@ class Description:
 def describe(config: dict, generation: dict) -> Description:
     """Raises UnsupportedError for an unknown kind of model, CheckpointError for a bad value."""
     keys = _Keys(_model_type(config), config)
-    if config.get("quantization_config") is not None:
-        raise UnsupportedError(
-            "config.json: the weights are already quantised (quantization_config); "
-            "convert from the original checkpoint in f32, f16 or bf16"
-        )
+    _check_quantization(keys)
     try:
         spec = _spec(keys, generation)
         return Description(spec, _biases(keys), tuple(dict.fromkeys(keys.notes)))
@@ -173,6 +169,17 @@ class _Keys:
         return self.count("num_key_value_heads", heads)
 
 
+def _check_quantization(keys: _Keys) -> None:
+    """Some types are published in a form that can be taken over."""
+    told = keys.config.get("quantization_config")
+    method = told.get("quant_method") if isinstance(told, dict) else None
+    if told is not None and method not in getattr(OWN.get(keys.model_type), "QUANTIZED", ()):
+        raise UnsupportedError(
+            "config.json: the weights are already quantised (quantization_config); "
+            "convert from the original checkpoint in f32, f16 or bf16"
+        )
+
+
 def _spec(keys: _Keys, generation: dict) -> ModelSpec:
     n_layers, hidden, heads = (
         keys.count(name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
@@ -183,13 +190,12 @@ def _spec(keys: _Keys, generation: dict) -> ModelSpec:
     plain = {"routed": (False,) * n_layers, "windows": (0,) * n_layers}
     own = OWN[model_type].facts(keys, hidden, heads) if model_type in OWN else _facts(keys, hidden)
     return ModelSpec(
-        **plain | own,
+        **plain | {"activation": _activation(keys)} | own,
         model_type=model_type,
         n_layers=n_layers,
         hidden=hidden,
         n_heads=heads,
         vocab_size=vocab,
-        activation=_activation(keys),
         max_positions=keys.count("max_position_embeddings"),
         tied=keys.flag("tie_word_embeddings"),
         bos_id=_token_ids(keys, "bos_token_id", vocab)[0],

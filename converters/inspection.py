@@ -69,7 +69,7 @@ def inspect(path: Path) -> Inspection:
     Raises CheckpointError and UnsupportedError for what cannot be read as a checkpoint at all.
     """
     with open_checkpoint(path) as checkpoint:
-        tensors = {n: t for file in checkpoint.files for n, t in file.tensors.items()}
+        tensors = checkpoint.stored
         weights = {n: t for n, t in tensors.items() if _is_weight(n)}
         total, streamable = sum(t.bytes for t in weights.values()), _streamable_bytes(weights)
         sizes = Counter()

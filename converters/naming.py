@@ -36,9 +36,10 @@ _MOE_BLOCKS = ("mlp", "block_sparse_moe")
 class Source:
     """Rows of a tensor that become a segment: `first_row` counts with leading axes taken as one.
 
-    They follow each other, or come in runs of `run` rows, each starting `stride` after the last.
-    Of a vector they are elements, `items` of them (0: all). With `transposed` they are columns of
-    the tensor. `plus` is added to all, in 32 bits: norms whose weight counts from 1.
+    They follow each other, or come in runs of `run` rows, each starting `stride` after the last, or
+    are every `step`-th. Of a vector they are elements; with `items` so many elements of the tensor,
+    whatever its axes. With `transposed` they are columns of the tensor, counted on through its
+    matrices. `plus` is added to all, in 32 bits: norms whose weight counts from 1.
     """
 
     tensor: str
@@ -49,9 +50,14 @@ class Source:
     items: int = 0
     transposed: bool = False
     plus: float = 0.0
+    step: int = 1
 
     def spans(self, first: int, count: int) -> Iterator[tuple[int, int]]:
-        """(first row, rows) in the tensor of the segment's rows [first, first + count)."""
+        """(first row, rows) in the tensor of the segment's rows [first, first + count), which are
+        every `step`-th of those."""
+        if self.step > 1 and count > 0:
+            yield self.first_row + first * self.step, (count - 1) * self.step + 1
+            return
         while count > 0:
             turn, at = divmod(first, self.run) if self.run else (0, first)
             rows = min(count, self.run - at) if self.run else count
@@ -60,19 +66,35 @@ class Source:
 
     def read(self, tensor: Tensor, first: int, count: int) -> tuple[np.ndarray, DType]:
         """Raw bits [count, cols] of the segment's rows [first, first + count), and their format."""
-        if len(self.shape) == 1:
-            row, items = tensor.read_rows(0, 1), self.items or self.shape[0]
-            bits = np.concatenate([row[:, at : at + n] for at, n in self.spans(0, items)], axis=1)
-        elif self.transposed:
-            spans = self.spans(first, count)
-            bits = np.concatenate([read_columns(tensor, 0, self.shape[0], *s) for s in spans])
-        else:
-            parts = [tensor.read_rows(row, n) for row, n in self.spans(first, count)]
-            bits = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        vector = self.items or len(self.shape) == 1
+        read = _elements if vector else _columns if self.transposed else _rows
+        spans = self.spans(0, self.items or self.shape[0]) if vector else self.spans(first, count)
+        parts = [read(tensor, *span)[:: self.step] for span in spans]
+        bits = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        bits = bits.reshape(1, -1) if vector else bits
         if not self.plus:
             return bits, tensor.dtype
         values = quantize.to_f32(bits, tensor.dtype) + np.float32(self.plus)
         return values.view(np.uint32), F32
+
+
+def _rows(tensor: Tensor, first: int, count: int) -> np.ndarray:
+    return tensor.read_rows(first, count)
+
+
+def _elements(tensor: Tensor, first: int, count: int) -> np.ndarray:
+    """Elements of a tensor of floats, with all its axes taken as one: raw bits [count]."""
+    cols = tensor.shape[-1]
+    row, at = divmod(first, cols)
+    rows = tensor.read_rows(row, -(-(at + count) // cols))
+    return rows.reshape(-1)[at : at + count]
+
+
+def _columns(tensor: Tensor, first: int, count: int) -> np.ndarray:
+    """Columns of one of a tensor's matrices, as rows."""
+    rows, cols = tensor.shape[-2:]
+    matrix, at = divmod(first, cols)
+    return read_columns(tensor, matrix * rows, rows, at, count)
 
 
 def read_columns(

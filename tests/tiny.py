@@ -91,6 +91,7 @@ def write(folder: Path, model_type: str, seed: int, dtype: str | None = None, **
     dtype = dtype or drawn
     config[draw.one(("torch_dtype", "dtype"))] = _CONFIG_DTYPES[dtype]
     weights = _draw_weights(draw, spec, biases, dtype)
+    getattr(family, "hold", lambda *_: None)(spec, weights)
     ids = [int(i) for i in draw.rng.integers(0, spec.vocab_size, IDS_COUNT)]
     _settle_routers(draw, spec, weights, ids, dtype)
     tensors = (family.tensors if family else _named)(draw, spec, weights)
@@ -109,6 +110,8 @@ _CONFIG_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def _encode(values: np.ndarray, dtype: str) -> bytes:
+    if values.dtype == np.uint8:
+        return values.tobytes()
     if dtype == "BF16":
         return (values.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
     return values.astype("<f2" if dtype == "F16" else "<f4").tobytes()
@@ -140,11 +143,11 @@ def _draw_weights(draw: Draw, spec: ModelSpec, biases: dict, dtype: str) -> Tiny
         biased = names if spec.norm == "layer" else ()
         return bundle | {f"{name}_bias": normal(spec.hidden, scale=0.2) for name in biased}
 
-    def ffn(width: int, bias: bool = False) -> dict[str, np.ndarray]:
+    def ffn(width: int, bias: float = 0.0) -> dict[str, np.ndarray]:
         inner = ("gate", "up") if spec.gated else ("up",)
         bundle = {name: matrix(width, spec.hidden) for name in inner}
         if bias:
-            bundle |= {f"{name}_bias": normal(width, scale=0.2) for name in inner}
+            bundle |= {f"{name}_bias": normal(width, scale=bias) for name in inner}
         bundle["down"] = matrix(spec.hidden, width, gain=0.5 if spec.activation == "relu2" else 0.8)
         return bundle | ({"down_bias": normal(spec.hidden, scale=0.2)} if bias else {})
 
@@ -157,12 +160,16 @@ def _draw_weights(draw: Draw, spec: ModelSpec, biases: dict, dtype: str) -> Tiny
             bundle |= {f"{name}_bias": normal(rows, scale=0.2)} if biases["qkv"] else {}
         bundle["o"] = matrix(spec.hidden, heads, gain=0.7)
         bundle |= {"o_bias": normal(spec.hidden, scale=0.2)} if biases["o"] else {}
+        if spec.sinks:
+            bundle["sinks"] = normal(spec.n_heads, scale=2.0)
         if spec.qk_norm != "none":
             full = spec.qk_norm == "full"
             bundle["q_norm"] = norm(heads if full else spec.head_dim)
             bundle["k_norm"] = norm(kv if full else spec.head_dim)
         if routed:
             bundle["router"] = matrix(spec.n_experts, spec.hidden, gain=1.5)
+        if routed and biases.get("router"):
+            bundle["router_logit_bias"] = normal(spec.n_experts, scale=biases["router"])
         if routed and spec.router_bias:
             bundle["router_bias"] = normal(spec.n_experts, scale=0.2)
         if routed and spec.shared_intermediate and spec.shared_gated:
@@ -174,9 +181,11 @@ def _draw_weights(draw: Draw, spec: ModelSpec, biases: dict, dtype: str) -> Tiny
     for layer, routed in enumerate(spec.routed):
         weights.bundles["dense", layer, 0] = dense(routed)
         if not routed:
-            weights.bundles["ffn", layer, 0] = ffn(spec.intermediate, biases["mlp"])
+            weights.bundles["ffn", layer, 0] = ffn(spec.intermediate, 0.2 * biases["mlp"])
         for expert in range(spec.n_experts if routed else 0):
-            weights.bundles["expert", layer, expert] = ffn(spec.expert_intermediate)
+            weights.bundles["expert", layer, expert] = ffn(
+                spec.expert_intermediate, biases.get("experts", 0.0)
+            )
         if routed and spec.shared_intermediate:
             weights.bundles["shared", layer, 0] = ffn(spec.shared_intermediate)
     last = weights.bundles["dense", spec.n_layers, 0] = norms("norm")
@@ -231,10 +240,11 @@ def _settle_routers(draw: Draw, spec: ModelSpec, weights: TinyWeights, ids, dtyp
     def settle(layer: int, name: str, h: np.ndarray) -> None:
         if name != "ffn_norm" or not spec.routed[layer]:
             return
-        router = weights.dense(layer)["router"]
+        dense, router = weights.dense(layer), weights.dense(layer)["router"]
         scale = 1.5 / np.sqrt(spec.hidden)
         for _ in range(10_000):
-            if routing_gaps(spec, h @ router.T, weights.dense(layer)).min() >= ROUTING_GAP:
+            logits = reference.linear(h, router, dense.get("router_logit_bias"))
+            if routing_gaps(spec, logits, dense).min() >= ROUTING_GAP:
                 return
             router[:] = _rounded(draw.rng.normal(0, scale, router.shape), dtype)
         raise AssertionError("every router has a near tie: fewer ids or experts are needed")
@@ -370,7 +380,8 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray], names, dtype: 
     for name in names:
         data = _encode(tensors[name], dtype)
         span = [offset, offset + len(data)]
-        header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": span}
+        kind = "U8" if tensors[name].dtype == np.uint8 else dtype
+        header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": span}
         chunks.append(data)
         offset += len(data)
     text = json.dumps(header).encode()

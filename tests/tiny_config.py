@@ -400,7 +400,7 @@ def spell_rope(draw: Draw, spec: ModelSpec) -> tuple[dict, RopeSpec]:
     if rope.type == "yarn":
         options, rope = _spell_yarn(draw, spec)
         inner |= options
-    default_theta = 1e6 if spec.model_type == "mixtral" else 1e4
+    default_theta = {"mixtral": 1e6, "gpt_oss": 150000.0}.get(spec.model_type, 1e4)
     say_theta = rope.theta != default_theta or draw.maybe(0.7)
     if draw.maybe(0.5):  # as transformers 4 has it
         outer |= {"rope_theta": rope.theta} if say_theta else {}

@@ -176,7 +176,8 @@ def write(path: Path, model: "tiny.Tiny", kind=Type.F32, split: int = 0, more=No
     for name, values in tensors(spec, model.weights).items():
         chosen = kind(name) if callable(kind) else kind
         whole = values.shape[-1] % gguf.GGML_QUANT_SIZES[chosen][0] == 0
-        if values.ndim == 1 or "ffn_gate_inp" in name or not whole:
+        vector = values.ndim == 1 or name.endswith(".bias")
+        if vector or "ffn_gate_inp" in name or not whole:
             chosen = Type.F32
         data = gguf_rows.quantized(np.ascontiguousarray(values, np.float32), chosen)
         writer.add_tensor(name, data, raw_dtype=chosen)

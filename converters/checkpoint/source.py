@@ -9,6 +9,7 @@ from pathlib import Path
 from edgemem.errors import CheckpointError, UnsupportedError
 from edgemem.format import parse_json
 
+from .mxfp4 import joined
 from .tensors import Tensor, TensorFile
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -23,8 +24,8 @@ class Checkpoint:
 
     `config`, `generation` and `tokenizer_config` are JSON objects (empty where optional and
     absent), `tokenizer_json` the bytes of that file, `chat_template` Jinja source or None,
-    `tensors` every tensor by name. Raises CheckpointError or UnsupportedError, saying what is wrong
-    with which file.
+    `tensors` every tensor by name, as is `stored`. Raises CheckpointError or UnsupportedError,
+    saying what is wrong with which file.
     """
 
     def __init__(self, path: Path):
@@ -46,7 +47,7 @@ class Checkpoint:
         self.tokenizer_config = self._optional("tokenizer_config.json")
         self.chat_template = self._chat_template(self.tokenizer_config.pop("chat_template", None))
         try:
-            self.tensors = self._open_tensors()
+            self.tensors = self.stored = joined(self._open_tensors())
         except BaseException:
             self.close()
             raise

@@ -5,6 +5,8 @@ Such a module says
     KEYS                which key says what others call by another name
     EMBED, HEAD         the name of the embedding, and those that the output table may have
     PREFIXES            what may stand before all names but those of the output table
+    QUANTIZED           the methods of quantization_config that can be taken over; none, if left
+                        out
     ARCHITECTURE        the name of the class, where it is not the type's name and ForCausalLM
     facts(keys, hidden, heads)               fields of ModelSpec that are the type's own (those that
                                              `configuration` asks the others for)
@@ -16,11 +18,11 @@ Such a module says
 from types import ModuleType
 
 from . import falcon, gemma2, gemma3_text, glm4_moe, gpt2, gpt_neox, granite, granitemoe, opt
-from . import phi3, phimoe
+from . import gpt_oss, phi3, phimoe
 
 OWN: dict[str, ModuleType] = {
     "falcon": falcon, "gemma2": gemma2, "gemma3_text": gemma3_text, "glm4_moe": glm4_moe,
-    "gpt2": gpt2, "gpt_neox": gpt_neox, "granite": granite, "granitemoe": granitemoe, "opt": opt,
-    "phi3": phi3, "phimoe": phimoe,
+    "gpt2": gpt2, "gpt_neox": gpt_neox, "gpt_oss": gpt_oss, "granite": granite,
+    "granitemoe": granitemoe, "opt": opt, "phi3": phi3, "phimoe": phimoe,
 }  # fmt: skip
 """By model type."""

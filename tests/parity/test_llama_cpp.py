@@ -19,7 +19,7 @@ import tiny
 import tiny_gguf
 from gguf import GGMLQuantizationType as Type
 from tiny_config import ROPE_TYPES
-from tiny_families import FAMILIES
+from tiny_families import FAMILIES, gpt_oss
 
 import edgemem
 from edgemem import converters
@@ -129,10 +129,11 @@ def test_logits_of_blocks_agree(model_type, kind, llama, tmp_path, seed_base):
 def computable_of_family(folder, family: str, first_seed: int) -> tiny.Tiny:
     """Likewise; of Phi-3 without windows, which llama.cpp leaves out, and with the long factors,
     which it takes for short texts too where the context is long; of GLM without groups; of
-    Gemma 3 with the scaling that there is, since of YaRN it leaves a part to layers that slide."""
+    Gemma 3 with the scaling that there is, since of YaRN it leaves a part to layers that slide; of
+    gpt-oss with whole numbers as YaRN's bounds, since it rounds them."""
     facts = tiny_gguf.facts(family, first_seed) | FAMILY_FACTS.get(family, {})
     facts |= {"norm_eps": 1e-5, "max_positions": 512}
-    biased = {"gpt_neox": True, "gemma2": False, "gemma3_text": False}.get(family)
+    biased = {"gpt_neox": True, "gpt_oss": True, "gemma2": False, "gemma3_text": False}.get(family)
     for seed in range(first_seed, first_seed + 100):
         model = tiny.write(folder / str(seed), family, seed, dtype="F32", **facts)
         rope = model.spec.rope
@@ -147,6 +148,10 @@ FAMILY_FACTS = {
     "gemma3_text": {"rope": RopeSpec("linear", 1e6, 8.0)},
     "phi3": {"n_layers": 2, "routed": (False, False), "windows": (0, 0)},
     "glm4_moe": {"n_groups": 0, "top_groups": 0},
+    "gpt_oss": {
+        "hidden": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "windows": (16, 0, 16),
+        "rope": RopeSpec("yarn", round((128 / (2 * np.pi)) ** 4) + 1.0, 4.0, 128, truncate=False),
+    },
 }  # fmt: skip
 JUDGED = [family for family in FAMILIES if family != "phimoe"]
 """Of Phi-3.5-MoE llama.cpp takes no mean off in norms, and weighs experts by a softmax."""
@@ -164,6 +169,22 @@ def test_logits_of_families_agree(family, nth, llama, tmp_path, seed_base):
     error = oracle.relative_error(found, logits(llama(path, **CACHES["f32"]), model.ids))
     print(f"{family}: logits differ by {error:.1e} of the largest")
     assert error <= (GELU_BOUND if model.spec.activation.startswith("gelu") else FLOAT_BOUND)
+
+
+def test_logits_of_experts_in_mxfp4_agree(llama, tmp_path, seed_base):
+    facts = gpt_oss.MXFP4 | FAMILY_FACTS["gpt_oss"]
+    for seed in range(seed_base, seed_base + 100):
+        model = tiny.write(tmp_path / str(seed), "gpt_oss", seed, dtype="F32", **facts)
+        if "q_bias" in model.weights.dense(0):
+            break
+    path = tiny_gguf.write(
+        tmp_path / "m.gguf", model, lambda name: Type.MXFP4 if "_exps.w" in name else Type.F32
+    )
+    converters.convert(path, tmp_path / "m.edgemem")
+    found = edgemem.load(tmp_path / "m.edgemem", context=CONTEXT).logits(model.ids)
+    error = oracle.relative_error(found, logits(llama(path), model.ids))
+    print(f"gpt_oss with experts in MXFP4: logits differ by {error:.1e} of the largest")
+    assert error <= BLOCKS_BOUND
 
 
 def as_gguf(path, store_path, kind):

@@ -71,6 +71,10 @@ def test_absent_keys_have_the_defaults_of_the_class(model_type, more):
         ("phimoe", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ("phimoe", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("gpt_neox", {"rotary_pct": 0.2}, "partial_rotary_factor = 0.2"),
+        ("gpt_oss", {"swiglu_limit": 6.0}, "swiglu_limit is not supported but for 7.0"),
+        ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha is not supported but for 1.702"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "fp8"}}, "already quantised"),
+        ("granite", {"quantization_config": {"quant_method": "mxfp4"}}, "already quantised"),
     ],
 )
 def test_what_is_not_computed_is_refused(model_type, more, words):
@@ -92,6 +96,9 @@ def test_what_is_not_computed_is_refused(model_type, more, words):
          "rope"),
         ("phimoe", {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8,
                                      "long_factor": [1.0] * 8}}, "lacks its short_mscale"),
+        ("gpt_oss", {"layer_types": ["full_attention"]}, "layer_types"),
+        ("gpt_oss", {"sliding_window": 0}, "sliding_window = 0"),
+        ("gpt_oss", {"num_experts_per_tok": 999}, "top_k = 999"),
         ("glm4_moe", {"n_group": 7}, "n_groups = 7"),
         ("glm4_moe", {"n_group": 64, "topk_group": 1}, "top_groups = 1"),
     ],
@@ -128,6 +135,7 @@ def test_experts_need_no_shared_one_beside_them(tmp_path, seed_base):
         ("phi3", {"rope.dimension_count": 99}, "rope.dimension_count = 99"),
         ("gemma2", {"logit_scale": 2.0}, "logit_scale = 2.0"),
         ("granite", {"rope.scaling.finetuned": False}, "finetuned = False"),
+        ("gpt-oss", {"attention.sliding_window_pattern": 4}, "sliding_window_pattern = 4"),
     ],
 )
 def test_keys_of_gguf_that_are_not_computed_are_refused(architecture, keys, words, tmp_path):

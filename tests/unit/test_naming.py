@@ -469,5 +469,7 @@ def test_spans_of_rows_that_come_in_runs():
             found = [row + i for row, n in spans for i in range(n)]
             assert found == rows[first : first + count]
     assert list(naming.Source("x", (40, 2), 5).spans(2, 30)) == [(7, 30)]
+    every_second = naming.Source("x", (40, 2), 5, step=2)
+    assert list(every_second.spans(2, 3)) == [(9, 5)]
     assert not naming.is_weight("model.layers.0.self_attn.rotary_emb.inv_freq")
     assert naming.is_weight("model.layers.0.self_attn.q_proj.weight")

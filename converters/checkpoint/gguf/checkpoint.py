@@ -44,7 +44,8 @@ class GgufCheckpoint:
     """An open GGUF checkpoint; close it, or use it in a `with` statement.
 
     It has what `Checkpoint` has: `config`, `generation` and `tokenizer_config` as a Hugging Face
-    folder would have them, `tokenizer_json`, `chat_template`, and `tensors` by Hugging Face names.
+    folder would have them, `tokenizer_json`, `chat_template`, and `tensors` by Hugging Face names
+    (`stored`: by their own).
     Of a split file any part may be given. Raises CheckpointError or UnsupportedError, saying what
     is wrong with which file: at once if files are damaged, when it is asked for if something is
     not known here.
@@ -54,7 +55,7 @@ class GgufCheckpoint:
         self.path = path
         self.files: list[GgufFile] = []
         try:
-            self._tensors = self._open()
+            self.stored = self._open()
             first = self.files[0]
             self.metadata = Metadata(first.path, first.metadata)
             self.generation = _generation(self.metadata)
@@ -69,7 +70,7 @@ class GgufCheckpoint:
 
     @cached_property
     def config(self) -> dict:
-        config, vocabulary = config_of(self.metadata, self._tensors), self.vocabulary
+        config, vocabulary = config_of(self.metadata, self.stored), self.vocabulary
         if vocabulary.size > config["vocab_size"]:
             raise CheckpointError(
                 f"reading {self.metadata.path}: it has {vocabulary.size} tokens, and embeddings "
@@ -93,7 +94,7 @@ class GgufCheckpoint:
     @cached_property
     def tensors(self) -> dict[str, GgufTensor]:
         family = OWN.get(self.metadata.architecture)
-        return renamed(self._tensors, _interleaved(self.config, self.metadata), family)
+        return renamed(self.stored, _interleaved(self.config, self.metadata), family)
 
     def close(self) -> None:
         for file in self.files:
