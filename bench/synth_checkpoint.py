@@ -21,7 +21,7 @@ from edgemem.format import Kind, Part, Segment
 
 _SHARD_BYTES = 4 << 30
 _HF_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
-_JOINED = ("falcon",)
+_JOINED = ("falcon", "gpt_oss")
 """Types whose folders have segments in turns within one tensor."""
 
 

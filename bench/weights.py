@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import sqrt
+from math import floor, log2, sqrt
 from statistics import NormalDist
 
 import numpy as np
@@ -33,6 +33,7 @@ from edgemem.dtypes import (
     F16,
     F32,
     LANES,
+    MXFP4,
     Q4_0,
     Q8_0,
     U32,
@@ -41,7 +42,7 @@ from edgemem.dtypes import (
     scale_plane_bytes,
 )
 from edgemem.format import NO_LAYER, Kind, Layout, Segment, bundle_order, bundle_parts, table_rows
-from edgemem.spec import ModelSpec
+from edgemem.spec import GATES, ModelSpec
 
 COMMON = 1.54
 """Length of the vector that all embeddings share, where their noise has length 1."""
@@ -64,6 +65,8 @@ TABLES = {"q4_0": Q8_0, "q8_0": Q8_0, "bf16": BF16, "f16": F16}
 """Formats of matrices and of vocabulary tables, as `edgemem convert` chooses them."""
 KEPT = ("router", "shared_gate")
 """Always bf16: they decide what is computed."""
+EXPERTS = {"gpt_oss": MXFP4}
+"""Formats of experts of models that are published in them."""
 
 _WORKERS = min(4, os.cpu_count() or 1)
 _TILE_BYTES = 512 << 10
@@ -73,11 +76,12 @@ _CACHED_WORDS = 1 << 13
 _NAMES = (
     "rows", "q", "k", "v", "o", "gate", "up", "down", "router", "shared_gate", "q_bias", "k_bias",
     "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias", "attn_norm_bias", "ffn_norm_bias",
-    "norm_bias", "positions", "neurons",
+    "norm_bias", "positions", "neurons", "sinks", "router_logit_bias",
 )  # fmt: skip
 """A segment's place here is part of its seed."""
 
 _Q4_STD = sqrt(17.5)  # of nibbles 1 … 15 around 8, where 0 counts as 8
+_E2M1_STD = sqrt(274 / 8)  # of 0, 1, 2, 3, 4, 6, 8, 12 and their negatives
 _Q8_STD = sqrt(127 * 128 * 255 / 3 / 256)  # of −127 … 127, where −128 counts as 0
 _TABLE_Q8_STD = sqrt(2 * (64**2 - 1) / 12)  # of the sum of two evenly spread 6-bit numbers
 
@@ -130,7 +134,7 @@ class Weights:
         key = kind, last, last or self.spec.routed[layer]
         if key not in self._layouts:
             self._layouts[key] = Layout.build(
-                (part.name, self._format(part), part.lanes, part.rows, part.cols)
+                (part.name, self._format(kind, part), part.lanes, part.rows, part.cols)
                 for part in bundle_parts(self.spec, kind, layer)
                 if not part.optional or part.name in self._biases
             )
@@ -174,9 +178,11 @@ class Weights:
             rows = min(step, vocab - first)
             yield kind, NO_LAYER, index, Layout.build([("rows", dtype, lanes, rows, cols)])
 
-    def _format(self, part) -> DType:
+    def _format(self, kind: Kind, part) -> DType:
         if part.dtype is not None:
             return part.dtype
+        if kind == Kind.EXPERT and self.spec.model_type in EXPERTS:
+            return EXPERTS[self.spec.model_type]
         return BF16 if part.name in KEPT else WEIGHTS[self.dtype]
 
     def _std(self, kind: Kind, layer: int, segment: Segment) -> float:
@@ -191,18 +197,20 @@ class Weights:
             experts = sqrt(spec.top_k) if kind == Kind.EXPERT else 1.0
             shares = 1.0 if spec.normalize_top_k or kind != Kind.EXPERT else 0.4
             length = 0.09 if self._sparse else 0.6 * shares  # of max(0, u − THRESHOLD); silu(g)·u
+            if spec.activation in GATES:
+                length = 0.9  # of gelu_quick(g)·(1 + u)
             width = spec.intermediate if name == "neurons" else segment.cols
             return ADDED * stream * experts / (length * sqrt(width))
         if name in KEPT:
             return ROUTER_SPREAD / sqrt(segment.cols)
-        if name == "positions":
-            return 0.1
+        if name in ("positions", "sinks"):
+            return {"positions": 0.1, "sinks": 1.0}[name]
         return 0.1 if name.endswith("bias") else 1 / sqrt(segment.cols)
 
     def _vector(self, tile: Tile) -> np.ndarray:
         """A norm's weight or a bias: f32 that bf16 holds exactly."""
         segment = tile.segment
-        if segment.name.endswith("bias") or segment.name == "positions":
+        if segment.name.endswith("bias") or segment.name in ("positions", "sinks"):
             mean = -THRESHOLD if segment.name == "up_bias" and self._sparse else 0.0
             index = np.random.default_rng(tile.key).integers(0, 256, (tile.rows, segment.cols))
             return _normal_bf16(tile.std, mean)[index].astype(np.uint32) << 16
@@ -249,6 +257,12 @@ class Weights:
         out = np.empty((groups, group_bytes(dtype, segment.cols, lanes)), np.uint8)
         plane = scale_plane_bytes(dtype, segment.cols, lanes)
         quants = out[:, plane:]
+        if dtype == MXFP4:
+            quants[...] = _random_bytes(bits, quants.size).reshape(quants.shape)
+            powers = _powers(tile.std / _E2M1_STD, _random_bytes(bits, groups * plane))
+            out[:, :plane] = powers.reshape(groups, plane)
+            out[:, -(-segment.cols // dtype.block) * lanes : plane] = 0
+            return out
         if tile.common:
             unit = _TABLE_Q8_STD
             quants[...] = self._table_quants(bits, quants.shape, lanes)
@@ -323,6 +337,13 @@ def _nibbles(words: np.ndarray) -> np.ndarray:
     return words.view(np.uint8)
 
 
+def _powers(scale: float, random: np.ndarray) -> np.ndarray:
+    """MXFP4's scales, uint8 [random.size]: powers of two whose squares' mean is that of `scale`."""
+    exponent = floor(log2(scale))
+    share = ((scale / 2.0**exponent) ** 2 - 1) / 3  # of twice the lower one
+    return (exponent + 128 + (random < 256 * share)).astype(np.uint8)
+
+
 def _clear_padding(out: np.ndarray, tile: Tile) -> None:
     """Rows that only fill up the last group: value 0."""
     segment = tile.segment
@@ -332,8 +353,10 @@ def _clear_padding(out: np.ndarray, tile: Tile) -> None:
     plane = scale_plane_bytes(segment.dtype, segment.cols, lanes)
     last = out[-1]
     if segment.dtype.is_block:
-        last[:plane].view(np.uint16).reshape(-1, lanes)[:, used:] = 0
-        last[plane:].reshape(-1, lanes, 4)[:, used:] = 0x88 if segment.dtype == Q4_0 else 0x80
+        item = np.uint8 if segment.dtype == MXFP4 else np.uint16
+        last[:plane].view(item).reshape(-1, lanes)[:, used:] = 0
+        padding = {Q4_0: 0x88, Q8_0: 0x80, MXFP4: 0}[segment.dtype]
+        last[plane:].reshape(-1, lanes, 4)[:, used:] = padding
     else:
         last[: segment.cols * lanes * 2].view(np.uint16).reshape(-1, lanes)[:, used:] = 0
 

@@ -10,7 +10,7 @@ from bench.shapes import SHAPES, config_of
 from bench.synth import write
 from bench.weights import COMMON, Weights
 from edgemem.converters.configuration import describe
-from edgemem.dtypes import BF16, F32, Q4_0, Q8_0
+from edgemem.dtypes import BF16, F32, MXFP4, Q4_0, Q8_0
 from edgemem.format import Kind
 from edgemem.kernels.reference import Forward, StoreWeights, unpack
 from edgemem.models.rope import inverse_frequencies
@@ -188,6 +188,30 @@ def test_q4_0_uses_the_nibbles_1_to_15_alike():
     assert counts[8] == pytest.approx(2 / 16, rel=0.05)
 
 
+def test_experts_of_gpt_oss_are_in_mxfp4_and_behave(tmp_path):
+    small = {"num_local_experts": 6, "num_hidden_layers": 4, "intermediate_size": 96}
+    config = SHAPES["gpt-oss-20b"] | SMALL | small
+    write(config, tmp_path / "a.edgemem", "q4_0", seed=4)
+    seen = {}
+
+    def watch(layer: int, name: str, value: np.ndarray) -> None:
+        seen.setdefault(name, []).append(np.sqrt((value**2).mean()))
+
+    with Store.open(tmp_path / "a.edgemem") as store:
+        assert store.verify().ok
+        weights = StoreWeights(store)
+        layout = store.layout_of(store.find(Kind.EXPERT, 0)[0])
+        assert {layout[name].dtype for name in ("gate", "up", "down")} == {MXFP4}
+        gate = weights.expert(0, 1)["gate"]
+        assert abs(gate.mean()) < 5 * gate.std() / np.sqrt(gate.size)
+        assert gate.std() == pytest.approx(1 / np.sqrt(64), rel=0.05)
+        ids = np.random.default_rng(1).integers(2, 275, 48)
+        Forward(store.spec, weights, watch=watch).feed(ids)
+    stream = np.sqrt(1 + COMMON**2)
+    added = np.array(seen["attention"] + seen["ffn"]) / stream
+    assert (added > 0.02).all() and (added < 0.12).all(), added
+
+
 def test_llama_3_frequencies_are_divided_as_the_model_scales_them():
     spec = describe(CONFIGS["llama"], {}).spec
     plain = spec.rope.theta ** (-np.arange(0, 16, 2) / 16)
@@ -214,6 +238,7 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     falcon = {"model_type": "falcon", "hidden_size": 64, "num_attention_heads": 4}
     for form, name, config in (
         ("a folder of type falcon", "folder", falcon),
+        ("a folder of type gpt_oss", "folder", SHAPES["gpt-oss-20b"]),
         ("a GGUF file of type falcon", "z.gguf", falcon),
         ("a GGUF file of type opt", "z.gguf", SHAPES["opt-6.7b"]),
     ):
