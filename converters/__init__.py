@@ -1,6 +1,7 @@
 """Offline conversion of checkpoints into stores; imported as `edgemem.converters`."""
 
-from .bundler import DTYPES
+from edgemem.dtypes import CONVERSIONS as DTYPES
+
 from .checkpoint import is_checkpoint
 from .conversion import ConversionReport, convert
 from .inspection import Inspection, inspect

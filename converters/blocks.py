@@ -1,9 +1,9 @@
-"""GGML's blocks of quants: into the order of a store as they are, or into numbers.
+"""From rows of a checkpoint's tensor to the bytes of a store, whatever the format of either.
 
-A row of a GGUF tensor is a run of blocks of 32 or 256 columns (ggml-common.h, little endian):
-`FIELDS` has what each consists of. A store has the same numbers in the order in which kernels read
-them (`edgemem/FORMAT.md`): scales in a plane of their own, the rest as words of 4 bytes. Some
-formats' quants are such words already, and are only transposed.
+A row of a GGUF tensor is a run of blocks of 32 or 256 columns (ggml.py). A store has the same
+numbers in the order in which kernels read them (`edgemem/FORMAT.md`): scales in a plane of their
+own, the rest as words of 4 bytes. Some formats' quants are such words already, and are only
+transposed.
 """
 
 from collections.abc import Callable
@@ -14,31 +14,12 @@ from edgemem import dtypes
 from edgemem.dtypes import F32, DType, group_bytes, scale_plane_bytes
 from edgemem.kernels.blocks import unpack
 
-from . import quantize
+from . import kquants, quantize
+from .ggml import FIELDS, block_bytes
 
 _TILE_BYTES = 1 << 20
 """Rows turned into numbers at a time, so that their f32 copies stay small."""
 
-_D, _MIN = ("d", "<u2"), ("min", "<u2")
-FIELDS = {
-    dtype: np.dtype(fields)
-    for dtype, fields in {
-        dtypes.Q8_0: [_D, ("quants", "<u4", 8)],
-        dtypes.Q4_0: [_D, ("quants", "<u4", 4)],
-        dtypes.Q4_1: [_D, _MIN, ("quants", "<u4", 4)],
-        dtypes.Q5_0: [_D, ("high", "u1", 4), ("quants", "<u4", 4)],
-        dtypes.Q5_1: [_D, _MIN, ("high", "u1", 4), ("quants", "<u4", 4)],
-        dtypes.Q2_K: [("scales", "<u4", 4), ("quants", "u1", 64), _D, _MIN],
-        dtypes.Q3_K: [("high", "u1", 32), ("quants", "u1", 64), ("scales", "u1", 12), _D],
-        dtypes.Q4_K: [_D, _MIN, ("scales", "u1", 12), ("quants", "u1", 128)],
-        dtypes.Q5_K: [_D, _MIN, ("scales", "u1", 12), ("high", "u1", 32), ("quants", "u1", 128)],
-        dtypes.Q6_K: [("quants", "u1", 128), ("high", "u1", 64), ("scales", "u1", 16), _D],
-        dtypes.IQ4_NL: [_D, ("quants", "<u4", 4)],
-        dtypes.IQ4_XS: [_D, ("top", "<u2"), ("scales", "<u4", (1,)), ("quants", "<u4", 32)],
-        dtypes.MXFP4: [("e", "u1"), ("quants", "<u4", 4)],
-    }.items()
-}
-"""A block of each format, as structured numpy types."""
 _SCALES = ("d", "min", "top", "e")
 """Fields that go into the plane of scales, in this order."""
 
@@ -49,26 +30,32 @@ _LARGEST_EXPONENT = 252
 """With more, 12 · 2^(e - 128) is beyond the floats; 255 stands for NaN."""
 
 
-def block_bytes(dtype: DType) -> int:
-    """Bytes of one of GGML's blocks."""
-    return dtype.scale_bytes + dtype.quant_bytes
-
-
 def pack(rows: np.ndarray, source: DType, target: DType, lanes: int) -> np.ndarray:
     """Groups of `lanes` rows as uint8 [ceil(rows / lanes), group_bytes], last group padded.
 
-    `rows` uint8 [rows, row_bytes] holds GGML's blocks of format `source`. With another `target`
-    they are turned into numbers and packed as those. Raises ValueError as `quantize.pack` does.
+    `rows` of format `source` are raw bits of floats [rows, cols], or uint8 [rows, row_bytes] of
+    GGML's blocks. Those stay what they are where `target` is the same, else all are turned into
+    numbers and packed as that. Raises ValueError where a weight is NaN or infinite, or does not
+    fit.
     """
-    if source == target:
+    if source.is_block and source == target:
         return _reorder(rows, source, lanes)
-    step = max(1, _TILE_BYTES // (rows.shape[1] * lanes)) * lanes
+    if not source.is_block and target not in kquants.TARGETS:
+        return quantize.pack(rows, source, target, lanes)
+    step = max(1, _TILE_BYTES // (rows[0].nbytes * lanes)) * lanes
     tiles = (rows[first : first + step] for first in range(0, len(rows), step))
-    packed = [
-        quantize.pack(dequantize(tile, source).view(np.uint32), F32, target, lanes)
-        for tile in tiles
-    ]
-    return np.concatenate(packed)
+    return np.concatenate([_requantised(tile, source, target, lanes) for tile in tiles])
+
+
+def _requantised(rows: np.ndarray, source: DType, target: DType, lanes: int) -> np.ndarray:
+    if source.is_block:
+        values = dequantize(rows, source)
+    else:
+        quantize.check_finite(rows, source)
+        values = quantize.to_f32(rows, source)
+    if target in kquants.TARGETS:
+        return _reorder(kquants.quantize(values, target), target, lanes)
+    return quantize.pack(values.view(np.uint32), F32, target, lanes)
 
 
 def dequantize(rows: np.ndarray, dtype: DType) -> np.ndarray:

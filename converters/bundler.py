@@ -18,7 +18,7 @@ from functools import cached_property
 
 import numpy as np
 
-from edgemem.dtypes import F16, F32, LANES, Q4_0, Q8_0, DType
+from edgemem.dtypes import BY_NAME, CONVERSIONS, F16, F32, LANES, Q8_0, DType
 from edgemem.errors import CheckpointError, UnsupportedError
 from edgemem.format import (
     NO_LAYER,
@@ -33,14 +33,13 @@ from edgemem.format import (
 from edgemem.spec import ModelSpec
 from edgemem.writer import StoreWriter
 
-from . import blocks, naming, neurons, quantize
+from . import blocks, kquants, naming, neurons
 from .checkpoint import Tensor
 from .configuration import Description
 from .families import OWN
 
-DTYPES = ("keep", "f16", "q8_0", "q4_0")
-_WEIGHTS = {"f16": F16, "q8_0": Q8_0, "q4_0": Q4_0}
-_TABLES = {"f16": F16, "q8_0": Q8_0, "q4_0": Q8_0}
+_WEIGHTS = {name: BY_NAME[name] for name in CONVERSIONS if name != "keep"}
+_TABLES = {name: F16 if name == "f16" else Q8_0 for name in _WEIGHTS}
 """Vocabulary tables stay at 8 bits: errors in them reach every logit."""
 
 _KEPT = ("router", "shared_gate")
@@ -91,11 +90,13 @@ class PlannedBundle:
 
 @dataclass(frozen=True)
 class Plan:
-    """All bundles of a store in file order. `spec` is the config's, corrected by what is there."""
+    """All bundles of a store in file order. `spec` is the config's, corrected by what is there;
+    `notes` are lines for people: which matrices are not in the number format that was asked for."""
 
     spec: ModelSpec
     bundles: tuple[PlannedBundle, ...]
     parameters: int
+    notes: tuple[str, ...] = ()
 
     @property
     def payload_bytes(self) -> int:
@@ -128,6 +129,7 @@ class _Planner:
         self.prefix = naming.prefix_of(tensors, self.names.EMBED, self.names.PREFIXES)
         self.used: set[str] = set()
         self.missing: list[str] = []
+        self.broken: dict[str, int] = {}
         self.layouts: dict[tuple, Layout] = {}
         self.parts: dict[tuple[Kind, int], tuple[Part, ...]] = {}
 
@@ -145,7 +147,7 @@ class _Planner:
         self._check_names()
         bundles = self._of_one_class(bundles)
         parameters = sum(self.tensors[name].elements for name in self.used)
-        return Plan(spec, tuple(bundles), parameters)
+        return Plan(spec, tuple(bundles), parameters, tuple(self._notes()))
 
     def _tables(self) -> tuple[Tensor | None, Tensor | None]:
         """The embedding and output tables; one and the same if tied.
@@ -263,7 +265,21 @@ class _Planner:
             return F32
         if self.dtype == "keep" or part.name in _KEPT:
             return tensor.dtype
-        return _WEIGHTS[self.dtype]
+        target = _WEIGHTS[self.dtype]
+        if target not in kquants.FALLBACKS or part.cols % target.block == 0:
+            return target
+        self.broken[tensor.name] = part.cols
+        return kquants.FALLBACKS[target]
+
+    def _notes(self) -> Iterator[str]:
+        if self.broken:
+            target = _WEIGHTS[self.dtype]
+            name, cols = next(iter(self.broken.items()))
+            more = f", and {len(self.broken) - 1} more" if len(self.broken) > 1 else ""
+            yield (
+                f"{kquants.FALLBACKS[target].name} instead of {target.name}, whose blocks have "
+                f"{target.block} columns: for {name:.200}, which has {cols}{more}"
+            )
 
     def _take(self, candidates: list[naming.Source]) -> tuple[Tensor, naming.Source] | None:
         """The first candidate that is there; its shape and type must be right."""
@@ -386,9 +402,8 @@ class _Chunk:
     def pack(self) -> np.ndarray:
         tensor, segment = self.piece.tensor, self.piece.segment
         bits, dtype = self.piece.source.read(tensor, self.first, self.count)
-        pack = blocks.pack if dtype.is_block else quantize.pack
         try:
-            return pack(bits, dtype, segment.dtype, segment.lanes)
+            return blocks.pack(bits, dtype, segment.dtype, segment.lanes)
         except ValueError as error:
             raise CheckpointError(f"converting tensor {tensor.name}: {error}") from None
 

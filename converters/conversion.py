@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgemem import __version__
+from edgemem.dtypes import CONVERSIONS
 from edgemem.errors import StoreError, UnsupportedError
 from edgemem.format import MAGIC, check_page_size
 from edgemem.memory import peak_bytes
@@ -28,7 +29,8 @@ from .configuration import describe
 class ConversionReport:
     """What a conversion did. `peak_rss_bytes` is the whole process's, 0 where it is not known.
 
-    `notes` are lines for people: what the checkpoint says and the store leaves out.
+    `notes` are lines for people: what the checkpoint says and the store leaves out, and which
+    matrices are in another number format than was asked for.
     """
 
     source: str
@@ -56,10 +58,12 @@ def convert(
 ) -> ConversionReport:
     """Convert a checkpoint, a Hugging Face folder or a GGUF file, into the store `target`.
 
-    `dtype` is "keep" (weights as they are), "f16", "q8_0" or "q4_0": it applies to the matrices of
-    attention and FFN; norms and biases become f32, routers stay as they are, vocabulary tables
-    become f16 or q8_0. With `neurons` FFNs are taken apart, so that neurons that rest are neither
-    read nor multiplied: with ReLU of themselves, else below thresholds that are to be calibrated.
+    `dtype` is "keep" (weights as they are), "f16", or blocks: "q8_0", "q4_0", or "q6_k" to "q2_k",
+    whose scales are searched for (kquants.py). It applies to the matrices of attention and FFN;
+    those whose rows are no whole blocks become what `notes` say; norms and biases become f32,
+    routers stay as they are, vocabulary tables become f16 or q8_0. With `neurons` FFNs are taken
+    apart, so that neurons that rest are neither read nor multiplied: with ReLU of themselves, else
+    below thresholds that are to be calibrated.
     `progress(done_bytes, total_bytes)` is called as it goes. Everything that can be checked is
     checked before the first byte is written, and a conversion that fails or is interrupted leaves
     nothing behind. Raises ValueError for a bad argument, CheckpointError, UnsupportedError and
@@ -67,8 +71,8 @@ def convert(
     """
     started = time.perf_counter()
     source, target = Path(source), Path(target)
-    if dtype not in bundler.DTYPES:
-        raise ValueError(f"dtype {dtype!r} is none of {', '.join(bundler.DTYPES)}")
+    if dtype not in CONVERSIONS:
+        raise ValueError(f"dtype {dtype!r} is none of {', '.join(CONVERSIONS)}")
     check_page_size(page_size)
     check_target(target, force)
     _check_apart(source, target)
@@ -100,7 +104,7 @@ def convert(
             store_bytes=size,
             seconds=time.perf_counter() - started,
             peak_rss_bytes=peak_bytes(),
-            notes=(*description.notes, *_neuron_notes(plan.spec)),
+            notes=(*description.notes, *plan.notes, *_neuron_notes(plan.spec)),
         )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from edgemem._native import crc32c
-from edgemem.dtypes import F32, DType
+from edgemem.dtypes import F32, GGUF_BLOCKS, DType
 from edgemem.errors import CheckpointError
 from edgemem.format import Kind, Part, Segment, bundle_parts
 from edgemem.spec import ModelSpec
@@ -103,6 +103,10 @@ def obstacle(spec: ModelSpec, tensors: list[Tensor], target: DType | None) -> st
     block = next((t for t in tensors if t.dtype.is_block), None)
     if block is not None:
         return f"tensor {block.name} is in blocks of {block.dtype.name}, which lie across neurons"
+    if target in GGUF_BLOCKS:
+        return (
+            f"neurons are read row by row, which {target.name} is not made for; choose q8_0 or q4_0"
+        )
     if target is not None and spec.hidden % target.block:
         return f"rows of {spec.hidden} are not whole blocks of {target.name}"
     return None

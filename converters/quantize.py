@@ -1,5 +1,4 @@
-"""From rows of a checkpoint's tensor to the bytes of a store: number formats, quantisation,
-packing.
+"""From rows of floats to the bytes of a store: floats of any format, q8_0 and q4_0.
 
 Rows come as raw bits (uint16 or uint32, one row of the tensor per row of the array) and leave as
 whole groups of `lanes` rows in the order that `edgemem/FORMAT.md` draws. Quantisation is GGML's,

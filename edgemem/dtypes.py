@@ -59,10 +59,13 @@ U32 = DType("u32", -1, 1, 0, 4)
 """Not of weights: the checksums of rows."""
 
 GGUF_BLOCKS = (Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4)
-"""Taken over from GGUF files as they are; nothing here quantises to them."""
+"""Those of GGUF files; rows of neurons are not in them."""
 
 BY_NAME = {d.name: d for d in (F32, F16, BF16, Q8_0, Q4_0, *GGUF_BLOCKS)}
 BY_CODE = {d.code: d for d in BY_NAME.values()}
+
+CONVERSIONS = ("keep", "f16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "q3_k", "q2_k")
+"""What the matrices of a checkpoint may become; "keep" leaves them what they are."""
 
 MULTIPLIED = (F32, F16, BF16, Q8_0, Q4_0)
 """Formats that processors multiply at paces of their own; all other blocks are unpacked and

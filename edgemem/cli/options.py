@@ -13,13 +13,12 @@ from pathlib import Path
 
 import click
 
-from ..dtypes import KV_TYPES
+from ..dtypes import CONVERSIONS, KV_TYPES
 
 PATH = click.Path(path_type=Path, readable=False)
 """Any path: what cannot be opened is for the library to say."""
 
-DTYPE = click.Choice(["keep", "f16", "q8_0", "q4_0"])
-"""Number formats that the converter makes."""
+DTYPE = click.Choice(CONVERSIONS)
 
 STORE = click.argument("store", type=PATH)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")

@@ -143,7 +143,7 @@ def test_templates_and_sampling_travel(tmp_path, seed_base):
         assert store.provenance["checkpoint"] == "m.gguf"
 
 
-@pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0", "q4_k"])
 def test_requantising_is_that_of_the_checkpoint(dtype, tmp_path, seed_base):
     facts = tiny_gguf.facts("qwen3_moe", 0, blocks=32)
     model = tiny.write(tmp_path / "hf", "qwen3_moe", seed_base, dtype="F32", **facts)

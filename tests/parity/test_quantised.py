@@ -36,6 +36,19 @@ def test_the_engine_computes_what_the_store_means(
         assert oracle.relative_error(engine.logits(model.ids), expected) <= BOUND
 
 
+@pytest.mark.parametrize("dtype", ("q6_k", "q4_k", "q2_k"))
+@pytest.mark.parametrize("blocks", (0, 256))
+def test_searched_blocks_are_computed_with(dtype, blocks, tmp_path, convert_store, seed_base):
+    """Also what rows get that are not whole blocks: llamas that `tiny` draws have such rows."""
+    facts = tiny_gguf.facts("llama", 0, blocks=256) if blocks else {}
+    model = tiny.write(tmp_path / "model", "llama", seed_base + 520, **facts)
+    path = convert_store(model.folder, dtype)
+    with Store.open(path) as store:
+        expected = Forward(store.spec, StoreWeights(store), "f16").feed(model.ids)
+    with edgemem.load(path, context=tiny.IDS_COUNT, threads=1) as engine:
+        assert oracle.relative_error(engine.logits(model.ids), expected) <= BOUND
+
+
 KINDS = (*tiny_gguf.BLOCKS, tiny_gguf.q4_k_m, tiny_gguf.of_every_type)
 
 

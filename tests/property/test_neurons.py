@@ -217,6 +217,13 @@ def test_a_missing_matrix_is_named_once(tmp_path):
     assert str(error.value).count("0.fc2.weight") == 1
 
 
+def test_blocks_of_256_columns_are_refused(tmp_path, seed_base):
+    model = relu(tmp_path / "model", KINDS[0], seed_base, hidden=256, n_heads=4, n_kv_heads=4,
+                 head_dim=64)  # fmt: skip
+    with pytest.raises(UnsupportedError, match="row by row, which q4_k is not made for; choose"):
+        converters.convert(model.folder, tmp_path / "a", dtype="q4_k", neurons=True)
+
+
 @pytest.mark.parametrize("dtype", ("keep", "q8_0", "q4_0"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_weight_arrives(kind, dtype, tmp_path, seed_base):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import tiny_gguf
 
 from edgemem import converters
 from edgemem.errors import CheckpointError, EdgeMemError, StoreError, UnsupportedError
@@ -58,12 +59,21 @@ def test_every_weight_arrives(tmp_path, model_type, seed):
         assert report.bundles == len(store.entries)
 
 
-@pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])
+STEPS = {
+    "f16": 2**-11, "q8_0": 1 / 200, "q6_k": 1 / 40, "q5_k": 1 / 20, "q4_k": 1 / 10, "q4_0": 1 / 7.5,
+    "q3_k": 1 / 4, "q2_k": 1 / 2,
+}  # fmt: skip
+"""The largest error, as a share of the largest weight."""
+
+
+@pytest.mark.parametrize("dtype", STEPS)
 @pytest.mark.parametrize("model_type", ["llama", "qwen2_moe"])
 def test_which_segments_change_format(tmp_path, dtype, model_type):
-    model = tiny.write(tmp_path / "model", model_type, 5, dtype="BF16", tied=False)
-    converters.convert(model.folder, tmp_path / "a", dtype)
-    step = {"f16": 2**-11, "q8_0": 1 / 200, "q4_0": 1 / 7.5}[dtype]  # of a block's largest weight
+    whole = tiny_gguf.facts(model_type, 5, blocks=256) if dtype.endswith("_k") else {}
+    model = tiny.write(tmp_path / "model", model_type, 5, dtype="BF16", **whole | {"tied": False})
+    report = converters.convert(model.folder, tmp_path / "a", dtype)
+    step = STEPS[dtype]
+    assert not report.notes
     with Store.open(tmp_path / "a") as store:
         assert store.recipe["dtype"] == dtype
         changed = StoreWeights(store)
@@ -74,7 +84,7 @@ def test_which_segments_change_format(tmp_path, dtype, model_type):
                     wanted = "f32"
                 elif segment.name in ("router", "shared_gate"):
                     wanted = "bf16"
-                elif segment.name == "rows" and dtype == "q4_0":
+                elif segment.name == "rows" and dtype != "f16":
                     wanted = "q8_0"
                 assert segment.dtype.name == wanted, segment.name
         for (kind, layer, index), bundle in model.weights.bundles.items():
@@ -83,6 +93,28 @@ def test_which_segments_change_format(tmp_path, dtype, model_type):
                 found = changed.bundle(bundle_id)[name].reshape(value.shape)
                 tolerance = 0 if value.ndim == 1 else step
                 assert np.abs(found - value).max() <= tolerance * np.abs(value).max()
+
+
+@pytest.mark.parametrize("dtype, other", [
+    ("q6_k", "q8_0"), ("q5_k", "q8_0"), ("q4_k", "q5_0"), ("q3_k", "q4_0"), ("q2_k", "q4_0"),
+])  # fmt: skip
+def test_rows_that_are_not_whole_blocks_have_another_format(dtype, other, tmp_path):
+    """Of one matrix, whose rows are as long as the FFN is wide; the report names it."""
+    facts = tiny_gguf.facts("llama", 0, blocks=256) | {"intermediate": 300, "tied": False}
+    model = tiny.write(tmp_path / "model", "llama", 3, dtype="F32", **facts)
+    (note,) = converters.convert(model.folder, tmp_path / "a", dtype).notes
+    assert note == (
+        f"{other} instead of {dtype}, whose blocks have 256 columns: for "
+        "model.layers.0.mlp.down_proj.weight, which has 300, and 1 more"
+    )
+    with Store.open(tmp_path / "a") as store:
+        assert store.verify().ok
+        for layer in range(2):
+            layout = store.layout_of(int(store.find(Kind.FFN, layer)[0]))
+            assert layout["down"].dtype.name == other
+            assert layout["up"].dtype.name == layout["gate"].dtype.name == dtype
+            found, down = StoreWeights(store).ffn(layer), model.weights.ffn(layer)["down"]
+            assert np.abs(found["down"] - down).max() <= STEPS["q4_0"] * np.abs(down).max()
 
 
 def test_a_real_checkpoint_is_kept_bit_for_bit(shared, convert_store):
@@ -298,6 +330,7 @@ def test_weights_beyond_the_format_are_named(llama, tmp_path):
     refused(llama, tmp_path, f"tensor {name}: .*beyond f16", dtype="f16")
     refused(llama, tmp_path, f"tensor {name}: .*too large to quantise", dtype="q8_0")
     refused(llama, tmp_path, f"tensor {name}: .*too large to quantise", dtype="q4_0")
+    refused(llama, tmp_path, f"tensor {name}: .*too large to quantise", dtype="q4_k")
     converters.convert(llama.folder, tmp_path / "kept")
 
 
