@@ -167,10 +167,10 @@ def write(path: Path, model: "tiny.Tiny", kind=Type.F32, split: int = 0, more=No
     spec = model.spec
     arch = architecture(spec.model_type)
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
-    _write_metadata(writer, spec)
+    write_metadata(writer, spec)
     if spec.model_type in FAMILIES:
         FAMILIES[spec.model_type].gguf_keys(writer, spec)
-    _write_vocabulary(writer, spec)
+    write_vocabulary(writer, spec)
     if more:
         more(writer)
     for name, values in tensors(spec, model.weights).items():
@@ -188,7 +188,8 @@ def write(path: Path, model: "tiny.Tiny", kind=Type.F32, split: int = 0, more=No
     return min(path.parent.glob(f"{path.stem}-*-of-*.gguf")) if split else path
 
 
-def _write_metadata(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
+def write_metadata(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
+    """The keys that say what shape a model of tiny's own types has."""
     writer.add_block_count(spec.n_layers)
     writer.add_context_length(spec.max_positions)
     writer.add_embedding_length(spec.hidden)
@@ -223,7 +224,7 @@ def _write_metadata(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
         writer.add_expert_shared_feed_forward_length(spec.shared_intermediate)
 
 
-def _write_vocabulary(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
+def write_vocabulary(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
     """The tokenizer of `tiny` (two control tokens, the 256 bytes), one merge since llama.cpp wants
     some, padding up to the vocabulary."""
     texts = ["<s>", "</s>", *tiny.byte_letters(), "th"]

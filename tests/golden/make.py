@@ -2,8 +2,8 @@
 version).
 
 Each is converted from a checkpoint whose weights are painted so that the store's number format
-holds them exactly. A golden store is never made again: a new version of the format adds new ones,
-and the old ones must go on opening.
+holds them exactly (`mixed.py`: in all formats of GGUF's blocks). A golden store is never made
+again: a new version of the format adds new ones, and the old ones must go on opening.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import mixed
 import tiny
 from edgemem.converters import calibrated, naming
 from edgemem.converters.configuration import describe
@@ -48,6 +49,7 @@ _CONFIGS = {
         "model_type": "llama", "num_hidden_layers": 2, "hidden_act": "relu", "hidden_size": 64,
         "mlp_bias": True,
     },
+    "mixed": mixed.CONFIG,
     "resting": {
         "model_type": "llama", "num_hidden_layers": 1, "hidden_size": 64,
         "tie_word_embeddings": True,
@@ -92,6 +94,8 @@ class Golden:
 
     def convert(self, source: Path, target: Path) -> None:
         """As the golden store was made."""
+        if self.source == "GGUF":
+            source = source / "painted.gguf"
         if not self.spec.ranks and not self.spec.thresholds:
             converters.convert(source, target, self.dtype, neurons=self.neurons)
             return
@@ -116,6 +120,7 @@ GOLDEN = (
     Golden("neurons", "F16", "q8_0"),
     Golden("foretold", "F16", "q8_0"),
     Golden("resting", "F16", "keep"),
+    Golden("mixed", "GGUF", "keep"),
     Golden("routed", "BF16", "keep"),
     Golden("routed", "BF16", "q8_0"),
     Golden("routed", "BF16", "q4_0"),
@@ -136,6 +141,8 @@ def paint(seed: int, rows: int, cols: int, steps: int) -> np.ndarray:
 
 def weights(golden: Golden) -> dict[tuple[Kind, int, int], dict[str, np.ndarray]]:
     """Every weight by bundle and segment; the vocabulary tables under (EMBED or HEAD, 0, 0)."""
+    if golden.source == "GGUF":
+        return mixed.weights(golden.spec)
     spec, biases = golden.spec, describe(golden.config, {}).biases
     steps = 8 if golden.dtype == "q4_0" else 128
     found: dict = {}
@@ -159,6 +166,10 @@ def weights(golden: Golden) -> dict[tuple[Kind, int, int], dict[str, np.ndarray]
 def write_checkpoint(golden: Golden, folder: Path) -> None:
     """The painted weights as a checkpoint directory."""
     spec = describe(golden.config, {}).spec
+    folder.mkdir(parents=True, exist_ok=True)
+    if golden.source == "GGUF":
+        mixed.write(spec, folder / "painted.gguf")
+        return
     tensors = {}
     for (kind, layer, index), bundle in weights(golden).items():
         if kind == Kind.PREDICTOR:
@@ -174,7 +185,6 @@ def write_checkpoint(golden: Golden, folder: Path) -> None:
             parts = {p.name: p for p in bundle_parts(spec, kind, layer)}
             source = naming.sources(spec, "model.", kind, layer, index, parts[name])[0]
             tensors[source.tensor] = value.reshape(source.shape)
-    folder.mkdir(parents=True, exist_ok=True)
     tiny.write_safetensors(folder / "model.safetensors", tensors, sorted(tensors), golden.source)
     tiny.write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(golden.config))
