@@ -21,8 +21,8 @@ from edgemem.format import Kind, Part, Segment
 
 _SHARD_BYTES = 4 << 30
 _HF_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
-_JOINED = ("falcon", "gpt_oss")
-"""Types whose folders have segments in turns within one tensor."""
+_STORES_ALONE = ("falcon", "gemma2", "gpt_oss")
+"""Types whose folders have segments in turns within one tensor, or norms that count from 1."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def write_folder(config: dict, folder: Path, dtype: str, seed: int = 0) -> int:
     if dtype not in _HF_TYPES:
         raise ValueError(f"a folder holds bf16 or f16, not {dtype}; write a store or a GGUF file")
     weights = Weights(describe(config, {}), seed, dtype)
-    _check_names(weights, "a folder", _JOINED)
+    _check_names(weights, "a folder", _STORES_ALONE)
     folder.mkdir(parents=True, exist_ok=True)
     config = config | {"torch_dtype": {"bf16": "bfloat16", "f16": "float16"}[dtype]}
     (folder / "config.json").write_text(json.dumps(config, indent=1))

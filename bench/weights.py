@@ -76,7 +76,7 @@ _CACHED_WORDS = 1 << 13
 _NAMES = (
     "rows", "q", "k", "v", "o", "gate", "up", "down", "router", "shared_gate", "q_bias", "k_bias",
     "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias", "attn_norm_bias", "ffn_norm_bias",
-    "norm_bias", "positions", "neurons", "sinks", "router_logit_bias",
+    "norm_bias", "positions", "neurons", "sinks", "router_logit_bias", "router_bias", "head_bias",
 )  # fmt: skip
 """A segment's place here is part of its seed."""
 
@@ -190,12 +190,13 @@ class Weights:
         spec, name = self.spec, segment.name
         stream = sqrt(1 + COMMON**2)
         if name == "rows":
-            return 1.0 if kind == Kind.EMBED or spec.tied else 1 / sqrt(spec.hidden)
+            embeds = kind == Kind.EMBED or spec.tied
+            return 1 / spec.embedding_scale if embeds else 1 / sqrt(spec.hidden)
         if name == "o":
             return ADDED * stream / (0.8 * sqrt(segment.cols))  # mixed values: length about 0.8
         if name in ("down", "neurons"):
             experts = sqrt(spec.top_k) if kind == Kind.EXPERT else 1.0
-            shares = 1.0 if spec.normalize_top_k or kind != Kind.EXPERT else 0.4
+            shares = self._shares() if kind == Kind.EXPERT else 1.0
             length = 0.09 if self._sparse else 0.6 * shares  # of max(0, u − THRESHOLD); silu(g)·u
             if spec.activation in GATES:
                 length = 0.9  # of gelu_quick(g)·(1 + u)
@@ -207,6 +208,13 @@ class Weights:
             return {"positions": 0.1, "sinks": 1.0}[name]
         return 0.1 if name.endswith("bias") else 1 / sqrt(segment.cols)
 
+    def _shares(self) -> float:
+        """About what the weights of a token's experts add up to."""
+        spec = self.spec
+        if spec.scoring == "sparsemixer":
+            return 2.0 * 0.8  # each is nearly the only one of those that come close
+        return spec.routed_scale * (1.0 if spec.normalize_top_k else 0.4)
+
     def _vector(self, tile: Tile) -> np.ndarray:
         """A norm's weight or a bias: f32 that bf16 holds exactly."""
         segment = tile.segment
@@ -214,9 +222,15 @@ class Weights:
             mean = -THRESHOLD if segment.name == "up_bias" and self._sparse else 0.0
             index = np.random.default_rng(tile.key).integers(0, 256, (tile.rows, segment.cols))
             return _normal_bf16(tile.std, mean)[index].astype(np.uint32) << 16
-        value = TIED_LOGITS / sqrt(segment.cols) if segment.name == "norm" and self.spec.tied else 1
-        bits = np.full((1, segment.cols), value, np.float32).view(np.uint32)
-        return bits & np.uint32(0xFFFF0000)
+        value = 1.0
+        if segment.name == "norm" and self.spec.tied:
+            value = TIED_LOGITS * self.spec.embedding_scale / sqrt(segment.cols)
+        if segment.name in ("attn_post_norm", "ffn_post_norm"):
+            value = ADDED * sqrt(1 + COMMON**2)  # of a block's output, whatever its length was
+        values = np.full((1, segment.cols), value, np.float32)
+        if segment.name == "norm" and self.spec.tied and self.spec.logit_cap:
+            values[:, 1::2] *= -1  # else what all embeddings share would drive all to the cap
+        return values.view(np.uint32) & np.uint32(0xFFFF0000)
 
     def _floats(self, tile: Tile, bits: np.random.SFC64, groups: int) -> np.ndarray:
         """Each weight is one of 256 quantiles of the normal distribution, times its deviation."""

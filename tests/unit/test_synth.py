@@ -45,7 +45,14 @@ SMALL_OPT = {
     "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96, "num_attention_heads": 4,
     "num_hidden_layers": 2, "vocab_size": 275, "max_position_embeddings": 50,
 }  # fmt: skip
-FOLDERS = CONFIGS | {"opt": SHAPES["opt-1.3b"] | SMALL_OPT}
+OWN = {
+    "gemma2": SHAPES["gemma-2-2b"] | SMALL,
+    "phimoe": SHAPES["phi-3.5-moe"] | SMALL | {"num_local_experts": 5},
+    "glm4_moe": SHAPES["glm-4.5-air"] | SMALL | {"n_routed_experts": 5, "moe_intermediate_size": 32,
+                                                 "num_experts_per_tok": 2},
+}  # fmt: skip
+FOLDERS = CONFIGS | {name: OWN[name] for name in ("phimoe", "glm4_moe")}
+FOLDERS |= {"opt": SHAPES["opt-1.3b"] | SMALL_OPT}
 
 
 def pages(store: Store) -> list:
@@ -176,6 +183,31 @@ def test_few_neurons_of_an_opt_are_active_and_mostly_the_same_ones(tmp_path, neu
         assert again > 5 * layer.mean(), "what was active is likelier to be active again"
 
 
+@pytest.mark.parametrize("name", OWN)
+def test_blocks_add_a_few_per_cent_and_routers_have_favourites(tmp_path, name):
+    large = {"hidden_size": 256, "num_hidden_layers": 3, "vocab_size": 512}
+    write(OWN[name] | large, tmp_path / "a.edgemem", "q8_0", seed=3)
+    added, routers = [], []
+
+    def watch(layer: int, name: str, value: np.ndarray) -> None:
+        if name in ("attention", "ffn"):
+            added.append(np.sqrt((value**2).mean()) / np.sqrt(1 + COMMON**2))
+        elif name == "router":
+            routers.append(value)
+
+    with Store.open(tmp_path / "a.edgemem") as store:
+        assert store.verify().ok
+        ids = np.random.default_rng(1).integers(2, 512, 32)
+        forward = Forward(store.spec, StoreWeights(store), watch=watch)
+        logits, cap = forward.feed(ids), store.spec.logit_cap
+        assert len(routers) == sum(store.spec.routed)
+    assert len(added) == 6 and 0.02 < min(added) and max(added) < 0.12
+    assert 0.5 < logits.std() < 6 and np.abs(logits).max() < (0.9 * cap or np.inf)
+    for found in routers:
+        static, varying = found.mean(axis=0).std(), (found - found.mean(axis=0)).std()
+        assert static > 0.4 and varying > 0.3
+
+
 def test_q4_0_uses_the_nibbles_1_to_15_alike():
     weights = Weights(describe(CONFIGS["olmoe"] | {"hidden_size": 1024}, {}), 0, "q4_0")
     s = weights.layout(Kind.EXPERT, 0)["gate"]
@@ -239,6 +271,8 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     for form, name, config in (
         ("a folder of type falcon", "folder", falcon),
         ("a folder of type gpt_oss", "folder", SHAPES["gpt-oss-20b"]),
+        ("a folder of type gemma2", "folder", OWN["gemma2"]),
+        ("a GGUF file of type phimoe", "z.gguf", OWN["phimoe"]),
         ("a GGUF file of type falcon", "z.gguf", falcon),
         ("a GGUF file of type opt", "z.gguf", SHAPES["opt-6.7b"]),
     ):
