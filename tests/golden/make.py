@@ -2,7 +2,7 @@
 version).
 
 Each is converted from a checkpoint whose weights are painted so that the store's number format
-holds them exactly (`mixed.py`: in all formats of GGUF's blocks). A golden store is never made
+holds them exactly (`mixed_gguf.py`: in all formats of GGUF's blocks). A golden store is never made
 again: a new version of the format adds new ones, and the old ones must go on opening.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import mixed
+import mixed_gguf
 import tiny
 from edgemem.converters import calibrated, naming
 from edgemem.converters.configuration import describe
@@ -49,7 +49,7 @@ _CONFIGS = {
         "model_type": "llama", "num_hidden_layers": 2, "hidden_act": "relu", "hidden_size": 64,
         "mlp_bias": True,
     },
-    "mixed": mixed.CONFIG,
+    "mixed": mixed_gguf.CONFIG,
     "resting": {
         "model_type": "llama", "num_hidden_layers": 1, "hidden_size": 64,
         "tie_word_embeddings": True,
@@ -142,7 +142,7 @@ def paint(seed: int, rows: int, cols: int, steps: int) -> np.ndarray:
 def weights(golden: Golden) -> dict[tuple[Kind, int, int], dict[str, np.ndarray]]:
     """Every weight by bundle and segment; the vocabulary tables under (EMBED or HEAD, 0, 0)."""
     if golden.source == "GGUF":
-        return mixed.weights(golden.spec)
+        return mixed_gguf.weights(golden.spec)
     spec, biases = golden.spec, describe(golden.config, {}).biases
     steps = 8 if golden.dtype == "q4_0" else 128
     found: dict = {}
@@ -168,7 +168,7 @@ def write_checkpoint(golden: Golden, folder: Path) -> None:
     spec = describe(golden.config, {}).spec
     folder.mkdir(parents=True, exist_ok=True)
     if golden.source == "GGUF":
-        mixed.write(spec, folder / "painted.gguf")
+        mixed_gguf.write(spec, folder / "painted.gguf")
         return
     tensors = {}
     for (kind, layer, index), bundle in weights(golden).items():
