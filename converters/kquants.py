@@ -91,8 +91,9 @@ def _whole_blocks(values: np.ndarray, block: int) -> np.ndarray:
 
 def _quantised(values: np.ndarray, dtype: DType) -> np.ndarray:
     form, count = _FORMS[dtype], len(values)
-    reach = max(map(abs, form.scales)) * max(map(abs, form.quants))
-    if np.abs(values).max() > _MOST_F16 * max(reach, form.minima):
+    most = _MOST_F16 * max(map(abs, form.scales)) * max(map(abs, form.quants))
+    least = -_MOST_F16 * form.minima if form.minima else -most
+    if values.max() > most or values.min() < least:
         raise ValueError("its weights are too large to quantise; keep the number format")
     # numpy adds up a lone column in another order than columns side by side.
     x = np.zeros((values.shape[1] // form.parts, form.parts, max(2, count)), np.float32)

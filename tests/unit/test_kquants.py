@@ -222,8 +222,13 @@ def test_weights_beyond_the_format_are_refused(dtype):
     most = 65504 * kind * {Q2_K: 15, Q3_K: 32, Q4_K: 63, Q5_K: 63, Q6_K: 128}.get(dtype, 1)
     x = np.full((1, dtype.block), 3e-3, f32)
     x[0, 3] = most
-    assert np.isfinite(values_of(kquants.quantize(x, dtype), dtype)).all()
-    for value in (1.01 * most, 3e38, -3e38):
+    found = values_of(kquants.quantize(x, dtype), dtype)
+    assert np.isfinite(found).all() and found[0, 3] == pytest.approx(most, rel=0.3)
+    least = {Q2_K: -65504 * 15, Q4_K: -65504 * 63, Q5_K: -65504 * 63}.get(dtype, -most)
+    x[0, 3] = least
+    found = values_of(kquants.quantize(x, dtype), dtype)
+    assert found[0, 3] == pytest.approx(least, rel=0.3)
+    for value in (1.01 * most, 1.01 * least, 3e38, -3e38):
         x[0, 3] = value
         with pytest.raises(ValueError, match="too large to quantise"):
             kquants.quantize(x, dtype)
