@@ -2,9 +2,9 @@
 
 The target's name says which form is written: `*.edgemem` a store, `*.gguf` a GGUF file, anything
 else a Hugging Face folder. All forms of one shape, seed and dtype hold the same values (a folder
-has bf16 or f16 only; opt, phimoe and glm4_moe have no GGUF file, falcon, gemma2 and gpt-oss, whose
-experts are in MXFP4, come as stores alone). Nothing is held but
-a few tiles, so size is bounded by the disk alone.
+has bf16 or f16 only; opt, phimoe and glm4_moe have no GGUF file; falcon, gemma2, deepseek and
+gpt-oss, whose experts are in MXFP4, come as stores alone). Nothing is held but a few tiles, so size
+is bounded by the disk alone.
 """
 
 import argparse

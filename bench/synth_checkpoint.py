@@ -21,8 +21,9 @@ from edgemem.format import Kind, Part, Segment
 
 _SHARD_BYTES = 4 << 30
 _HF_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
-_STORES_ALONE = ("falcon", "gemma2", "gpt_oss")
-"""Types whose folders have segments in turns within one tensor, or norms that count from 1."""
+_STORES_ALONE = ("falcon", "gemma2", "gpt_oss", "deepseek_v2", "deepseek_v3")
+"""Types whose folders have segments in turns within one tensor or in another order, or norms that
+count from 1."""
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ _NAMES = (
     "rows", "q", "k", "v", "o", "gate", "up", "down", "router", "shared_gate", "q_bias", "k_bias",
     "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias", "attn_norm_bias", "ffn_norm_bias",
     "norm_bias", "positions", "neurons", "sinks", "router_logit_bias", "router_bias", "head_bias",
+    "q_down", "latent", "absorb", "expand",
 )  # fmt: skip
 """A segment's place here is part of its seed."""
 
@@ -206,6 +207,8 @@ class Weights:
             return ROUTER_SPREAD / sqrt(segment.cols)
         if name in ("positions", "sinks"):
             return {"positions": 0.1, "sinks": 1.0}[name]
+        if name == "absorb":  # a part of a matrix of latents, turned around
+            return 1 / sqrt(spec.latent)
         return 0.1 if name.endswith("bias") else 1 / sqrt(segment.cols)
 
     def _shares(self) -> float:
@@ -322,7 +325,8 @@ def ahead(tiles: Iterable[Tile], work: Callable[[Tile], np.ndarray]) -> Iterator
 
 
 def _check_columns(spec: ModelSpec) -> None:
-    widths = [spec.hidden, spec.n_heads * spec.head_dim, spec.intermediate]
+    widths = [spec.hidden, spec.attended, spec.intermediate, spec.latent, spec.q_rank]
+    widths += [spec.head_dim - spec.rope.dims] if spec.latent else []
     widths += [spec.expert_intermediate, spec.shared_intermediate]
     if any(width % BLOCK for width in widths):
         raise ValueError(f"block formats want rows of whole blocks of {BLOCK}; these are {widths}")

@@ -213,7 +213,7 @@ class _Planner:
             where = self.names.sources(self.spec, self.prefix, kind, layer, index, part)
             taken = self._take(where)
             if taken:
-                dtype = self._format(part, taken[0])
+                dtype = self._format(part, *taken)
                 shapes.append((part.name, dtype, part.lanes, part.rows, part.cols))
                 found.append(taken)
         return self._planned(kind, layer, index, shapes, found)
@@ -260,11 +260,11 @@ class _Planner:
             for bundle in bundles
         ]
 
-    def _format(self, part: Part, tensor: Tensor) -> DType:
+    def _format(self, part: Part, tensor: Tensor, source: naming.Source) -> DType:
         if part.lanes == 1:
             return F32
         if self.dtype == "keep" or part.name in _KEPT:
-            return tensor.dtype
+            return source.dtype(tensor)
         target = _WEIGHTS[self.dtype]
         if target not in kquants.FALLBACKS or part.cols % target.block == 0:
             return target

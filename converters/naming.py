@@ -36,10 +36,11 @@ _MOE_BLOCKS = ("mlp", "block_sparse_moe")
 class Source:
     """Rows of a tensor that become a segment: `first_row` counts with leading axes taken as one.
 
-    They follow each other, or come in runs of `run` rows, each starting `stride` after the last, or
-    are every `step`-th. Of a vector they are elements; with `items` so many elements of the tensor,
-    whatever its axes. With `transposed` they are columns of the tensor, counted on through its
-    matrices. `plus` is added to all, in 32 bits: norms whose weight counts from 1.
+    They follow each other, or come in runs of `run` rows, each starting `stride` after the last, in
+    their order or in that of `order`, which says where in its run each row lies; or are every
+    `step`-th. Of a vector they are elements; with `items` so many elements of the tensor, whatever
+    its axes. With `transposed` they are columns of the tensor, counted on through its matrices.
+    `plus` is added to all, in 32 bits: norms whose weight counts from 1.
     """
 
     tensor: str
@@ -51,6 +52,11 @@ class Source:
     transposed: bool = False
     plus: float = 0.0
     step: int = 1
+    order: tuple[int, ...] = ()
+
+    def dtype(self, tensor: Tensor) -> DType:
+        """The number format of what `read` gives."""
+        return F32 if self.plus else tensor.dtype
 
     def spans(self, first: int, count: int) -> Iterator[tuple[int, int]]:
         """(first row, rows) in the tensor of the segment's rows [first, first + count), which are
@@ -61,6 +67,8 @@ class Source:
         while count > 0:
             turn, at = divmod(first, self.run) if self.run else (0, first)
             rows = min(count, self.run - at) if self.run else count
+            if self.order:
+                at, rows = self.order[at], 1
             yield self.first_row + turn * self.stride + at, rows
             first, count = first + rows, count - rows
 

@@ -127,11 +127,12 @@ def _attention_factor(rope: dict, factor: float) -> float:
     mscale, all_dim = rope.get("mscale") or 0, rope.get("mscale_all_dim") or 0
     if mscale and all_dim:
         scale, all_scale = finite("mscale", mscale), finite("mscale_all_dim", all_dim)
-        return _mscale(factor, scale) / _mscale(factor, all_scale)
-    return _mscale(factor, 1.0)
+        return yarn_mscale(factor, scale) / yarn_mscale(factor, all_scale)
+    return yarn_mscale(factor, 1.0)
 
 
-def _mscale(factor: float, scale: float) -> float:
+def yarn_mscale(factor: float, scale: float) -> float:
+    """By how much YaRN raises scores where positions reach `factor` times further."""
     value = 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
     if value <= 0:
         raise CheckpointError(f"config.json: mscale = {scale} is out of range")

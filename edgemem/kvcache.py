@@ -1,7 +1,8 @@
 """One session's keys and values: per layer, keys and then values, [n_kv_heads, context] rows.
 
-A row is one head's head_dim numbers. Values are rows; keys lie in groups of 16 rows, as weights do
-(FORMAT.md), so `context` is rounded up to 16. Numbers have one of three types:
+A row is one head's head_dim numbers; of a model with a latent a value is that, and as a key only
+what is rotated is kept, for the rest of it is the value. Values are rows; keys lie in groups of 16
+rows, as weights do (FORMAT.md), so `context` is rounded up to 16. Numbers have one of three types:
 
 * `f16`, the default: rounded to nearest even, zeros up to a multiple of 16.
 * `f32`: as they were computed, zeros up to a multiple of 16.
@@ -12,9 +13,11 @@ A row is one head's head_dim numbers. Values are rows; keys lie in groups of 16 
   is not finite. A number is read as d · q, which is exact.
 
 Attention reads all of them as float32, with the same sums in the same order, but for keys of q8_0:
-those are multiplied as q8_0 weights are, by queries that are rounded to such blocks too.
+those are multiplied as q8_0 weights are, by queries that are rounded to such blocks too. Latents
+are not.
 """
 
+import math
 import mmap
 
 from ._native import Slab, ffi, lib
@@ -22,14 +25,16 @@ from .dtypes import BY_NAME, LANES
 from .spec import ModelSpec
 
 
-def row_bytes(spec: ModelSpec, kv: str = "f16") -> int:
-    """Bytes of the keys, or values, of one token and head in the type `kv`."""
-    return lib.em_kv_row_bytes(BY_NAME[kv].code, spec.head_dim)
+def rows_bytes(spec: ModelSpec, kv: str = "f16") -> tuple[int, int]:
+    """Bytes of the key, and of the value, of one token and head in the type `kv`."""
+    key = spec.rope.dims if spec.latent else spec.head_dim
+    numbers = key, spec.latent or spec.head_dim
+    return tuple(lib.em_kv_row_bytes(BY_NAME[kv].code, n) for n in numbers)
 
 
 def token_bytes(spec: ModelSpec, kv: str = "f16") -> int:
     """Bytes of all keys and values of one token in the type `kv`."""
-    return spec.n_layers * 2 * spec.n_kv_heads * row_bytes(spec, kv)
+    return spec.n_layers * spec.n_kv_heads * sum(rows_bytes(spec, kv))
 
 
 def cache_bytes(spec: ModelSpec, context: int, kv: str = "f16") -> int:
@@ -42,8 +47,13 @@ def unused_bytes(spec: ModelSpec, context: int, kv: str, tokens: int) -> int:
     size = cache_bytes(spec, context, kv)
     if not tokens:
         return size
-    pages = -(-_rows(tokens) * row_bytes(spec, kv) // mmap.PAGESIZE) + 1
-    return max(0, size - 2 * spec.n_layers * spec.n_kv_heads * pages * mmap.PAGESIZE)
+    strips = [-(-_rows(tokens) * row // mmap.PAGESIZE) + 1 for row in rows_bytes(spec, kv)]
+    return max(0, size - spec.n_layers * spec.n_kv_heads * sum(strips) * mmap.PAGESIZE)
+
+
+def _scale(spec: ModelSpec) -> float:
+    """That of scores: keys may have other numbers than a head's queries are made of."""
+    return spec.attention_scale or (1 / math.sqrt(spec.head_dim) if spec.latent else 0.0)
 
 
 def _rows(tokens: int) -> int:
@@ -69,18 +79,18 @@ class KvCache:
         self._slab = Slab(cache_bytes(spec, context, kv), huge)
         self._spec, self._kv = spec, kv
         self._touched = 0
-        half = self._slab.bytes // (2 * spec.n_layers)
+        keys, values = (_rows(context) * spec.n_kv_heads * row for row in rows_bytes(spec, kv))
+        starts = [self._slab.address + i * (keys + values) for i in range(spec.n_layers)]
         self.layers = [
             ffi.new("em_attention *", {
-                "n_heads": spec.n_heads, "n_kv_heads": spec.n_kv_heads, "head_dim": spec.head_dim,
+                "n_heads": spec.n_heads, "n_kv_heads": spec.n_kv_heads, "head_dim": spec.key_dim,
                 "window": min(spec.windows[i], context), "kv_dtype": BY_NAME[kv].code,
-                "rotary": spec.ropes[spec.rope_of(i)].dims,
-                "scale": spec.attention_scale, "cap": spec.attention_cap,
+                "rotary": spec.ropes[spec.rope_of(i)].dims, "latent": spec.latent,
+                "scale": _scale(spec), "cap": spec.attention_cap,
                 "context": _rows(context),
-                "k_cache": ffi.cast("void *", self._slab.address + 2 * i * half),
-                "v_cache": ffi.cast("void *", self._slab.address + (2 * i + 1) * half),
+                "k_cache": ffi.cast("void *", start), "v_cache": ffi.cast("void *", start + keys),
             })
-            for i in range(spec.n_layers)
+            for i, start in enumerate(starts)
         ]  # fmt: skip
 
     @property

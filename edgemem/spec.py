@@ -20,6 +20,10 @@ QK_NORMS = ("none", "head", "full")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 SCORINGS = ("softmax", "sigmoid", "sparsemixer")
 MAX_GROUPS = 64
+LATENT_NORM_EPS = 1e-6
+"""What norms of latents and of narrow queries add before they divide, whatever `norm_eps` is."""
+HEAD_STEP = 16
+"""Where each head has rows of a matrix for itself, they are so many, or a multiple of it."""
 MAX_DIM = 1 << 24
 """No dimension of any model comes near this; a larger one is damage or an attack."""
 
@@ -100,6 +104,12 @@ class ModelSpec:
     `n_groups` > 1 groups of experts only the `top_groups` best are chosen from. Weights of those
     chosen are multiplied by `routed_scale`. A shared expert is gated, or weighs 1 without
     `shared_gated`.
+
+    With a `latent` (arXiv 2405.04434) all heads make their keys and values of one vector of so many
+    numbers a token, which is what is kept, together with a key that is rotated and that all heads
+    share: then there is one key/value head. Of a query's `head_dim` numbers the first `rope.dims`
+    meet that key, the others what a head makes of the latent; a value has `value_dim` numbers.
+    Queries are made by way of `q_rank` numbers, or directly (0).
     """
 
     model_type: str
@@ -150,6 +160,9 @@ class ModelSpec:
     routed_scale: float = 1.0
     shared_gated: bool = True
     sinks: bool = False
+    latent: int = 0
+    value_dim: int = 0
+    q_rank: int = 0
 
     def __post_init__(self):
         for name in _POSITIVE:
@@ -170,6 +183,7 @@ class ModelSpec:
         self._check_thresholds()
         self._check_scales()
         self._check_routing()
+        self._check_latent()
         for rope in self.ropes:
             self._check_rope(rope)
         _check(0 <= self.norm_eps <= 1, "norm_eps", self.norm_eps)
@@ -200,12 +214,24 @@ class ModelSpec:
         sigmoid = self.scoring == "sigmoid"
         _check(sigmoid or not self.router_bias, "router_bias", self.router_bias)
         groups, top = self.n_groups, self.top_groups
-        _check(sigmoid or groups <= 1, "n_groups", groups)
+        _check(self.scoring != "sparsemixer" or groups <= 1, "n_groups", groups)
         if groups > 1:
             size = self.n_experts // groups
             fits = groups <= MAX_GROUPS and size * groups == self.n_experts and size >= 2
             _check(fits, "n_groups", groups)
             _check(1 <= top <= groups and self.top_k <= top * size, "top_groups", top)
+
+    def _check_latent(self) -> None:
+        if not self.latent:
+            _check(self.value_dim == self.q_rank == 0, "latent", self.latent)
+            return
+        rotated = self.positions == "rope" and self.local_rope is None
+        plain = self.qk_norm == "none" and self.clip_qkv == 0 and self.norm == "rms"
+        _check(rotated and plain and self.n_kv_heads == 1, "latent", self.latent)
+        _check(2 <= self.rope.dims < self.head_dim, "rope.dims", self.rope.dims)
+        for name in ("latent", "value_dim"):
+            size = getattr(self, name)
+            _check(size >= 1 and size % HEAD_STEP == 0, name, size)
 
     def _check_rope(self, rope: RopeSpec) -> None:
         dims, name = rope.dims or self.head_dim, "rope.dims" if rope.dims else "head_dim"
@@ -222,6 +248,16 @@ class ModelSpec:
     def rope_of(self, layer: int) -> int:
         """Which of `ropes` a layer has."""
         return len(self.ropes) - 1 if self.windows[layer] else 0
+
+    @property
+    def key_dim(self) -> int:
+        """Numbers of a key, as queries meet it."""
+        return self.rope.dims + self.latent if self.latent else self.head_dim
+
+    @property
+    def attended(self) -> int:
+        """Numbers of what all heads of a token attend to together."""
+        return self.n_heads * (self.value_dim or self.head_dim)
 
     @property
     def plain_residual(self) -> bool:
@@ -272,7 +308,7 @@ _LATER = {
     "norm", "positions", "gated", "parallel", "shared_norm", "neurons", "ranks", "thresholds",
     "embedding_scale", "residual_scale", "logit_scale", "attention_scale", "attention_cap",
     "logit_cap", "post_norms", "local_rope", "scoring", "router_jitter", "router_bias", "n_groups",
-    "top_groups", "routed_scale", "shared_gated", "sinks",
+    "top_groups", "routed_scale", "shared_gated", "sinks", "latent", "value_dim", "q_rank",
     "dims", "short_factors", "long_factors", "long_attention_factor",
 }  # fmt: skip
 """What came after the first stores; of RopeSpec too."""
@@ -291,7 +327,7 @@ _ROPE_SCALES = (
 )  # fmt: skip
 _COUNTS = (
     "intermediate", "n_experts", "top_k", "expert_intermediate", "shared_intermediate", "n_groups",
-    "top_groups",
+    "top_groups", "latent", "value_dim", "q_rank",
 )  # fmt: skip
 _TYPES = {
     "str": str, "int": int, "float": (int, float), "bool": bool, "RopeSpec": dict,

@@ -82,20 +82,20 @@ EM_INLINE vf load_kv(const uint8_t *row, int64_t d, const int32_t dtype) {
 }
 
 /* What is read is asked for one span before, in the order of memory (bench/LOG.md). */
-EM_INLINE void expect_next(const em_queries *s, const uint8_t *part, int64_t bytes) {
+EM_INLINE void expect_next(const em_kept *kept, const uint8_t *part, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += EM_ALIGN)
-        __builtin_prefetch(part + EM_SPAN_ROWS * s->row_bytes + i);
+        __builtin_prefetch(part + EM_SPAN_ROWS * kept->row_bytes + i);
 }
 
 /* n rows of values, or whole groups of keys (but not of EM_Q8_0), as floats in s->block. */
-EM_INLINE void unpack_rows(const em_queries *s, const uint8_t *rows, int64_t n,
+EM_INLINE void unpack_rows(const em_queries *s, const em_kept *kept, const uint8_t *rows, int64_t n,
                            const int32_t dtype) {
     const int64_t block_bytes = dtype == EM_F16 ? 2 * EM_BLOCK : EM_KV_BLOCK_BYTES;
-    const int64_t count = n * s->padded;
+    const int64_t count = n * kept->padded;
     int64_t i = 0;
     for (; i + EM_BLOCK <= count; i += EM_BLOCK, rows += block_bytes) {
         vf a = load_kv(rows, 0, dtype), b = load_kv(rows, EM_LANES, dtype);
-        expect_next(s, rows, block_bytes);
+        expect_next(kept, rows, block_bytes);
         vf_store(s->block + i, a);
         vf_store(s->block + i + EM_LANES, b);
     }
@@ -109,15 +109,15 @@ typedef struct {
 } kv_rows;
 
 /* n rows of the cache, where they are if they are of `dtype`, else unpacked to floats. */
-EM_INLINE kv_rows rows_at(const em_queries *s, const uint8_t *cache, int64_t key, int64_t n,
+EM_INLINE kv_rows rows_at(const em_queries *s, const em_kept *kept, int64_t key, int64_t n,
                           const int32_t dtype) {
-    const uint8_t *row = cache + key * s->row_bytes;
-    if (s->dtype == dtype) return (kv_rows){row, s->row_bytes};
+    const uint8_t *row = kept->rows + key * kept->row_bytes;
+    if (s->dtype == dtype) return (kv_rows){row, kept->row_bytes};
     if (s->dtype == EM_F16)
-        unpack_rows(s, row, n, EM_F16);
+        unpack_rows(s, kept, row, n, EM_F16);
     else
-        unpack_rows(s, row, n, EM_Q8_0);
-    return (kv_rows){(const uint8_t *)s->block, s->padded * (int64_t)sizeof(float)};
+        unpack_rows(s, kept, row, n, EM_Q8_0);
+    return (kv_rows){(const uint8_t *)s->block, kept->padded * (int64_t)sizeof(float)};
 }
 
 /* ---- scores ------------------------------------------------------------------------------ */
@@ -127,18 +127,19 @@ typedef float span_weights[EM_SPAN_ROWS];
 /* p[row + r] = the scores of 16 * groups keys, for `rows` queries. */
 EM_INLINE void score_floats(const em_queries *s, kv_rows k, const int32_t dtype, int64_t row,
                             const int rows, const int groups, span_weights *p) {
-    const float *q = s->acts.x + row * s->padded;
+    const int64_t padded = s->keys.padded;
+    const float *q = s->acts.x + row * padded;
     const int64_t step = dtype == EM_F16 ? 2 * EM_LANES : 4 * EM_LANES;
     vf sum[ATTENTION_TILE * ATTENTION_TILE];
     for (int i = 0; i < rows * groups; i++) sum[i] = vf_set1(0);
-    for (int64_t d = 0; d < s->padded; d++)
+    for (int64_t d = 0; d < padded; d++)
         for (int g = 0; g < groups; g++) {
             const uint8_t *at = k.first + g * EM_LANES * k.bytes + d * step;
             vf keys = load_kv(at, 0, dtype);
             if (row == 0 && s->dtype == dtype)
-                expect_next(s, k.first + (d * groups + g) * step, step);
+                expect_next(&s->keys, k.first + (d * groups + g) * step, step);
             for (int r = 0; r < rows; r++)
-                sum[g * rows + r] = vf_fma(keys, vf_set1(q[r * s->padded + d]), sum[g * rows + r]);
+                sum[g * rows + r] = vf_fma(keys, vf_set1(q[r * padded + d]), sum[g * rows + r]);
         }
     for (int g = 0; g < groups; g++)
         for (int r = 0; r < rows; r++) vf_store(p[row + r] + g * EM_LANES, sum[g * rows + r]);
@@ -161,7 +162,7 @@ EM_INLINE void score_quants(const em_queries *s, kv_rows k, int64_t row, const i
                 dot[r] = vi_set1(-EM_Q8_BIAS * a->sum[at + r * a->blocks]);
             for (int c = 0; c < EM_BLOCK / 4; c++) {
                 if (row == 0)
-                    expect_next(s,
+                    expect_next(&s->keys,
                                 k.first +
                                     ((b * groups + g) * 8 + c) * (EM_LANES * EM_KV_BLOCK_BYTES / 8),
                                 EM_LANES * EM_KV_BLOCK_BYTES / 8);
@@ -198,13 +199,48 @@ EM_INLINE void score_groups(const em_queries *s, kv_rows k, const int32_t dtype,
 /* Scores of all queries for n keys, and for those that fill up their last group. */
 EM_INLINE void score_span(const em_queries *s, int64_t key, int64_t n, const int32_t dtype,
                           span_weights *p) {
-    kv_rows k = rows_at(s, s->keys, key, em_round_up(n, EM_LANES), dtype);
+    kv_rows k = rows_at(s, &s->keys, key, em_round_up(n, EM_LANES), dtype);
     const int64_t many = ATTENTION_TILE * EM_LANES;
     int64_t j = 0;
     for (; j + many <= n; j += many, k.first += many * k.bytes)
         score_groups(s, k, dtype, ATTENTION_TILE, (span_weights *)(p[0] + j));
     for (; j < n; j += EM_LANES, k.first += EM_LANES * k.bytes)
         score_groups(s, k, dtype, 1, (span_weights *)(p[0] + j));
+}
+
+/* p[row + r][j + k] += what queries and values have in common: of a latent, keys end with it. */
+EM_INLINE void score_latents(const em_queries *s, kv_rows v, const int32_t dtype, int64_t row,
+                             const int rows, int64_t j, const int keys, span_weights *p) {
+    const int64_t padded = s->values.padded;
+    const float *q = s->latents + row * padded;
+    vf sum[ATTENTION_TILE * ATTENTION_TILE];
+    for (int i = 0; i < rows * keys; i++) sum[i] = vf_set1(0);
+    for (int64_t d = 0; d < padded; d += EM_LANES)
+        for (int k = 0; k < keys; k++) {
+            const uint8_t *value = v.first + (j + k) * v.bytes;
+            if (row == 0 && d == 0 && s->dtype == dtype) expect_next(&s->values, value, v.bytes);
+            vf vk = load_kv(value, d, dtype);
+            for (int r = 0; r < rows; r++)
+                sum[k * rows + r] = vf_fma(vk, vf_load(q + r * padded + d), sum[k * rows + r]);
+        }
+    for (int k = 0; k < keys; k++)
+        for (int r = 0; r < rows; r++) p[row + r][j + k] += vf_sum(sum[k * rows + r]);
+}
+
+EM_INLINE void score_latents_of(const em_queries *s, kv_rows v, const int32_t dtype, int64_t row,
+                                const int rows, int64_t n, span_weights *p) {
+    int64_t j = 0;
+    for (; j + ATTENTION_TILE <= n; j += ATTENTION_TILE)
+        score_latents(s, v, dtype, row, rows, j, ATTENTION_TILE, p);
+    for (; j < n; j++) score_latents(s, v, dtype, row, rows, j, 1, p);
+}
+
+EM_INLINE void score_values(const em_queries *s, kv_rows v, const int32_t dtype, int64_t n,
+                            span_weights *p) {
+    int64_t row = 0;
+    for (; row + ATTENTION_TILE <= s->n_rows; row += ATTENTION_TILE)
+        score_latents_of(s, v, dtype, row, ATTENTION_TILE, n, p);
+    for (; row < s->n_rows; row++) score_latents_of(s, v, dtype, row, 1, n, p);
 }
 
 /* ---- weights and values ------------------------------------------------------------------ */
@@ -249,14 +285,15 @@ EM_INLINE void mix_tile(const em_queries *s, kv_rows v, const int32_t dtype, spa
                         const float *shrink, int64_t begin, int64_t end, int64_t row,
                         const int rows, const int chunks, int64_t d) {
     vf sum[2 * ATTENTION_TILE * ATTENTION_TILE];
-    float *out = s->out + row * s->padded + d;
+    const int64_t padded = s->values.padded;
+    float *out = s->out + row * padded + d;
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < chunks; c++)
             sum[r * chunks + c] =
-                vf_mul(vf_load(out + r * s->padded + c * EM_LANES), vf_set1(shrink[row + r]));
+                vf_mul(vf_load(out + r * padded + c * EM_LANES), vf_set1(shrink[row + r]));
     for (int64_t j = begin; j < end; j++) {
         const uint8_t *value = v.first + j * v.bytes;
-        if (row == 0 && d == 0 && s->dtype == dtype) expect_next(s, value, v.bytes);
+        if (row == 0 && d == 0 && s->dtype == dtype) expect_next(&s->values, value, v.bytes);
         for (int c = 0; c < chunks; c++) {
             vf vj = load_kv(value, d + c * EM_LANES, dtype);
             for (int r = 0; r < rows; r++)
@@ -265,7 +302,7 @@ EM_INLINE void mix_tile(const em_queries *s, kv_rows v, const int32_t dtype, spa
     }
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < chunks; c++)
-            vf_store(out + r * s->padded + c * EM_LANES, sum[r * chunks + c]);
+            vf_store(out + r * padded + c * EM_LANES, sum[r * chunks + c]);
 }
 
 #define MIX(chunks) mix_tile(s, v, dtype, p, shrink, begin, end, row, rows, chunks, d)
@@ -274,16 +311,16 @@ EM_INLINE void mix_rows(const em_queries *s, kv_rows v, const int32_t dtype, spa
                         const float *shrink, int64_t begin, int64_t end, int64_t row,
                         const int rows) {
     const int64_t many = ACROSS(rows) * EM_LANES, some = ATTENTION_TILE * EM_LANES;
+    const int64_t padded = s->values.padded;
     int64_t d = 0;
-    for (; d + many <= s->padded; d += many) MIX(ACROSS(rows));
-    for (; d + some <= s->padded; d += some) MIX(ATTENTION_TILE);
-    for (; d < s->padded; d += EM_LANES) MIX(1);
+    for (; d + many <= padded; d += many) MIX(ACROSS(rows));
+    for (; d + some <= padded; d += some) MIX(ATTENTION_TILE);
+    for (; d < padded; d += EM_LANES) MIX(1);
 }
 
-/* Queries that see the same keys, [begin, end[r]) of n from `key` on, are mixed together. */
-EM_INLINE void mix_span(const em_queries *s, int64_t key, int64_t n, const int32_t dtype,
-                        span_weights *p, const float *shrink, int64_t begin, const int64_t *end) {
-    kv_rows v = rows_at(s, s->values, key, n, dtype);
+/* Queries that see the same values, [begin, end[r]) of v, are mixed together. */
+EM_INLINE void mix_span(const em_queries *s, kv_rows v, const int32_t dtype, span_weights *p,
+                        const float *shrink, int64_t begin, const int64_t *end) {
     for (int64_t row = 0; row < s->n_rows;) {
         bool many = row + ATTENTION_TILE <= s->n_rows && end[row + ATTENTION_TILE - 1] == end[row];
         if (end[row] > 0 && many)
@@ -299,25 +336,27 @@ EM_INLINE void mix_span(const em_queries *s, int64_t key, int64_t n, const int32
 EM_INLINE void attend_as(const em_queries *s, const int32_t key_dtype, const int32_t dtype) {
     span_weights p[EM_QUERIES];
     attended a = {.total = {0}};
-    const int64_t last = s->end + (s->n_rows - 1) / s->heads;
+    const int64_t last = s->end + (s->n_rows - 1) / s->heads, padded = s->values.padded;
     for (int r = 0; r < s->n_rows; r++) { /* a sink is the first score, whose value is zero */
         a.top[r] = s->sinks ? s->sinks[r % s->heads] : -INFINITY;
         a.total[r] = s->sinks ? 1 : 0;
     }
-    memset(s->out, 0, (size_t)(s->n_rows * s->padded) * sizeof(float));
+    memset(s->out, 0, (size_t)(s->n_rows * padded) * sizeof(float));
     for (int64_t key = s->begin / EM_LANES * EM_LANES; key < last; key += EM_SPAN_ROWS) {
         const int64_t n = em_min(EM_SPAN_ROWS, last - key), begin = em_max(0, s->begin - key);
         int64_t end[EM_QUERIES];
         score_span(s, key, n, key_dtype, p);
+        kv_rows v = rows_at(s, &s->values, key, n, dtype);
+        if (s->latents) score_values(s, v, dtype, n, p);
         for (int r = 0; r < s->n_rows; r++) {
             end[r] = em_min(n, s->end + r / s->heads - key);
             if (end[r] > 0) weigh(p[r], begin, end[r], s->cap, &a, r);
         }
-        mix_span(s, key, n, dtype, p, a.shrink, begin, end);
+        mix_span(s, v, dtype, p, a.shrink, begin, end);
     }
     for (int r = 0; r < s->n_rows; r++)
-        for (int64_t d = 0; d < s->padded; d += EM_LANES) {
-            float *out = s->out + r * s->padded + d;
+        for (int64_t d = 0; d < padded; d += EM_LANES) {
+            float *out = s->out + r * padded + d;
             vf_store(out, vf_div(vf_load(out), vf_set1(a.total[r])));
         }
 }

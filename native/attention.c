@@ -33,11 +33,13 @@ int64_t em_kv_row_bytes(int32_t kv_dtype, int32_t head_dim) {
 }
 
 /* A thread's rows: queries, what they find, queries as blocks (40 of the 128 bytes that 32 floats
- * have), and the keys or values of a span. */
+ * have), and the keys or values of a span. With a latent, queries are in two parts, and so are
+ * these rows; what they find is as long as one of them. */
 enum { THREAD_ROWS = 3 * EM_QUERIES + EM_SPAN_ROWS };
 
 uint64_t em_attention_scratch(int32_t n_threads, int32_t head_dim) {
-    uint64_t padded = (uint64_t)padded_dim(EM_Q8_0, head_dim); /* the most that any type takes */
+    /* The most that any type takes, and what a latent beside what is rotated may have more. */
+    uint64_t padded = (uint64_t)padded_dim(EM_Q8_0, head_dim) + EM_BLOCK;
     return (uint64_t)n_threads * THREAD_ROWS * padded * sizeof(float);
 }
 
@@ -45,16 +47,20 @@ static bool valid(const em_attention *a, int64_t position, int32_t n) {
     bool known = a->kv_dtype == EM_F32 || a->kv_dtype == EM_F16 || a->kv_dtype == EM_Q8_0;
     return known && a->n_heads >= 1 && a->n_kv_heads >= 1 && a->n_heads % a->n_kv_heads == 0 &&
            a->head_dim >= 2 && a->head_dim % 2 == 0 && a->rotary >= 0 && a->rotary % 2 == 0 &&
-           a->rotary <= a->head_dim && a->window >= 0 && a->scale >= 0 && a->cap >= 0 &&
-           position >= 0 && n >= 0 && position + n <= a->context && a->context % EM_LANES == 0;
+           a->rotary <= a->head_dim && a->latent >= 0 &&
+           (a->latent == 0 || (a->rotary > 0 && a->rotary + a->latent == a->head_dim)) &&
+           a->window >= 0 && a->scale >= 0 && a->cap >= 0 && position >= 0 && n >= 0 &&
+           position + n <= a->context && a->context % EM_LANES == 0;
 }
 
 typedef struct {
     const em_kernels *kernels;
     const em_attention *a;
-    int32_t padded, n;
-    int64_t row_bytes, position;
-    float *thread_rows; /* [threads, THREAD_ROWS, padded] */
+    em_kept key, value; /* of all heads, together */
+    int32_t n;
+    int64_t position;
+    float *thread_rows; /* [threads, thread_floats] */
+    int64_t thread_floats;
     float *q;
     const float *k, *v, *cos_table, *sin_table; /* to store */
     const float *sinks;
@@ -62,22 +68,27 @@ typedef struct {
     int32_t heads, parts, tokens, tiles; /* how items share the work */
 } attention_task;
 
+static em_kept kept(int32_t kv_dtype, const void *cache, int32_t numbers) {
+    return (em_kept){cache, em_kv_row_bytes(kv_dtype, numbers), padded_dim(kv_dtype, numbers)};
+}
+
 static bool prepare(attention_task *t, em_core *core, const em_attention *a, int64_t position,
                     int32_t n) {
     em_arena arena = em_core_arena(core);
     t->kernels = core->kernels;
     t->a = a;
-    t->padded = padded_dim(a->kv_dtype, a->head_dim);
-    t->row_bytes = em_kv_row_bytes(a->kv_dtype, a->head_dim);
+    t->key = kept(a->kv_dtype, a->k_cache, a->latent ? a->rotary : a->head_dim);
+    t->value = kept(a->kv_dtype, a->v_cache, a->latent ? a->latent : a->head_dim);
     t->position = position;
     t->n = n;
+    t->thread_floats = (int64_t)(em_attention_scratch(1, a->head_dim) / sizeof(float));
     t->thread_rows =
         em_arena_take(&arena, em_attention_scratch(em_pool_threads(core->pool), a->head_dim));
     return t->thread_rows != NULL;
 }
 
 static float *rows_of(const attention_task *t, int32_t thread) {
-    return t->thread_rows + (int64_t)thread * THREAD_ROWS * t->padded;
+    return t->thread_rows + thread * t->thread_floats;
 }
 
 /* ---- storing ----------------------------------------------------------------------------- */
@@ -86,6 +97,7 @@ static void store_token(void *arg, int64_t token, int32_t thread) {
     const attention_task *t = arg;
     const em_attention *a = t->a;
     int32_t dim = a->head_dim, turns = a->rotary ? a->rotary : dim;
+    int32_t k_dim = a->latent ? turns : dim, v_dim = a->latent ? a->latent : dim;
     const float *c = t->cos_table + token * (turns / 2), *s = t->sin_table + token * (turns / 2);
     float *rotated = rows_of(t, thread);
     for (int64_t head = 0; head < a->n_heads; head++) {
@@ -93,14 +105,15 @@ static void store_token(void *arg, int64_t token, int32_t thread) {
         t->kernels->rotate(q, c, s, turns, q);
     }
     for (int64_t head = 0; head < a->n_kv_heads; head++) {
-        int64_t from = (token * a->n_kv_heads + head) * dim, key = (t->position + token) % EM_LANES;
-        int64_t value = head * a->context + t->position + token, group = value - key;
-        t->kernels->rotate(t->k + from, c, s, turns, rotated);
-        memcpy(rotated + turns, t->k + from + turns, (size_t)(dim - turns) * sizeof *rotated);
-        t->kernels->store_key(rotated, dim, a->kv_dtype,
-                              (uint8_t *)a->k_cache + group * t->row_bytes, key);
-        t->kernels->store_value(t->v + from, dim, a->kv_dtype,
-                                (uint8_t *)a->v_cache + value * t->row_bytes);
+        int64_t row = token * a->n_kv_heads + head, key = (t->position + token) % EM_LANES;
+        int64_t at = head * a->context + t->position + token, group = at - key;
+        const float *k = t->k + row * k_dim, *v = t->v + row * v_dim;
+        t->kernels->rotate(k, c, s, turns, rotated);
+        memcpy(rotated + turns, k + turns, (size_t)(k_dim - turns) * sizeof *rotated);
+        t->kernels->store_key(rotated, k_dim, a->kv_dtype,
+                              (uint8_t *)a->k_cache + group * t->key.row_bytes, key);
+        t->kernels->store_value(v, v_dim, a->kv_dtype,
+                                (uint8_t *)a->v_cache + at * t->value.row_bytes);
     }
 }
 
@@ -150,45 +163,50 @@ static int64_t first_key(const attention_task *t, int64_t token) {
 static void attend_heads(const attention_task *t, int32_t thread, int64_t kv_head, int64_t head,
                          int32_t heads, int64_t token, int64_t n) {
     const em_attention *a = t->a;
-    int64_t cache = kv_head * a->context * t->row_bytes;
-    float *q = rows_of(t, thread), *out = q + EM_QUERIES * t->padded;
-    float *scale = out + EM_QUERIES * t->padded;
-    em_acts acts = {.x = q, .cols = t->padded, .blocks = t->padded / EM_BLOCK, .scale = scale};
+    const int32_t padded = t->key.padded, v_padded = t->value.padded;
+    const int32_t k_dim = a->latent ? a->rotary : a->head_dim;
+    const int32_t v_dim = a->latent ? a->latent : a->head_dim;
+    float *q = rows_of(t, thread), *out = q + EM_QUERIES * padded;
+    float *latents = out + EM_QUERIES * v_padded;
+    float *scale = a->latent ? latents + EM_QUERIES * v_padded : latents;
+    em_acts acts = {.x = q, .cols = padded, .blocks = padded / EM_BLOCK, .scale = scale};
     int32_t *sum = (int32_t *)(scale + EM_QUERIES * acts.blocks);
     int8_t *quants = (int8_t *)(sum + EM_QUERIES * acts.blocks);
     acts.sum = sum;
     acts.q = quants;
     em_queries queries = {
         .acts = acts,
-        .keys = (const uint8_t *)a->k_cache + cache,
-        .values = (const uint8_t *)a->v_cache + cache,
+        .keys = t->key,
+        .values = t->value,
         .begin = first_key(t, token),
         .end = t->position + token + 1,
-        .row_bytes = t->row_bytes,
         .n_rows = (int32_t)n * heads,
         .heads = heads,
-        .padded = t->padded,
         .dtype = a->kv_dtype,
         .cap = a->cap,
         .sinks = t->sinks ? t->sinks + head : NULL,
-        .block = scale + EM_QUERIES * t->padded,
+        .latents = a->latent ? latents : NULL,
+        .block = scale + EM_QUERIES * padded,
         .out = out,
     };
+    queries.keys.rows += kv_head * a->context * t->key.row_bytes;
+    queries.values.rows += kv_head * a->context * t->value.row_bytes;
     const float shrink = a->scale > 0 ? a->scale : 1.0f / sqrtf((float)a->head_dim);
     for (int64_t r = 0; r < queries.n_rows; r++) {
         int64_t row = (token + r / heads) * a->n_heads + head + r % heads;
         const float *from = t->q + row * a->head_dim;
-        for (int32_t d = 0; d < t->padded; d++)
-            q[r * t->padded + d] = d < a->head_dim ? from[d] * shrink : 0;
+        for (int32_t d = 0; d < padded; d++) q[r * padded + d] = d < k_dim ? from[d] * shrink : 0;
+        for (int32_t d = 0; a->latent && d < v_padded; d++)
+            latents[r * v_padded + d] = d < v_dim ? from[k_dim + d] * shrink : 0;
         int64_t at = r * acts.blocks;
         if (a->kv_dtype == EM_Q8_0)
-            t->kernels->quantize(q + r * t->padded, t->padded, quants + at * EM_BLOCK, scale + at,
+            t->kernels->quantize(q + r * padded, padded, quants + at * EM_BLOCK, scale + at,
                                  sum + at, NULL);
     }
     t->kernels->attend(&queries);
     for (int64_t r = 0; r < queries.n_rows; r++) {
         int64_t row = (token + r / heads) * a->n_heads + head + r % heads;
-        memcpy(t->out + row * a->head_dim, out + r * t->padded, (size_t)a->head_dim * sizeof *out);
+        memcpy(t->out + row * a->head_dim, out + r * v_padded, (size_t)v_dim * sizeof *out);
     }
 }
 

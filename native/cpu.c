@@ -112,8 +112,8 @@ static void self_test(const em_kernels *k, test_result *r) {
     for (int i = 0; i < NUMBERS; i++) x[i] = weight_seed[i % 4] * (float)(i % 37 - 18);
     for (int t = 0; t < NUMBERS / COLS; t++)
         k->quantize(x + t * COLS, COLS, r->q + t * COLS, scale + t * 2, sum + t * 2, first + t * 2);
-    em_acts acts = {x, r->q, scale, sum, NULL, COLS, COLS / EM_BLOCK, first};
-    em_acts wide = {x, r->q, scale, sum, NULL, WIDE, WIDE / EM_BLOCK, first};
+    em_acts acts = {x, r->q, scale, sum, NULL, COLS, COLS / EM_BLOCK, first, 0};
+    em_acts wide = {x, r->q, scale, sum, NULL, WIDE, WIDE / EM_BLOCK, first, 0};
     for (int32_t dtype = EM_F32; dtype <= EM_Q4_0; dtype++)
         multiply(k, dtype, acts, TOKENS, matrix, r);
     for (int32_t dtype = EM_Q4_1; dtype < EM_DTYPES; dtype++)
@@ -140,14 +140,12 @@ static void self_test(const em_kernels *k, test_result *r) {
             k->store_value(x + i, COLS, dtype, values + i * row_bytes);
         }
         em_queries queries = {.acts = acts,
-                              .keys = keys,
-                              .values = values,
+                              .keys = {keys, row_bytes, COLS},
+                              .values = {values, row_bytes, COLS},
                               .begin = 1,
                               .end = ATTENDED - 1,
-                              .row_bytes = row_bytes,
                               .n_rows = 6,
                               .heads = 3,
-                              .padded = COLS,
                               .dtype = dtype,
                               .block = block,
                               .out = out};

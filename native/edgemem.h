@@ -109,6 +109,20 @@ uint64_t em_linear_scratch(int32_t n_tokens, int32_t cols);
 int32_t em_linears(em_core *core, const em_linear *linears, int32_t n_linears, const float *x,
                    int32_t n_tokens);
 
+/* Each head of each token has x and out of its own, a stride from the next, and the matrix `rows`
+ * rows for each head, head after head, a multiple of 16: out is the first `taken` numbers of x, and
+ * then the product of the head's rows and the `cols` numbers after those. */
+typedef struct {
+    const void *weights;
+    const float *x;
+    float *out;
+    int32_t dtype, n_heads, rows, cols;
+    int32_t taken, x_stride, out_stride;
+} em_heads;
+
+uint64_t em_heads_scratch(int32_t n_tokens, int32_t n_heads, int32_t cols);
+int32_t em_heads_run(em_core *core, const em_heads *heads, int32_t n_tokens);
+
 /* Where an FFN's parts lie in its bundle; offset -1 means absent. Without a gate up alone goes
  * through the activation. */
 typedef struct {
@@ -138,8 +152,8 @@ enum { EM_MOST_GROUPS = 64 };
 
 /* How tokens choose experts: the top_k of the highest scores (ties: the lower id), whose scores are
  * their weights; `normalize`: scaled to sum 1; then times `scale`. A `bias` is added to scores
- * where they are compared. Of n_groups > 1 groups of experts, each judged by the sum of its two
- * best, only top_groups are chosen from. Bias and groups are for EM_SIGMOID alone. */
+ * where they are compared, of EM_SIGMOID alone. Of n_groups > 1 groups of experts only top_groups
+ * are chosen from: a group is judged by its best, of EM_SIGMOID by the sum of its two best. */
 typedef struct {
     int32_t n_experts, top_k, normalize, scoring;
     int32_t n_groups, top_groups; /* 0 for none */
@@ -170,13 +184,15 @@ int32_t em_rope_table(const double *inv_freq, int32_t dims, int64_t position, in
                       double scale, float *cos_out, float *sin_out);
 
 /* One layer's attention. The caches are [n_kv_heads, context] rows of em_kv_row_bytes. A value is a
- * row: head_dim numbers and zeros up to a multiple of 16; or, of EM_Q8_0, of 32, in blocks of an
+ * row: its numbers and zeros up to a multiple of 16; or, of EM_Q8_0, of 32, in blocks of an
  * f16 scale and 32 int8 quants. Keys lie as rows of weights do, in groups of 16 (FORMAT.md), but
  * planes of scales are not rounded up. */
 typedef struct {
     int32_t n_heads, n_kv_heads, head_dim;
     int32_t window;   /* keys a query sees, itself included; 0 for all */
     int32_t rotary;   /* the first so many numbers of a head are rotated; 0 for all */
+    int32_t latent;   /* numbers of a value, with which its key of head_dim numbers ends; only the
+                       * `rotary` before them are kept as a key. 0: keys are their own */
     int32_t kv_dtype; /* EM_F32, EM_F16 or EM_Q8_0 */
     float scale;      /* of scores; 0 for 1 / sqrt(head_dim) */
     float cap;        /* scores s become cap * tanh(s / cap); 0 for no cap */
@@ -188,12 +204,13 @@ typedef struct {
 int64_t em_kv_row_bytes(int32_t kv_dtype, int32_t head_dim);
 uint64_t em_attention_scratch(int32_t n_threads, int32_t head_dim);
 /* Rotates q [n, n_heads, head_dim] in place, and k [n, n_kv_heads, head_dim] into the cache with v.
- */
+ * With a `latent` k has `rotary` numbers and v `latent`, which make a key together. */
 int32_t em_attention_store(em_core *core, const em_attention *a, float *q, const float *k,
                            const float *v, const float *cos_table, const float *sin_table,
                            int64_t position, int32_t n);
-/* Causal attention of queries at `position`...: out [n, n_heads, head_dim]. Online softmax. Each
- * head of `sinks` [n_heads], or NULL, has that score more, of a key without a value. */
+/* Causal attention of queries at `position`...: out [n, n_heads, head_dim], which may be q; with a
+ * `latent` only the first so many numbers of a head are written. Online softmax. Each head of
+ * `sinks` [n_heads], or NULL, has that score more, of a key without a value. */
 int32_t em_attention_run(em_core *core, const em_attention *a, const float *sinks, const float *q,
                          int64_t position, int32_t n, float *out);
 
@@ -353,6 +370,7 @@ enum {
     EM_OP_CAP = 11,
     EM_OP_CLEAR = 12, /* x = 0 */
     EM_OP_ADD = 13,   /* x += factor * y */
+    EM_OP_HEADS = 14,
 };
 
 typedef struct {
@@ -449,6 +467,7 @@ typedef struct em_op {
     int64_t spent_ns; /* so far, without waiting for bundles and what em_core_times has */
     em_norm_op norm;
     em_linears_op linears;
+    em_heads heads;
     em_attend_op attend;
     em_route_op route;
     em_elements_op elements;

@@ -47,7 +47,7 @@ static void drop_groups(const em_router *r, float *p) {
         float second = -INFINITY;
         for (int32_t j = 0; j < size; j++)
             if (j != best && group[j] > second) second = group[j];
-        sums[g] = group[best] + second;
+        sums[g] = r->scoring == EM_SIGMOID ? group[best] + second : group[best];
     }
     for (int32_t i = 0; i < r->top_groups; i++) {
         int32_t best = largest(sums, r->n_groups);
@@ -98,8 +98,9 @@ static bool valid_router(const em_router *r) {
     if (r->n_experts < 1 || r->top_k < 1 || r->top_k > r->n_experts) return false;
     if (r->scoring < EM_SOFTMAX || r->scoring > EM_SPARSEMIXER) return false;
     if (r->n_groups <= 1) return true;
-    return r->n_groups <= EM_MOST_GROUPS && r->n_experts % r->n_groups == 0 &&
-           r->n_experts >= 2 * r->n_groups && r->top_groups >= 1 && r->top_groups <= r->n_groups &&
+    return r->scoring != EM_SPARSEMIXER && r->n_groups <= EM_MOST_GROUPS &&
+           r->n_experts % r->n_groups == 0 && r->n_experts >= 2 * r->n_groups &&
+           r->top_groups >= 1 && r->top_groups <= r->n_groups &&
            r->top_k <= r->n_experts / r->n_groups * r->top_groups;
 }
 

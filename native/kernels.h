@@ -17,6 +17,7 @@ typedef struct {
     const int32_t *rows; /* which rows of the above the tokens are, or NULL for 0, 1, 2... */
     int32_t cols, blocks;
     const int32_t *first; /* [n_tokens, blocks]: the sum of the first half of each block's q */
+    int64_t stride;       /* floats from one row of x to the next; 0 for cols */
 } em_acts;
 
 /* Where the products of rows [row0, row0 + 16 * n_groups) go. */
@@ -41,18 +42,26 @@ typedef struct {
 #define EM_QUERIES 32
 #define EM_SPAN_ROWS 64
 
+/* Keys or values of one head in the KV cache: so many numbers with the zeros after them. */
+typedef struct {
+    const uint8_t *rows;
+    int64_t row_bytes;
+    int32_t padded;
+} em_kept;
+
 /* Up to EM_QUERIES queries of one key/value head: row r, of `heads` each token, sees keys
  * [begin, end + r / heads). */
 typedef struct {
-    em_acts acts;                 /* the queries [n_rows, padded], zero beyond the head; as blocks
-                                   * too where keys are of EM_Q8_0 */
-    const uint8_t *keys, *values; /* the cache of the head, key 0's first */
-    int64_t begin, end, row_bytes;
-    int32_t n_rows, heads, padded, dtype;
-    float cap;          /* of scores (em_attention) */
-    const float *sinks; /* [heads] or NULL (em_attention_run) */
-    float *block;       /* scratch [EM_SPAN_ROWS, padded] */
-    float *out;         /* [n_rows, padded] */
+    em_acts acts;         /* the queries [n_rows, padded], as keys are; as blocks too where keys are
+                           * of EM_Q8_0 */
+    em_kept keys, values; /* the cache of the head, key 0's first */
+    int64_t begin, end;
+    int32_t n_rows, heads, dtype;
+    float cap;            /* of scores (em_attention) */
+    const float *sinks;   /* [heads] or NULL (em_attention_run) */
+    const float *latents; /* [n_rows, padded], as values are: what of a query meets them; or NULL */
+    float *block;         /* scratch [EM_SPAN_ROWS, padded], of keys or of values */
+    float *out;           /* [n_rows, padded], as values are */
 } em_queries;
 
 typedef void em_product(const uint8_t *weights, int32_t first_group, int32_t n_groups,
@@ -105,6 +114,8 @@ typedef struct {
     /* Asks the system for what the instructions need, before the first of them; NULL: nothing. */
     bool (*prepare)(void);
 } em_kernels;
+
+EM_INLINE int64_t em_acts_stride(const em_acts *a) { return a->stride ? a->stride : a->cols; }
 
 EM_INLINE bool em_dtype_is_block(int32_t dtype) { return dtype >= EM_Q8_0; }
 

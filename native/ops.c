@@ -126,7 +126,7 @@ static void quantize_row(void *arg, int64_t item, int32_t thread) {
     quantize_task *task = arg;
     const em_acts *a = task->acts;
     int64_t row = task->rows ? task->rows[item] : item, at = row * a->blocks;
-    task->kernels->quantize(a->x + row * a->cols, a->cols, (int8_t *)a->q + at * EM_BLOCK,
+    task->kernels->quantize(a->x + row * em_acts_stride(a), a->cols, (int8_t *)a->q + at * EM_BLOCK,
                             (float *)a->scale + at, (int32_t *)a->sum + at,
                             a->first ? (int32_t *)a->first + at : NULL);
 }
@@ -402,6 +402,7 @@ static int32_t run_op(em_core *core, const em_op *op, const em_attention *attent
                        norm->cols, norm->out);
     case EM_OP_LINEARS:
         return em_linears(core, op->linears.items, op->linears.n_items, op->linears.x, n);
+    case EM_OP_HEADS: return em_heads_run(core, &op->heads, n);
     case EM_OP_CLAMP: return em_clamp(e->x, (int64_t)n * e->cols, e->limit);
     case EM_OP_ATTEND: return attend(core, &op->attend, attention, position, n);
     case EM_OP_ROUTE: return route(core, &op->route, n);

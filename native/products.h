@@ -69,7 +69,7 @@ EM_INLINE void prefetch(const void *p, int64_t bytes, const bool by_l2) {
         const float *x[FLOAT_TOKENS];                                                              \
         const int64_t next = em_group_bytes(dtype, a->cols, EM_LANES) / (int64_t)sizeof(type);     \
         const type *w = (const type *)weights + group * next;                                      \
-        for (int t = 0; t < tokens; t++) x[t] = a->x + act_row(a, token + t) * a->cols;            \
+        for (int t = 0; t < tokens; t++) x[t] = a->x + act_row(a, token + t) * em_acts_stride(a);  \
         for (int i = 0; i < groups * tokens; i++) sum[i] = vf_set1(0);                             \
         const int64_t turn = a->cols - PREFETCH_BYTES / (int64_t)(EM_LANES * sizeof(type));        \
         for (int64_t k = 0; k < a->cols; k++) {                                                    \

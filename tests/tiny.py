@@ -125,6 +125,17 @@ def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
     return values.astype(np.float16).astype(np.float32) if dtype == "F16" else values
 
 
+def _latent_heads(spec: ModelSpec, matrix, norm) -> dict[str, np.ndarray]:
+    """What heads that share a latent have, but for what makes it."""
+    heads, plain, latent = spec.n_heads, spec.head_dim - spec.rope.dims, spec.latent
+    bundle = {
+        "q": matrix(heads * spec.head_dim, spec.q_rank or spec.hidden),
+        "absorb": matrix(heads * latent, plain, gain=np.sqrt(plain / latent)),
+        "expand": matrix(heads * spec.value_dim, latent), "latent_norm": norm(latent),
+    }  # fmt: skip
+    return bundle | ({"q_down_norm": norm(spec.q_rank)} if spec.q_rank else {})
+
+
 def _draw_weights(draw: Draw, spec: ModelSpec, biases: dict, dtype: str) -> TinyWeights:
     def normal(*shape: int, scale: float) -> np.ndarray:
         return _rounded(draw.rng.normal(0, scale, shape), dtype)
@@ -155,10 +166,15 @@ def _draw_weights(draw: Draw, spec: ModelSpec, biases: dict, dtype: str) -> Tiny
         heads, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
         bundle = norms(*(("attn_norm",) if spec.shared_norm else ("attn_norm", "ffn_norm")))
         bundle |= norms("attn_post_norm", "ffn_post_norm") if spec.post_norms else {}
-        for name, rows in (("q", heads), ("k", kv), ("v", kv)):
+        parts = (("q", heads), ("k", kv), ("v", kv))
+        if spec.latent:
+            bundle |= _latent_heads(spec, matrix, norm)
+            parts = (("k", spec.rope.dims), ("latent", spec.latent))
+            parts += (("q_down", spec.q_rank),) * bool(spec.q_rank)
+        for name, rows in parts:
             bundle[name] = matrix(rows, spec.hidden)
             bundle |= {f"{name}_bias": normal(rows, scale=0.2)} if biases["qkv"] else {}
-        bundle["o"] = matrix(spec.hidden, heads, gain=0.7)
+        bundle["o"] = matrix(spec.hidden, spec.attended, gain=0.7)
         bundle |= {"o_bias": normal(spec.hidden, scale=0.2)} if biases["o"] else {}
         if spec.sinks:
             bundle["sinks"] = normal(spec.n_heads, scale=2.0)
@@ -199,17 +215,15 @@ def _draw_weights(draw: Draw, spec: ModelSpec, biases: dict, dtype: str) -> Tiny
 def routing_gaps(spec: ModelSpec, logits: np.ndarray, dense: dict) -> np.ndarray:
     """Per token, how near a router's decisions are to others, over the spread of what it compares:
     logits, or scores. `dense` is the layer's bundle."""
-    if spec.scoring == "softmax":
-        return _top_gaps(logits, spec.top_k)
     if spec.scoring == "sparsemixer":
         return _mixer_gaps(spec, logits)
-    plain = replace(spec, n_groups=0, top_groups=0)
-    scores = reference.choice_scores(plain, logits, dense["router_bias"])
+    plain, bias = replace(spec, n_groups=0, top_groups=0), dense.get("router_bias")
+    scores = reference.choice_scores(plain, logits, bias)
     if spec.n_groups <= 1:
         return _top_gaps(scores, spec.top_k)
     groups = np.sort(scores.reshape(len(scores), spec.n_groups, -1), axis=-1)
-    worth = groups[:, :, -2:].sum(axis=-1)
-    within = reference.choice_scores(spec, logits, dense["router_bias"])
+    worth = groups[:, :, -1 if spec.scoring == "softmax" else -2 :].sum(axis=-1)
+    within = reference.choice_scores(spec, logits, bias)
     within = np.where(np.isinf(within), scores.min() - 1, within)
     gaps = _top_gaps(within, spec.top_k) * within.std() / scores.std()
     return np.minimum(gaps, _top_gaps(worth, spec.top_groups))

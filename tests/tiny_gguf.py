@@ -196,8 +196,8 @@ def write_metadata(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
     writer.add_feed_forward_length(spec.intermediate)
     writer.add_head_count(spec.n_heads)
     writer.add_head_count_kv(spec.n_kv_heads)
-    writer.add_key_length(spec.head_dim)
-    writer.add_value_length(spec.head_dim)
+    writer.add_key_length(spec.key_dim)
+    writer.add_value_length(spec.latent or spec.head_dim)
     writer.add_rope_dimension_count(spec.rope.dims or spec.head_dim)
     writer.add_rope_freq_base(spec.rope.theta)
     writer.add_layer_norm_rms_eps(spec.norm_eps)
@@ -208,7 +208,8 @@ def write_metadata(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
     if spec.rope.type == "yarn":
         writer.add_rope_scaling_orig_ctx_len(spec.rope.original_positions)
         plain = 1 + 0.1 * math.log(spec.rope.factor)
-        writer.add_rope_scaling_attn_factors(spec.rope.attention_factor / plain)
+        if not spec.latent:
+            writer.add_rope_scaling_attn_factors(spec.rope.attention_factor / plain)
         writer.add_rope_scaling_yarn_beta_fast(spec.rope.beta_fast)
         writer.add_rope_scaling_yarn_beta_slow(spec.rope.beta_slow)
     if spec.clip_qkv:

@@ -17,12 +17,13 @@ Such a module says
 
 from types import ModuleType
 
-from . import falcon, gemma2, gemma3_text, glm4_moe, gpt2, gpt_neox, granite, granitemoe, opt
-from . import gpt_oss, phi3, phimoe
+from . import deepseek_v2, deepseek_v3, falcon, gemma2, gemma3_text, glm4_moe, gpt2, gpt_neox
+from . import gpt_oss, granite, granitemoe, opt, phi3, phimoe
 
 OWN: dict[str, ModuleType] = {
-    "falcon": falcon, "gemma2": gemma2, "gemma3_text": gemma3_text, "glm4_moe": glm4_moe,
-    "gpt2": gpt2, "gpt_neox": gpt_neox, "gpt_oss": gpt_oss, "granite": granite,
-    "granitemoe": granitemoe, "opt": opt, "phi3": phi3, "phimoe": phimoe,
+    "deepseek_v2": deepseek_v2, "deepseek_v3": deepseek_v3, "falcon": falcon, "gemma2": gemma2,
+    "gemma3_text": gemma3_text, "glm4_moe": glm4_moe, "gpt2": gpt2, "gpt_neox": gpt_neox,
+    "gpt_oss": gpt_oss, "granite": granite, "granitemoe": granitemoe, "opt": opt, "phi3": phi3,
+    "phimoe": phimoe,
 }  # fmt: skip
 """By model type."""

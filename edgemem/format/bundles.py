@@ -63,12 +63,22 @@ def bundle_parts(spec: ModelSpec, kind: Kind, layer: int) -> tuple[Part, ...]:
         table = Part("positions", spec.max_positions, hidden, lanes=1, dtype=F32)
         bias = _bias("head_bias", spec.vocab_size)
         return (*_norm(spec, "norm"), *((table,) if learned else ()), bias)
+    parts = [*_norm(spec, "attn_norm"), *(_latent_heads if spec.latent else _heads)(spec)]
+    parts += [Part("o", hidden, spec.attended), _bias("o_bias", hidden)]
+    parts += _norm(spec, "attn_post_norm") if spec.post_norms else ()
+    parts += () if spec.shared_norm else _norm(spec, "ffn_norm")
+    parts += _norm(spec, "ffn_post_norm") if spec.post_norms else ()
+    if spec.routed[layer]:
+        parts += _routing(spec)
+    return tuple(parts)
+
+
+def _heads(spec: ModelSpec) -> list[Part]:
     q_rows, kv_rows = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
     parts = [
-        *_norm(spec, "attn_norm"),
-        Part("q", q_rows, hidden),
-        Part("k", kv_rows, hidden),
-        Part("v", kv_rows, hidden),
+        Part("q", q_rows, spec.hidden),
+        Part("k", kv_rows, spec.hidden),
+        Part("v", kv_rows, spec.hidden),
         _bias("q_bias", q_rows),
         _bias("k_bias", kv_rows),
         _bias("v_bias", kv_rows),
@@ -78,13 +88,26 @@ def bundle_parts(spec: ModelSpec, kind: Kind, layer: int) -> tuple[Part, ...]:
         parts.append(_vector("q_norm", q_rows if full else spec.head_dim))
         parts.append(_vector("k_norm", kv_rows if full else spec.head_dim))
     parts += [_vector("sinks", spec.n_heads)] if spec.sinks else []
-    parts += [Part("o", hidden, q_rows), _bias("o_bias", hidden)]
-    parts += _norm(spec, "attn_post_norm") if spec.post_norms else ()
-    parts += () if spec.shared_norm else _norm(spec, "ffn_norm")
-    parts += _norm(spec, "ffn_post_norm") if spec.post_norms else ()
-    if spec.routed[layer]:
-        parts += _routing(spec)
-    return tuple(parts)
+    return parts
+
+
+def _latent_heads(spec: ModelSpec) -> list[Part]:
+    """Of a query, and of the key that all heads share, the numbers that are rotated come first.
+    `absorb` takes the rest of each head's query to what meets latents, `expand` takes latents to
+    each head's value: a head's rows follow the last one's."""
+    heads, dims, narrow = spec.n_heads, spec.rope.dims, spec.q_rank
+    down = [Part("q_down", narrow, spec.hidden), _bias("q_down_bias", narrow)]
+    return [
+        *([*down, _vector("q_down_norm", narrow)] if narrow else ()),
+        Part("q", heads * spec.head_dim, narrow or spec.hidden),
+        Part("k", dims, spec.hidden),
+        Part("latent", spec.latent, spec.hidden),
+        _bias("k_bias", dims),
+        _bias("latent_bias", spec.latent),
+        _vector("latent_norm", spec.latent),
+        Part("absorb", heads * spec.latent, spec.head_dim - dims),
+        Part("expand", heads * spec.value_dim, spec.latent),
+    ]
 
 
 def _routing(spec: ModelSpec) -> list[Part]:

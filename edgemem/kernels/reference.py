@@ -17,7 +17,7 @@ import numpy as np
 from .. import dtypes
 from ..dtypes import BLOCK, DType
 from ..format import NO_LAYER, Kind
-from ..spec import ModelSpec
+from ..spec import LATENT_NORM_EPS, ModelSpec
 from . import blocks
 from .reference_rope import attention_factor, frequencies, rotate
 
@@ -92,12 +92,12 @@ def attend(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int = 0, scale: float = 0.0,
     cap: float = 0.0, sinks: np.ndarray | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """Causal attention of the last n positions over all m: q [n, H, D], k and v [m, K, D].
+    """Causal attention of the last n positions over all m: q [n, H, D], k [m, K, D], v [m, K, V].
 
     Head i reads key/value head i // (H // K). A query at position p sees positions j <= p and, with
     a window, j > p - window. Scores are times `scale` (0: 1 / sqrt(D)), then capped if there is a
     `cap`. Each head of `sinks` [H] has that score more, of a key without a value.
-    Returns [n, H, D].
+    Returns [n, H, V].
     """
     n, heads, head_dim = q.shape
     m, kv_heads, _ = k.shape
@@ -188,15 +188,15 @@ def route(logits: np.ndarray, top_k: int, normalize: bool) -> tuple[np.ndarray, 
 def choice_scores(spec: ModelSpec, logits: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
     """Router logits [n, E] → what the largest of are chosen, where scoring is not "sparsemixer".
 
-    Groups of experts that are not among the best are left out: -inf. A group is as good as the sum
-    of its two best (DeepSeek-V3, arXiv 2412.19437).
+    Groups of experts that are not among the best are left out: -inf. A group is as good as its best
+    (DeepSeek-V2, arXiv 2405.04434), or where scores are sigmoids as the sum of its two best
+    (DeepSeek-V3, arXiv 2412.19437).
     """
-    if spec.scoring == "softmax":
-        return logits
-    scores = _sigmoid(logits) + (0 if bias is None else bias)
+    softmax = spec.scoring == "softmax"
+    scores = logits if softmax else _sigmoid(logits) + (0 if bias is None else bias)
     if spec.n_groups > 1:
         groups = scores.reshape(len(scores), spec.n_groups, -1)
-        worth = np.sort(groups, axis=-1)[:, :, -2:].sum(axis=-1)
+        worth = np.sort(groups, axis=-1)[:, :, -1 if softmax else -2 :].sum(axis=-1)
         best = np.argsort(-worth, axis=-1, kind="stable")[:, : spec.top_groups]
         left_out = np.ones(worth.shape, bool)
         np.put_along_axis(left_out, best, False, axis=-1)
@@ -206,14 +206,15 @@ def choice_scores(spec: ModelSpec, logits: np.ndarray, bias: np.ndarray | None) 
 
 def choose(spec: ModelSpec, logits: np.ndarray, bias: np.ndarray | None):
     """`route` by the rules of a spec; `bias` [E] is that of a router that has one."""
-    if spec.scoring == "softmax":
+    if spec.scoring == "softmax" and spec.n_groups <= 1:
         ids, weights = route(logits, spec.top_k, spec.normalize_top_k)
         return ids, weights * spec.routed_scale
     if spec.scoring == "sparsemixer":
         return _mixed_sparsely(logits, spec.top_k, spec.router_jitter)
     chosen = np.argsort(-choice_scores(spec, logits, bias), axis=-1, kind="stable")
     ids = chosen[:, : spec.top_k]
-    weights = np.take_along_axis(_sigmoid(logits), ids, axis=-1)
+    scores = softmax(logits) if spec.scoring == "softmax" else _sigmoid(logits)
+    weights = np.take_along_axis(scores, ids, axis=-1)
     if spec.normalize_top_k:
         weights /= weights.sum(axis=-1, keepdims=True) + 1e-20
     return ids, weights * spec.routed_scale
@@ -330,6 +331,11 @@ class StoreWeights:
         return np.concatenate([self.bundle(i)["rows"] for i in ids])
 
 
+def _by_head(spec: ModelSpec, matrix: np.ndarray) -> np.ndarray:
+    """A matrix of which each head has its own rows, [H, rows, cols]."""
+    return matrix.reshape(spec.n_heads, -1, matrix.shape[1])
+
+
 class Forward:
     """A forward pass that remembers: feed ids, get the logits of each, feed more.
 
@@ -344,9 +350,10 @@ class Forward:
         self.weights = weights
         self.kv = kv
         self.watch = watch or (lambda layer, name, value: None)
-        empty = np.zeros((0, spec.n_kv_heads, spec.head_dim))
-        self._keys = [empty] * spec.n_layers
-        self._values = [empty] * spec.n_layers
+        widths = (spec.rope.dims, spec.latent) if spec.latent else (spec.head_dim,) * 2
+        self._keys, self._values = (
+            [np.zeros((0, spec.n_kv_heads, width))] * spec.n_layers for width in widths
+        )
 
     @property
     def position(self) -> int:
@@ -393,6 +400,26 @@ class Forward:
         return value
 
     def _attention(self, layer, dense, h, positions) -> np.ndarray:
+        spec = self.spec
+        made = (self._latent_heads if spec.latent else self._heads)(layer, dense, h, positions)
+        q, k, v = made
+        keys = self._keys[layer] = self._keep(self._keys[layer], k)
+        values = self._values[layer] = self._keep(self._values[layer], v)
+        if spec.latent:
+            keys = np.concatenate([keys, values], axis=-1)
+        scale = spec.attention_scale or 1 / math.sqrt(spec.head_dim)
+        if self.kv == "q8_0":
+            dims = spec.rope.dims if spec.latent else spec.head_dim  # latents are read as floats
+            q = np.concatenate([rounded_queries(q[..., :dims], scale), q[..., dims:]], axis=-1)
+        window, sinks = spec.windows[layer], dense.get("sinks")
+        mixed = attend(q, keys, values, window, scale, spec.attention_cap, sinks)
+        if spec.latent:
+            mixed = np.einsum("nhr,hvr->nhv", mixed, _by_head(spec, dense["expand"]))
+        self.watch(layer, "heads", mixed)
+        return linear(mixed.reshape(len(h), -1), dense["o"], dense.get("o_bias"))
+
+    def _heads(self, layer, dense, h, positions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Queries [n, H, D], keys and values [n, K, D]."""
         q, k, v = (linear(h, dense[name], dense.get(f"{name}_bias")) for name in "qkv")
         if self.spec.qk_norm == "full":
             q = rms_norm(q, dense["q_norm"], self.spec.norm_eps)
@@ -404,14 +431,24 @@ class Forward:
             q = rms_norm(q, dense["q_norm"], self.spec.norm_eps)
             k = rms_norm(k, dense["k_norm"], self.spec.norm_eps)
         q, k = (self._rotated(t, layer, positions) for t in (q, k))
-        keys = self._keys[layer] = self._keep(self._keys[layer], k)
-        values = self._values[layer] = self._keep(self._values[layer], v)
-        scale, cap = self.spec.attention_scale, self.spec.attention_cap
-        q = rounded_queries(q, scale) if self.kv == "q8_0" else q
-        window, sinks = self.spec.windows[layer], dense.get("sinks")
-        mixed = attend(q, keys, values, window, scale, cap, sinks)
-        self.watch(layer, "heads", mixed)
-        return linear(mixed.reshape(len(h), -1), dense["o"], dense.get("o_bias"))
+        return q, k, v
+
+    def _latent_heads(self, layer, dense, h, positions):
+        """Queries [n, H, R + L], what is rotated of keys [n, 1, R], and latents [n, 1, L], which
+        are values, and the rest of keys. What a head would make of latents is made of its queries:
+        q · (A c) is (q A) · c (arXiv 2405.04434, section 2.1.2)."""
+        spec, dims = self.spec, self.spec.rope.dims
+        narrow = h
+        if spec.q_rank:
+            narrow = linear(h, dense["q_down"], dense.get("q_down_bias"))
+            narrow = rms_norm(narrow, dense["q_down_norm"], LATENT_NORM_EPS)
+        q = linear(narrow, dense["q"]).reshape(len(h), spec.n_heads, spec.head_dim)
+        absorbed = np.einsum("nhd,hrd->nhr", q[:, :, dims:], _by_head(spec, dense["absorb"]))
+        k = linear(h, dense["k"], dense.get("k_bias"))[:, None]
+        latent = linear(h, dense["latent"], dense.get("latent_bias"))[:, None]
+        latent = rms_norm(latent, dense["latent_norm"], LATENT_NORM_EPS)
+        q, k = (self._rotated(t, layer, positions) for t in (q[:, :, :dims], k))
+        return np.concatenate([q, absorbed], axis=-1), k, latent
 
     def _rotated(self, x: np.ndarray, layer: int, positions: np.ndarray) -> np.ndarray:
         spec, length = self.spec, int(positions[-1]) + 1

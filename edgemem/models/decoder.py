@@ -15,6 +15,7 @@ from ..errors import CorruptError
 from ..format import Kind
 from ..kernels import Array, Core, Ops
 from ..spec import ModelSpec
+from .latent import add_latent_attention
 from .layers import Block, Dense, Experts, Neurons, Norm, SharedExpert
 from .layers import add_attended, add_attention
 from .rope import attention_factor, frequencies_key, inverse_frequencies
@@ -33,7 +34,7 @@ class Layer:
         self._index = index
         self.ops = ops = work.ops()
         tensors = work.tensors(index)
-        add_attention(work, index, ops, tensors)
+        (add_latent_attention if spec.latent else add_attention)(work, index, ops, tensors)
         if not spec.parallel:
             add_attended(work, ops, tensors)
         if not spec.shared_norm:  # then h is still the norm that attention read

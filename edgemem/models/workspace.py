@@ -23,13 +23,12 @@ class Scratch:
     """The activations of one step of up to `n_tokens` tokens; see `scratch_bytes`."""
 
     def __init__(self, spec: ModelSpec, n_tokens: int):
-        heads, kv_heads = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
         self.x = Array((n_tokens, spec.hidden), trimmed=True)  # the residual stream
         self.h = Array((n_tokens, spec.hidden), trimmed=True)  # its norm, what a block reads
-        self.q = Array((n_tokens, heads), trimmed=True)
-        self.k = Array((n_tokens, kv_heads), trimmed=True)
-        self.v = Array((n_tokens, kv_heads), trimmed=True)
-        self.attended = Array((n_tokens, heads), trimmed=True)
+        self._heads = [Array((n_tokens, width), trimmed=True) for width in head_widths(spec)]
+        self.q, self.k, self.v, self.attended, *more = self._heads
+        if spec.latent:  # queries as they meet latents; what queries are made of
+            self.absorbed, self.narrow = more
         self.angles = [Angles(rope.dims or spec.head_dim, n_tokens) for rope in spec.ropes]
         # What a block gives, where it is not added to x as it is.
         self.block = self.x if spec.plain_residual else Array(self.x.array.shape, trimmed=True)
@@ -39,9 +38,18 @@ class Scratch:
 
     def trim(self, n_tokens: int) -> None:
         """Give the memory of activations of more than n tokens back until it is used again."""
-        arrays = {self.x, self.h, self.q, self.k, self.v, self.attended, self.ahead, self.block}
+        arrays = {self.x, self.h, *self._heads, self.ahead, self.block}
         for array in arrays:
             array.trim(n_tokens)
+
+
+def head_widths(spec: ModelSpec) -> list[int]:
+    """Numbers of one token that attention makes on its way: `Scratch` says what they are."""
+    q, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+    if not spec.latent:
+        return [q, kv, kv, spec.attended]
+    absorbed = spec.n_heads * spec.key_dim
+    return [q, spec.rope.dims, spec.latent, spec.attended, absorbed, max(spec.q_rank, 1)]
 
 
 class Angles:
@@ -87,10 +95,13 @@ def core_scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:
     """The most that one native call of a step takes from the core's scratch."""
     width = max(spec.intermediate, spec.shared_intermediate)
     needs = [
-        lib.em_linear_scratch(n_tokens, max(spec.hidden, spec.n_heads * spec.head_dim)),
+        lib.em_linear_scratch(n_tokens, max(spec.hidden, spec.attended, spec.q_rank)),
         lib.em_ffn_scratch(n_tokens, n_tokens, spec.hidden, max(width, 1)),
-        lib.em_attention_scratch(threads, spec.head_dim),
+        lib.em_attention_scratch(threads, spec.key_dim),
     ]
+    if spec.latent:
+        cols = max(spec.head_dim, spec.latent)
+        needs.append(lib.em_heads_scratch(n_tokens, spec.n_heads, cols))
     if spec.neurons:
         needs.append(
             lib.em_neurons_scratch(
@@ -106,8 +117,7 @@ def core_scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:
 
 def trimmed_bytes(spec: ModelSpec, of_tokens: int, n_tokens: int, threads: int) -> int:
     """Bytes that `Workspace.trim` gives back of the scratch for so many tokens, at the least."""
-    heads, kv_heads = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-    floats = [spec.hidden, spec.hidden, heads, kv_heads, kv_heads, heads]
+    floats = [spec.hidden, spec.hidden, *head_widths(spec)]
     floats += [spec.hidden] * (any(spec.routed) + (not spec.plain_residual))
     core = core_scratch_bytes(spec, of_tokens, threads)
     parts = [core - core_scratch_bytes(spec, n_tokens, threads)]
@@ -153,9 +163,8 @@ class ScratchLoan:
 
 def scratch_bytes(spec: ModelSpec, n_tokens: int, threads: int) -> int:
     """Bytes of a `Scratch`, of the core's scratch, and of two rows of logits, one its reader's."""
-    heads = 2 * spec.n_heads + 2 * spec.n_kv_heads
     floats = (3 + (not spec.plain_residual)) * spec.hidden
-    floats += (heads + len(spec.ropes)) * spec.head_dim
+    floats += sum(head_widths(spec)) + len(spec.ropes) * spec.head_dim
     floats += 2 * (spec.n_experts + 2 * spec.top_k) + 4
     return core_scratch_bytes(spec, n_tokens, threads) + 4 * (
         n_tokens * floats + 2 * spec.vocab_size

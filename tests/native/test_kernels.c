@@ -103,15 +103,13 @@ static void attend(const em_kernels *kernels, const float *q, const uint8_t *k, 
     int32_t *sum = exact((size_t)blocks * 4);
     int8_t *quants = exact((size_t)blocks * 32);
     kernels->quantize(q, dim, quants, scale, sum, NULL);
-    em_queries one = {.acts = {q, quants, scale, sum, NULL, padded, blocks, NULL},
-                      .keys = k,
-                      .values = v,
+    em_queries one = {.acts = {q, quants, scale, sum, NULL, padded, blocks, NULL, 0},
+                      .keys = {k, em_kv_row_bytes(dtype, dim), padded},
+                      .values = {v, em_kv_row_bytes(dtype, dim), padded},
                       .begin = begin,
                       .end = end,
-                      .row_bytes = em_kv_row_bytes(dtype, dim),
                       .n_rows = 1,
                       .heads = 1,
-                      .padded = padded,
                       .dtype = dtype,
                       .block = block,
                       .out = out};

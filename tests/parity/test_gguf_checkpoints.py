@@ -17,7 +17,9 @@ from tiny_families import FAMILIES
 
 import edgemem
 from edgemem import converters
+from edgemem.format import Kind
 from edgemem.kernels.reference import StoreWeights
+from edgemem.spec import RopeSpec
 from edgemem.store import Store
 
 SEEDS = range(4)
@@ -125,6 +127,33 @@ def same(found: np.ndarray, expected: np.ndarray) -> bool:
     """Bit for bit."""
     found = found.astype(np.float32)
     return expected.dtype == np.float32 and np.array_equal(found.view("u4"), expected.view("u4"))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_latents_are_multiplied_by_keeps_its_values(seed, tmp_path, seed_base):
+    """Older files have blocks along the other side of what a store has turned around: of those it
+    has the numbers, in 32 bits."""
+    facts = tiny_gguf.facts("deepseek_v2", seed) | {
+        "rope": RopeSpec(dims=8), "attention_scale": 0.0, "head_dim": 40, "latent": 64,
+        "value_dim": 32, "hidden": 96,
+    }  # fmt: skip
+    model = tiny.write(tmp_path / "hf", "deepseek_v2", seed_base + seed, **facts)
+    path = tiny_gguf.write(tmp_path / "m.gguf", model, Type.Q8_0)
+    theirs = {t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(path).tensors}
+    converters.convert(path, tmp_path / "m.edgemem")
+    with Store.open(tmp_path / "m.edgemem") as store:
+        found, layout = StoreWeights(store).dense(0), store.layout_of(store.find(Kind.DENSE, 0)[0])
+    if "blk.0.attn_kv_b.weight" in theirs:
+        both = theirs["blk.0.attn_kv_b.weight"].reshape(-1, 64, 64)
+        absorb, expand = both[:, :32].swapaxes(1, 2).reshape(-1, 32), both[:, 32:].reshape(-1, 64)
+    else:
+        absorb, expand = (theirs[f"blk.0.attn_{x}_b.weight"] for x in "kv")
+        absorb, expand = absorb.reshape(-1, 32), expand.reshape(-1, 64)
+    assert same(found["absorb"], absorb) and same(found["expand"], expand)
+    older = "blk.0.attn_kv_b.weight" in theirs
+    assert older == (seed == 0)
+    assert layout["absorb"].dtype.name == ("f32" if older else "q8_0")
+    assert layout["expand"].dtype.name == "q8_0"
 
 
 def test_templates_and_sampling_travel(tmp_path, seed_base):

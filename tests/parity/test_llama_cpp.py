@@ -187,6 +187,27 @@ def test_logits_of_experts_in_mxfp4_agree(llama, tmp_path, seed_base):
     assert error <= BLOCKS_BOUND
 
 
+@pytest.mark.parametrize("seed", range(4))  # files of both layouts, with yarn and without
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3"])
+def test_logits_of_latents_agree(model_type, seed, llama, tmp_path, seed_base):
+    """Where llama.cpp computes what transformers does: it judges groups of experts by two of each,
+    whatever scores are, and has one epsilon for all norms."""
+    facts = tiny_gguf.facts(model_type, seed) | {"norm_eps": 1e-6, "tied": False, "q_rank": 16}
+    groups = (0, 0) if model_type == "deepseek_v2" else (4, 2)
+    facts |= {"n_experts": 8, "top_k": 2, "n_groups": groups[0], "top_groups": groups[1]}
+    for attempt in range(100):
+        where, drawn = tmp_path / f"{attempt}", seed_base + seed + 10 * attempt
+        model = tiny.write(where, model_type, drawn, dtype="F32", **facts)
+        if "k_bias" not in model.weights.dense(0):
+            break
+    path = tiny_gguf.write(tmp_path / "m.gguf", model)
+    converters.convert(path, tmp_path / "m.edgemem")
+    found = edgemem.load(tmp_path / "m.edgemem", context=CONTEXT).logits(model.ids)
+    error = oracle.relative_error(found, logits(llama(path), model.ids))
+    print(f"{model_type} {seed}: logits differ by {error:.1e} of the largest")
+    assert error <= KINDS[Type.F32]
+
+
 def as_gguf(path, store_path, kind):
     """A trained model as GGUF, by way of its store; its vocabulary is that of `tiny`."""
     with Store.open(store_path) as store:

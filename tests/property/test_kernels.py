@@ -315,7 +315,7 @@ class Cache:
         shape = kv_heads, context, lib.em_kv_row_bytes(code, head_dim)
         self.keys, self.values = np.full(shape, 0x7F, np.uint8), np.full(shape, 0x7F, np.uint8)
         self.struct = ffi.new("em_attention *", [
-            heads, kv_heads, head_dim, window, 0, code, 0, 0, context,
+            heads, kv_heads, head_dim, window, 0, 0, code, 0, 0, context,
             _pointer(self.keys, "void *"), _pointer(self.values, "void *"),
         ])  # fmt: skip
 

@@ -17,11 +17,11 @@ them. Such a module says
 
 from types import ModuleType
 
-from . import gemma2, gemma3_text, glm4_moe, gpt2, gpt_neox, gpt_oss, granite, granitemoe, phi3
-from . import phimoe
+from . import deepseek_v2, deepseek_v3, gemma2, gemma3_text, glm4_moe, gpt2, gpt_neox, gpt_oss
+from . import granite, granitemoe, phi3, phimoe
 
 FAMILIES: dict[str, ModuleType] = {
     "granite": granite, "granitemoe": granitemoe, "phi3": phi3, "gemma2": gemma2,
     "gemma3_text": gemma3_text, "gpt_neox": gpt_neox, "gpt2": gpt2, "glm4_moe": glm4_moe,
-    "phimoe": phimoe, "gpt_oss": gpt_oss,
+    "phimoe": phimoe, "gpt_oss": gpt_oss, "deepseek_v2": deepseek_v2, "deepseek_v3": deepseek_v3,
 }  # fmt: skip

@@ -15,6 +15,13 @@ from edgemem.converters.configuration import describe
 from edgemem.errors import CheckpointError, UnsupportedError
 from edgemem.kernels.reference import Forward
 
+_GROUPS = {
+    "topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3, "num_experts_per_tok": 6,
+}  # fmt: skip
+_SIZES = {
+    "attention.key_length": 24, "attention.value_length": 16, "attention.kv_lora_rank": 16,
+    "rope.dimension_count": 8,
+}  # fmt: skip
 SMALL = {
     "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 6,
     "vocab_size": 300,
@@ -27,6 +34,8 @@ def test_absent_keys_have_the_defaults_of_the_class(model_type, more):
     config = {"model_type": model_type, **more}
     if model_type == "gpt2" and more:
         config["n_layer"] = config.pop("num_hidden_layers")
+    if model_type == "deepseek_v2":  # whose class does not say how many experts a token takes
+        config["num_experts_per_tok"] = 6
     if model_type == "glm4_moe":  # whose class has heads of an odd half
         config["head_dim"] = 128
     theirs = transformers.AutoConfig.for_model(**config)
@@ -34,8 +43,13 @@ def test_absent_keys_have_the_defaults_of_the_class(model_type, more):
     heads = theirs.num_attention_heads
     assert (ours.n_layers, ours.hidden) == (theirs.num_hidden_layers, theirs.hidden_size)
     assert (ours.n_heads, ours.vocab_size) == (heads, theirs.vocab_size)
-    assert ours.n_kv_heads == getattr(theirs, "num_key_value_heads", heads)
-    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // heads)
+    if ours.latent:
+        assert (ours.latent, ours.value_dim) == (theirs.kv_lora_rank, theirs.v_head_dim)
+        assert (ours.q_rank, ours.head_dim) == (theirs.q_lora_rank, theirs.qk_head_dim)
+    else:
+        head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // heads
+        assert ours.n_kv_heads == getattr(theirs, "num_key_value_heads", heads)
+        assert ours.head_dim == head_dim
     assert ours.max_positions == theirs.max_position_embeddings
     assert ours.tied == theirs.tie_word_embeddings
     names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
@@ -47,10 +61,10 @@ def test_absent_keys_have_the_defaults_of_the_class(model_type, more):
     slide = [k == "sliding_attention" for k in kinds] if kinds else [True] * ours.n_layers
     assert ours.windows == tuple(windows * slides for slides in slide)
     if ours.positions == "rope":
-        rope = theirs.rope_parameters
+        rope, head_dim = theirs.rope_parameters, getattr(theirs, "head_dim", ours.head_dim)
         full = rope.get("full_attention", rope)
         assert (ours.rope.type, ours.rope.theta) == (full["rope_type"], full["rope_theta"])
-        dims = int(ours.head_dim * full.get("partial_rotary_factor", 1.0))
+        dims = int((head_dim or ours.head_dim) * full.get("partial_rotary_factor", 1.0))
         assert (ours.rope.dims or ours.head_dim) == dims
     if ours.local_rope:
         assert ours.local_rope.theta == theirs.rope_parameters["sliding_attention"]["rope_theta"]
@@ -75,6 +89,15 @@ def test_absent_keys_have_the_defaults_of_the_class(model_type, more):
         ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha is not supported but for 1.702"),
         ("gpt_oss", {"quantization_config": {"quant_method": "fp8"}}, "already quantised"),
         ("granite", {"quantization_config": {"quant_method": "mxfp4"}}, "already quantised"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob = true"),
+        ("deepseek_v2", {"mlp_bias": True}, "mlp_bias = true"),
+        ("deepseek_v2", {"kv_lora_rank": 40}, "kv_lora_rank = 40"),
+        ("deepseek_v3", {"v_head_dim": 8}, "v_head_dim = 8"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method = 'greedy'"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave = false"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq"),
     ],
 )
 def test_what_is_not_computed_is_refused(model_type, more, words):
@@ -101,6 +124,15 @@ def test_what_is_not_computed_is_refused(model_type, more, words):
         ("gpt_oss", {"num_experts_per_tok": 999}, "top_k = 999"),
         ("glm4_moe", {"n_group": 7}, "n_groups = 7"),
         ("glm4_moe", {"n_group": 64, "topk_group": 1}, "top_groups = 1"),
+        ("deepseek_v2", _GROUPS | {"n_group": 7}, "n_groups = 7"),
+        ("deepseek_v2", _GROUPS | {"topk_group": 0}, "top_groups = 0"),
+        ("deepseek_v3", {"n_group": 7}, "n_groups = 7"),
+        ("deepseek_v3", {"qk_rope_head_dim": 7}, "qk_rope_head_dim = 7"),
+        ("deepseek_v3", {"qk_nope_head_dim": 0}, "qk_nope_head_dim = 0"),
+        ("deepseek_v3", {"q_lora_rank": -1}, "q_lora_rank = -1"),
+        ("deepseek_v3", {"num_experts_per_tok": 200}, "top_groups = 4"),
+        ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale_all_dim": "x"}},
+         "mscale_all_dim = 'x'"),
     ],
 )  # fmt: skip
 def test_bad_values_are_named(model_type, more, words):
@@ -136,6 +168,8 @@ def test_experts_need_no_shared_one_beside_them(tmp_path, seed_base):
         ("gemma2", {"logit_scale": 2.0}, "logit_scale = 2.0"),
         ("granite", {"rope.scaling.finetuned": False}, "finetuned = False"),
         ("gpt-oss", {"attention.sliding_window_pattern": 4}, "sliding_window_pattern = 4"),
+        ("deepseek2", _SIZES | {"expert_count": 8, "expert_gating_func": 3}, "gating_func = 3"),
+        ("deepseek2", _SIZES | {"attention.temperature_scale": 0.1}, "temperature_scale = 0.1"),
     ],
 )
 def test_keys_of_gguf_that_are_not_computed_are_refused(architecture, keys, words, tmp_path):

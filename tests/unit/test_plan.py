@@ -182,9 +182,7 @@ def test_parts_add_up_to_something_between_the_longest_and_the_sum(store):
             assert told.seconds - told.management_seconds <= high * (1 + 1e-9)
 
 
-@pytest.mark.parametrize(
-    "compute, read, missed", [(1, 1, 50), (3, 1, 20), (1, 5, 200), (1, 1, 2)]
-)
+@pytest.mark.parametrize("compute, read, missed", [(1, 1, 50), (3, 1, 20), (1, 5, 200), (1, 1, 2)])
 def test_turns_wait_for_what_they_lack_by_chance(compute, read, missed):
     turns, draws = 40, 20_000
     lacks = np.random.default_rng(0).poisson(missed / turns, (draws, turns))

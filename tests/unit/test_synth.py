@@ -208,6 +208,30 @@ def test_blocks_add_a_few_per_cent_and_routers_have_favourites(tmp_path, name):
         assert static > 0.4 and varying > 0.3
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "q4_0"])
+def test_heads_that_share_latents_attend(tmp_path, dtype):
+    """Neither to one position alone nor to all alike: what they find is as long as elsewhere."""
+    small = {
+        "hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 512,
+        "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
+        "moe_intermediate_size": 64, "n_routed_experts": 8, "num_experts_per_tok": 2,
+        "intermediate_size": 128, "num_key_value_heads": 4,
+    }  # fmt: skip
+    config, found = SHAPES["deepseek-v2-lite"] | small, []
+    write(config, tmp_path / "a.edgemem", dtype, seed=3)
+
+    def watch(layer: int, name: str, value: np.ndarray) -> None:
+        if name == "heads":
+            found.append(np.sqrt((value[8:] ** 2).mean()))
+
+    with Store.open(tmp_path / "a.edgemem") as store:
+        assert store.verify().ok and store.spec.latent == 64
+        ids = np.random.default_rng(1).integers(2, 512, 48)
+        logits = Forward(store.spec, StoreWeights(store), watch=watch).feed(ids)
+    assert np.isfinite(logits).all() and len(found) == 3
+    assert all(0.3 < length < 0.95 for length in found), found
+
+
 def test_q4_0_uses_the_nibbles_1_to_15_alike():
     weights = Weights(describe(CONFIGS["olmoe"] | {"hidden_size": 1024}, {}), 0, "q4_0")
     s = weights.layout(Kind.EXPERT, 0)["gate"]
@@ -275,6 +299,8 @@ def test_what_cannot_be_written_is_refused(tmp_path):
         ("a GGUF file of type phimoe", "z.gguf", OWN["phimoe"]),
         ("a GGUF file of type falcon", "z.gguf", falcon),
         ("a GGUF file of type opt", "z.gguf", SHAPES["opt-6.7b"]),
+        ("a folder of type deepseek_v2", "folder", SHAPES["deepseek-v2-lite"]),
+        ("a GGUF file of type deepseek_v2", "z.gguf", SHAPES["deepseek-v2-lite"]),
     ):
         with pytest.raises(ValueError, match=f"{form} cannot be made here"):
             write(config, tmp_path / name, "bf16")

@@ -16,10 +16,12 @@ turned around) gets a name of its own, which converters/families knows.
 
 from types import ModuleType
 
-from . import gemma2, gemma3, glm4moe, gpt2, gpt_oss, gptneox, granite, granitemoe, phi3, phimoe
+from . import deepseek2, gemma2, gemma3, glm4moe, gpt2, gpt_oss, gptneox, granite, granitemoe
+from . import phi3, phimoe
 
 OWN: dict[str, ModuleType] = {
-    "gemma2": gemma2, "gemma3": gemma3, "glm4moe": glm4moe, "gpt2": gpt2, "gpt-oss": gpt_oss,
+    "deepseek2": deepseek2, "gemma2": gemma2, "gemma3": gemma3, "glm4moe": glm4moe, "gpt2": gpt2,
+    "gpt-oss": gpt_oss,
     "gptneox": gptneox, "granite": granite, "granitemoe": granitemoe, "phi3": phi3,
     "phimoe": phimoe,
 }  # fmt: skip
