@@ -76,8 +76,8 @@ _CACHED_WORDS = 1 << 13
 _NAMES = (
     "rows", "q", "k", "v", "o", "gate", "up", "down", "router", "shared_gate", "q_bias", "k_bias",
     "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias", "attn_norm_bias", "ffn_norm_bias",
-    "norm_bias", "positions", "neurons", "sinks", "router_logit_bias", "router_bias", "head_bias",
-    "q_down", "latent", "absorb", "expand",
+    "norm_bias", "positions", "neurons", "q_down", "latent", "absorb", "expand", "sinks",
+    "router_logit_bias", "router_bias", "head_bias",
 )  # fmt: skip
 """A segment's place here is part of its seed."""
 

@@ -136,6 +136,17 @@ def _latent_heads(spec: ModelSpec, matrix, norm) -> dict[str, np.ndarray]:
     return bundle | ({"q_down_norm": norm(spec.q_rank)} if spec.q_rank else {})
 
 
+def _routing(spec: ModelSpec, matrix, normal, biases: dict) -> dict[str, np.ndarray]:
+    bundle = {"router": matrix(spec.n_experts, spec.hidden, gain=1.5)}
+    if biases.get("router"):
+        bundle["router_logit_bias"] = normal(spec.n_experts, scale=biases["router"])
+    if spec.router_bias:
+        bundle["router_bias"] = normal(spec.n_experts, scale=0.2)
+    if spec.shared_intermediate and spec.shared_gated:
+        bundle["shared_gate"] = matrix(1, spec.hidden)
+    return bundle
+
+
 def _draw_weights(draw: Draw, spec: ModelSpec, biases: dict, dtype: str) -> TinyWeights:
     def normal(*shape: int, scale: float) -> np.ndarray:
         return _rounded(draw.rng.normal(0, scale, shape), dtype)
@@ -182,15 +193,7 @@ def _draw_weights(draw: Draw, spec: ModelSpec, biases: dict, dtype: str) -> Tiny
             full = spec.qk_norm == "full"
             bundle["q_norm"] = norm(heads if full else spec.head_dim)
             bundle["k_norm"] = norm(kv if full else spec.head_dim)
-        if routed:
-            bundle["router"] = matrix(spec.n_experts, spec.hidden, gain=1.5)
-        if routed and biases.get("router"):
-            bundle["router_logit_bias"] = normal(spec.n_experts, scale=biases["router"])
-        if routed and spec.router_bias:
-            bundle["router_bias"] = normal(spec.n_experts, scale=0.2)
-        if routed and spec.shared_intermediate and spec.shared_gated:
-            bundle["shared_gate"] = matrix(1, spec.hidden)
-        return bundle
+        return bundle | (_routing(spec, matrix, normal, biases) if routed else {})
 
     table = normal(spec.vocab_size, spec.hidden, scale=1.0)
     weights = TinyWeights(table, None if spec.tied else matrix(spec.vocab_size, spec.hidden))

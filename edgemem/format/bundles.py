@@ -114,10 +114,9 @@ def _routing(spec: ModelSpec) -> list[Part]:
     parts = [Part("router", spec.n_experts, spec.hidden)]
     if spec.router_bias:
         parts.append(_vector("router_bias", spec.n_experts))
-    parts.append(_bias("router_logit_bias", spec.n_experts))
     if spec.shared_intermediate and spec.shared_gated:
         parts.append(Part("shared_gate", 1, spec.hidden))
-    return parts
+    return [*parts, _bias("router_logit_bias", spec.n_experts)]
 
 
 def _predictor(spec: ModelSpec, rank: int) -> tuple[Part, ...]:
