@@ -149,7 +149,8 @@ FAMILY_FACTS = {
     "phi3": {"n_layers": 2, "routed": (False, False), "windows": (0, 0)},
     "glm4_moe": {"n_groups": 0, "top_groups": 0},
     "gpt_oss": {
-        "hidden": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "windows": (16, 0, 16),
+        "hidden": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "tied": False,
+        "windows": (16, 0, 16),
         "rope": RopeSpec("yarn", round((128 / (2 * np.pi)) ** 4) + 1.0, 4.0, 128, truncate=False),
     },
 }  # fmt: skip
