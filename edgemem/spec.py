@@ -227,6 +227,7 @@ class ModelSpec:
             return
         rotated = self.positions == "rope" and self.local_rope is None
         plain = self.qk_norm == "none" and self.clip_qkv == 0 and self.norm == "rms"
+        plain = plain and not self.sinks
         _check(rotated and plain and self.n_kv_heads == 1, "latent", self.latent)
         _check(2 <= self.rope.dims < self.head_dim, "rope.dims", self.rope.dims)
         for name in ("latent", "value_dim"):

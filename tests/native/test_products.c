@@ -37,7 +37,7 @@ static problem make_problem(const em_kernels *k, int32_t rows, int32_t cols, int
         k->quantize(p.x + (int64_t)t * cols, cols, p.q + (int64_t)t * blocks * 32,
                     p.scale + (int64_t)t * blocks, p.sum + (int64_t)t * blocks,
                     p.first + (int64_t)t * blocks);
-    p.acts = (em_acts){p.x, p.q, p.scale, p.sum, NULL, cols, blocks, p.first};
+    p.acts = (em_acts){p.x, p.q, p.scale, p.sum, NULL, cols, blocks, p.first, 0};
     return p;
 }
 

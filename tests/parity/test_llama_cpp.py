@@ -154,8 +154,9 @@ FAMILY_FACTS = {
         "rope": RopeSpec("yarn", round((128 / (2 * np.pi)) ** 4) + 1.0, 4.0, 128, truncate=False),
     },
 }  # fmt: skip
-JUDGED = [family for family in FAMILIES if family != "phimoe"]
-"""Of Phi-3.5-MoE llama.cpp takes no mean off in norms, and weighs experts by a softmax."""
+JUDGED = [f for f in FAMILIES if f != "phimoe" and not f.startswith("deepseek")]
+"""Of Phi-3.5-MoE llama.cpp takes no mean off in norms, and weighs experts by a softmax; latents are
+below."""
 
 
 @pytest.mark.parametrize("family", JUDGED)
