@@ -1,6 +1,7 @@
 """GGUF metadata: the config and the tokenizer that are made of it, and what is refused by name."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -171,8 +172,10 @@ def test_other_rope_factors_are_refused():
     for bad in (np.linspace(1, 3, 32), np.full(32, 2.0) + np.arange(32) % 2):
         with pytest.raises(UnsupportedError, match="Llama 3's rule"):
             config_of(metadata(keys=keys), {"rope_freqs.weight": Vector(bad)})
-    for bad in (np.ones(31), np.zeros(32), np.full(32, np.nan)):
-        with pytest.raises(CheckpointError, match="rope_freqs.weight"):
+    signalling = np.full(32, 0x7F800001, np.uint32).view(f32)
+    for bad in (np.ones(31), np.zeros(32), np.full(32, np.nan), signalling):
+        with pytest.raises(CheckpointError, match="rope_freqs.weight"), warnings.catch_warnings():
+            warnings.simplefilter("error")
             config_of(metadata(keys=keys), {"rope_freqs.weight": Vector(bad)})
 
 

@@ -65,7 +65,8 @@ def _factors(metadata: Metadata, tensor: GgufTensor) -> np.ndarray:
             f"reading {metadata.path}: {tensor.name} is {tensor.type_name} of the shape "
             f"{list(tensor.shape)}, not a vector in F32"
         )
-    factors = tensor.read_rows(0, 1)[0].view(np.float32).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        factors = tensor.read_rows(0, 1)[0].view(np.float32).astype(np.float64)
     if not np.isfinite(factors).all() or (factors <= 0).any():
         raise CheckpointError(f"reading {metadata.path}: {tensor.name} holds bad numbers")
     return factors
