@@ -166,7 +166,7 @@ static em_core *open_core(int32_t threads, const char *isa) {
 }
 
 static void run(em_core *core, const problem *p, int32_t first, int32_t n, float *out) {
-    em_neuron_rows rows = {p->rows, NULL, 0};
+    em_neuron_rows rows = {.resident = p->rows};
     int64_t used = 0;
     int32_t status = em_neurons_run(core, &p->neurons, p->bundle, &rows, p->x + first * HIDDEN, n,
                                     out + first * HIDDEN, &used);
@@ -316,7 +316,7 @@ static void overflow_is_not_hidden(problem *p) {
 
 static void arguments_are_checked(const problem *p) {
     em_core *core = open_core(1, NULL);
-    em_neuron_rows rows = {p->rows, NULL, 0};
+    em_neuron_rows rows = {.resident = p->rows};
     float out[TOKENS * HIDDEN] = {0};
     int64_t used;
     em_neurons bad = p->neurons;
@@ -399,7 +399,7 @@ static void predicted(int32_t dtype, int32_t gated) {
 
 static int64_t used_of(const problem *p, int32_t token) {
     em_core *core = open_core(1, NULL);
-    em_neuron_rows rows = {p->rows, NULL, 0};
+    em_neuron_rows rows = {.resident = p->rows};
     float out[HIDDEN] = {0};
     int64_t used = -1;
     int32_t status =
