@@ -59,6 +59,7 @@ def bench(model, dtype, neurons, cache_dir, memory, trace, breakdown, as_json, *
         store = as_store(model, cache_dir, dtype, neurons)
     with Store.open(store) as opened:
         facts = _facts(opened)
+        options.fill_token_counts(more, opened.spec.max_positions)
     one = measured if len(memory) == 1 else measured_apart
     results = [one(store, size, trace=trace, cache_dir=cache_dir, **more) for size in memory]
     _show(facts, results, breakdown, as_json)

@@ -120,12 +120,12 @@ _MODEL = (
 
 _TOKENS = (
     click.option(
-        "-p", "--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True,
-        metavar="N", help="Tokens of each prompt.",
+        "-p", "--prompt-tokens", type=click.IntRange(min=1), metavar="N",
+        help="Tokens of each prompt.  [default: 512, or as many as fit]",
     ),
     click.option(
-        "-n", "--new-tokens", type=click.IntRange(min=1), default=128, show_default=True,
-        metavar="N", help="Tokens after it, one by one.",
+        "-n", "--new-tokens", type=click.IntRange(min=1), metavar="N",
+        help="Tokens after it, one by one.  [default: 128, or a quarter of what fits]",
     ),
 )  # fmt: skip
 
@@ -163,6 +163,18 @@ def engine_options(
 def token_counts(command: Callable) -> Callable:
     """--prompt-tokens and --new-tokens."""
     return _apply(_TOKENS, command)
+
+
+def fill_token_counts(values: dict, max_positions: int) -> None:
+    """Those that were not given are what a model of so many positions, and the --context that was
+    given, leave room for."""
+    from ..benchmark import NEW_TOKENS, PROMPT_TOKENS
+
+    fits = min(values["context"] or max_positions, max_positions)
+    if values["new_tokens"] is None:
+        values["new_tokens"] = max(1, min(NEW_TOKENS, fits // 4))
+    if values["prompt_tokens"] is None:
+        values["prompt_tokens"] = max(1, min(PROMPT_TOKENS, fits - values["new_tokens"]))
 
 
 def streaming_options(command: Callable) -> Callable:

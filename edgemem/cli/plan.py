@@ -44,6 +44,7 @@ def plan(store, memory, cache_dir, as_json, **more):
     device = doctor.known(store, folder)
     with Store.open(store) as opened:
         facts = {"store": str(store), "model_type": opened.spec.model_type}
+        options.fill_token_counts(more, opened.spec.max_positions)
     with options.usage_errors():
         results = [_look(store, size, device, **more) for size in memory]
     if device is None:

@@ -324,6 +324,21 @@ def test_neurons_that_rest_have_a_row_too(resting, cache):
     assert "64/1536 neurons" in shown[1] and shown[0] != shown[1]
 
 
+@pytest.mark.parametrize(
+    "more, context", [((), 512), (("--context", "64"), 64), (("-n", "9"), 512)]
+)
+@pytest.mark.parametrize("command", ["plan", "bench"])
+def test_short_models_are_asked_for_what_fits(command, more, context, stories_store, cache):
+    """Of 512 positions, which 512 tokens and 128 more would exceed."""
+    repeated = ("-r", "1") if command == "bench" else ()
+    run = CliRunner().invoke(
+        cli, [command, str(stories_store), "--cache-dir", str(cache), *repeated, *more, "--json"]
+    )
+    assert run.exit_code == 0, run.output
+    result = json.loads(run.stdout)["results"][0]
+    assert result["context"] == context
+
+
 def test_wrong_usage(tiny_moe_store, tmp_path):
     command(tiny_moe_store, "--memory", "much", code=2)
     command(tiny_moe_store, "-p", 30, "-n", 30, "--context", 40, code=2)
