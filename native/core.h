@@ -34,6 +34,7 @@ int64_t em_chunk_groups(const em_core *core, int64_t groups);
 /* Scratch for the int8 form of n rows of `cols`, and filling it in (in parallel where it pays). */
 uint64_t em_acts_bytes(int64_t n, int32_t cols);
 bool em_acts_take(em_arena *arena, em_acts *acts, int64_t n);
+em_acts em_acts_from(em_acts acts, int64_t row); /* from a row on */
 void em_acts_quantize(em_core *core, const em_acts *acts, const int32_t *rows, int64_t n);
 
 /* Bytes of a neuron's row. */

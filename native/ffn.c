@@ -217,15 +217,7 @@ static void down_item(void *arg, int64_t item, int32_t thread) {
     int64_t group = item % t->chunks * t->chunk;
     int64_t groups = em_min(t->chunk, (f->hidden + EM_LANES - 1) / EM_LANES - group);
     const uint8_t *bundle = bundle_at(t, b);
-    em_acts h = t->h;
-    int64_t skip = (int64_t)first * h.blocks;
-    h.x += (int64_t)first * h.cols;
-    if (h.q) {
-        h.q += skip * EM_BLOCK;
-        h.scale += skip;
-        h.sum += skip;
-        h.first += skip;
-    }
+    const em_acts h = em_acts_from(t->h, first);
     em_out to_y = {t->y + (int64_t)first * f->hidden, vector_at(bundle, f->down_bias), f->hidden,
                    f->hidden, 0};
     t->kernels->product[f->down_dtype](bundle + f->down, (int32_t)group, (int32_t)groups, &h, n,
@@ -287,13 +279,7 @@ static void run_gate_up(em_core *core, ffn_task *t, int32_t n) {
     em_core_run(core, gate_up_item, t, t->chunks * n, 2 * pairs * weights);
     for (int32_t i = 0; t->h.q && i < n; i++) {
         int32_t b = t->batch[i];
-        em_acts part = t->h;
-        int64_t skip = (int64_t)pair_of(t, b) * part.blocks;
-        part.x += (int64_t)pair_of(t, b) * part.cols;
-        part.q += skip * EM_BLOCK;
-        part.scale += skip;
-        part.sum += skip;
-        part.first += skip;
+        const em_acts part = em_acts_from(t->h, pair_of(t, b));
         em_acts_quantize(core, &part, NULL, t->first[b + 1] - t->first[b]);
     }
 }

@@ -38,15 +38,8 @@ static void multiply_item(void *arg, int64_t item, int32_t thread) {
     const em_heads *h = t->h;
     const int64_t head = item / t->chunks, group = item % t->chunks * t->chunk;
     const int64_t group_bytes = em_group_bytes(h->dtype, h->cols, EM_LANES);
-    em_acts acts = t->acts;
+    em_acts acts = em_acts_from(t->acts, head * t->n_tokens); /* its blocks lie head by head */
     acts.x = h->x + head * h->x_stride + h->taken;
-    if (acts.q) {
-        const int64_t skip = head * t->n_tokens * acts.blocks;
-        acts.q += skip * EM_BLOCK;
-        acts.scale += skip;
-        acts.sum += skip;
-        acts.first += skip;
-    }
     em_out out = {h->out + head * h->out_stride + h->taken, NULL,
                   (int64_t)h->n_heads * h->out_stride, h->rows, 0};
     t->kernels->product[h->dtype]((const uint8_t *)h->weights + head * t->groups * group_bytes,

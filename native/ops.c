@@ -106,6 +106,16 @@ uint64_t em_acts_bytes(int64_t n, int32_t cols) {
     return em_arena_cost(blocks * EM_BLOCK) + 3 * em_arena_cost(blocks * 4);
 }
 
+em_acts em_acts_from(em_acts acts, int64_t row) {
+    if (acts.x) acts.x += row * em_acts_stride(&acts);
+    if (!acts.q) return acts;
+    acts.q += row * acts.blocks * EM_BLOCK;
+    acts.scale += row * acts.blocks;
+    acts.sum += row * acts.blocks;
+    acts.first += row * acts.blocks;
+    return acts;
+}
+
 bool em_acts_take(em_arena *arena, em_acts *acts, int64_t n) {
     uint64_t blocks = (uint64_t)n * (uint64_t)acts->blocks;
     acts->q = em_arena_take(arena, blocks * EM_BLOCK);

@@ -9,8 +9,9 @@ from tiny_config import spell_rope
 
 from edgemem.spec import ModelSpec, RopeSpec
 
-from .drawing import GGUF_NAMES, LLAMA_NAMES, config as llama_config
-from .drawing import fused_experts, gated, gguf_layers, stem_and_kind, tables, with_rope
+from . import glm4_moe
+from .drawing import GGUF_NAMES, config as llama_config
+from .drawing import gated, gguf_layers, stem_and_kind, with_rope
 
 ARCHITECTURE = "DeepseekV2ForCausalLM"
 GGUF = "deepseek2"
@@ -122,31 +123,7 @@ def _spell_scale(draw, spec, rope: dict, spelled: RopeSpec) -> RopeSpec:
 
 
 def tensors(draw, spec, weights) -> dict:
-    found, fused = tables(draw, spec, weights), draw.maybe(0.3)
-    for (kind, layer, index), bundle in weights.bundles.items():
-        base = f"model.layers.{layer}."
-        inner = {"shared": "shared_experts.", "expert": f"experts.{index}."}.get(kind, "")
-        if kind == "dense" and layer < spec.n_layers:
-            found |= {f"{base}{name}": v for name, v in _attention(spec, bundle).items()}
-        for name, value in bundle.items():
-            stem, parameter = stem_and_kind(name)
-            if layer == spec.n_layers:
-                found["model.norm.weight"] = value
-            elif stem == "router":
-                last = "weight" if parameter == "weight" else "e_score_correction_bias"
-                found[f"{base}mlp.gate.{last}"] = value
-            elif kind in ("shared", "expert") and not (fused and kind == "expert"):
-                found[f"{base}mlp.{inner}{stem}_proj.weight"] = value
-            elif kind == "ffn" or stem in ("attn_norm", "ffn_norm", "o"):
-                found[f"{base}{LLAMA_NAMES[stem]}.{parameter}"] = value
-    for layer in range(spec.n_layers if fused else 0):
-        if spec.routed[layer]:
-            gate_up, down = fused_experts(weights, layer, spec.n_experts)
-            found[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = gate_up
-            found[f"model.layers.{layer}.mlp.experts.down_proj"] = down
-    if draw.maybe(0.3):  # a layer that foretells tokens after the next
-        found[f"model.layers.{spec.n_layers}.eh_proj.weight"] = np.ones((2, 2))
-    return found
+    return glm4_moe.tensors(draw, spec, weights, _attention)
 
 
 def _attention(spec, bundle) -> dict:

@@ -67,11 +67,19 @@ def config(draw, spec, biases: dict):
     return llama_config(draw, spec, ARCHITECTURE, _ABSENT, more), spelled
 
 
-def tensors(draw, spec, weights) -> dict:
+_BESIDE = ("attn_norm", "o", "ffn_norm", "router")
+"""What layers have beside heads."""
+
+
+def tensors(draw, spec, weights, attention=None) -> dict:
+    """`attention(spec, bundle)` has what is in place of heads of the usual kind, if anything is."""
     found, fused = tables(draw, spec, weights), draw.maybe(0.3)
     for (kind, layer, index), bundle in weights.bundles.items():
         base = f"model.layers.{layer}."
         inner = {"shared": "shared_experts.", "expert": f"experts.{index}."}.get(kind, "")
+        if attention and kind == "dense" and layer < spec.n_layers:
+            found |= {f"{base}{name}": v for name, v in attention(spec, bundle).items()}
+            bundle = {name: v for name, v in bundle.items() if stem_and_kind(name)[0] in _BESIDE}
         for name, value in bundle.items():
             stem, parameter = stem_and_kind(name)
             if layer == spec.n_layers:

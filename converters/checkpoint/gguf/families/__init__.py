@@ -21,8 +21,7 @@ from . import phi3, phimoe
 
 OWN: dict[str, ModuleType] = {
     "deepseek2": deepseek2, "gemma2": gemma2, "gemma3": gemma3, "glm4moe": glm4moe, "gpt2": gpt2,
-    "gpt-oss": gpt_oss,
-    "gptneox": gptneox, "granite": granite, "granitemoe": granitemoe, "phi3": phi3,
-    "phimoe": phimoe,
+    "gpt-oss": gpt_oss, "gptneox": gptneox, "granite": granite, "granitemoe": granitemoe,
+    "phi3": phi3, "phimoe": phimoe,
 }  # fmt: skip
 """By architecture."""
