@@ -136,9 +136,11 @@ def _experts(spec: dict) -> str:
 
 def _attention(spec: dict) -> str:
     windows = sorted({window for window in spec["windows"] if window})
-    parts = [
-        f"{spec['n_heads']} heads of {spec['head_dim']}, {spec['n_kv_heads']} for keys and values"
-    ]
+    latent = spec.get("latent")
+    shared = f"latents of {latent}" if latent else f"{spec['n_kv_heads']} for keys and values"
+    parts = [f"{spec['n_heads']} heads of {spec['head_dim']}, {shared}"]
+    if spec.get("sinks"):
+        parts.append("sinks")
     if windows:
         count = sum(map(bool, spec["windows"]))
         parts.append(f"window {'/'.join(map(str, windows))} in {count} layers")

@@ -83,6 +83,15 @@ def test_ropes_are_told(rope, words, tmp_path):
     assert text.endswith(words)
 
 
+@pytest.mark.parametrize(
+    "model_type, words", [("deepseek_v3", "latents of "), ("gpt_oss", "sinks")]
+)
+def test_other_kinds_of_heads_are_told(model_type, words, tmp_path):
+    found = facts.of(tiny.write(tmp_path, model_type, 1).folder)
+    (text,) = (text for name, text in facts.summarize(found) if name == "attention")
+    assert words in text and found["runs"]
+
+
 def test_masks_are_no_weights(tmp_path):
     """Pythia's checkpoints carry them, in a type that no weight has."""
     model = tiny.write(tmp_path / "hf", "gpt_neox", 1, dtype="F32")
