@@ -8,7 +8,9 @@ unless `warm`; then one that is not counted comes before, and what it left stays
 The ideal is what the hardware allows for the same demand: all weights that a token takes are read
 from DRAM once, and from flash those that the best of all caches (belady.py) would have missed, at
 the rates that this process measures itself, the one in parallel to the other. η is the time of that
-over the time that was measured.
+over the time that was measured. Flash is as fast as a plain read of it right after the run, or as
+it was in the run, if that was more: shared devices change by the second, and one that is slow
+afterwards must not flatter the run.
 """
 
 from __future__ import annotations
@@ -310,6 +312,8 @@ def _report(
     dram = dram_rate(engine)
     record, flash = flash_rate(engine) if len(plan.streamed) else (None, None)
     turns = [stretch for demand in demands for stretch in demand.stretches[1:]]
+    if flash and not turns:  # bundles were all that the device read
+        flash = max(flash, _device_rate(summary["decode"]))
     of_rows = row_rate(engine, _mean_share(engine, turns)) if turns else None
     missed = best.missed_bytes / flash if flash else 0.0
     missed += best.missed_row_bytes / of_rows if of_rows else 0.0
@@ -338,6 +342,12 @@ def _report(
         peak_rss_bytes=peak,
         breakdown={doing: each / (new_tokens * len(times)) for doing, each in spent.items()},
     )  # fmt: skip
+
+
+def _device_rate(summary: dict) -> float:
+    """Bytes per second that the device gave while it read at all."""
+    read, seconds = summary["read_bytes_per_token"] * summary["tokens"], summary["device_seconds"]
+    return read / seconds if seconds else 0.0
 
 
 def _phase(summary: dict, rates: Sequence[float]) -> PhaseReport:

@@ -64,6 +64,16 @@ def test_a_streaming_model(share, warm, tiny_moe_store):
     assert 0 <= decode.stall_share <= 1 and 0 <= decode.device_share <= 1.1
 
 
+def test_a_device_that_is_slow_afterwards_does_not_flatter_the_run(tiny_moe_store, monkeypatch):
+    monkeypatch.setattr(benchmark, "flash_rate", lambda engine: (4096, 1.0))
+    with streaming.opened(tiny_moe_store, 0.2, lookahead=False) as engine:
+        report = benchmark.measure(engine, **COUNTS)
+    decode = report.decode
+    rate = decode.read_bytes_per_token * decode.tokens_per_second.low / decode.device_share
+    assert report.flash_bytes_per_second >= 0.9 * rate > 1e5
+    assert report.ideal_seconds_per_token <= 1.01 / decode.tokens_per_second.low
+
+
 def test_a_model_whose_neurons_stream(shared, tmp_path):
     path = tmp_path / "a.edgemem"
     converters.convert(shared / "models" / "tiny-relu", path, neurons=True)
