@@ -1,8 +1,10 @@
 """What a device gives: flash by size, depth and engine, memory, and multiply-adds; measured once.
 
 Flash is read in random order, by the engines that also read streamed bundles, either past the page
-cache (direct) or through it after it was told to forget the file (buffered). What was measured lies
-in the cache folder, in a file whose name says on which machine and file system.
+cache (direct) or through it after it was told to forget the file (buffered). All figures are of the
+same places, which were read once before: what streams is read again and again, and what lies below
+a virtual machine's disk keeps that near. What was measured lies in the cache folder, in a file
+whose name says on which machine and file system.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ ROUNDS = 3
 READ_SECONDS, MEMORY_SECONDS, COMPUTE_SECONDS = 0.04, 0.4, 0.05
 """How long a figure of each kind is measured in a round."""
 FILE_BYTES, LEAST_FILE_BYTES = 256 * MIB, 16 * MIB
+"""So much is read, of a larger file at places all over it, and written where there is none."""
 DISK_SHARE = 4
 """A file that is written for the purpose takes at most this part of what is free."""
 MEMORY_BYTES = 1 << 30
@@ -159,6 +162,7 @@ def measure(place: str | os.PathLike, progress: Progress | None = None) -> Devic
     threads = fast_cpus()
     core, rounds = Core(threads), []
     with _reader(Path(place)) as reader:
+        reader.settle()
         cells = reader.cells()
         total, done = ROUNDS * (len(cells) + 2), 0
 
@@ -184,10 +188,6 @@ def measure(place: str | os.PathLike, progress: Progress | None = None) -> Devic
     )  # fmt: skip
 
 
-MOST_PIECES = 1 << 16
-"""More are not read in one reading."""
-
-
 class _Reader:
     """Reads pieces of a file of `size` bytes at `path`."""
 
@@ -198,6 +198,16 @@ class _Reader:
         direct_fd, is_direct = open_direct(path)
         self._fds = {True: direct_fd} if is_direct else {}
         self._fds[False] = os.open(path, os.O_RDONLY) if is_direct else direct_fd
+        places = range(size // MIB)
+        self._places = random.Random(0).sample(places, min(len(places), FILE_BYTES // MIB))
+
+    def settle(self) -> None:
+        """Read all places once."""
+        for place in self._places:
+            try:
+                os.preadv(next(iter(self._fds.values())), [self._buffer.view[:MIB]], place * MIB)
+            except OSError as error:
+                raise self._failure(error.errno) from error
 
     def close(self) -> None:
         for fd in self._fds.values():
@@ -214,9 +224,10 @@ class _Reader:
 
     def rate(self, engine: str, direct: bool, size: int, depth: int, seed: int) -> float:
         """Bytes per second of pieces in random order, no one twice through the page cache."""
-        pieces = self._size // size
-        draws = random.Random(seed).sample(range(pieces), min(pieces, MOST_PIECES))
-        offsets = [size * i for i in draws]
+        each = MIB // size
+        count = each * len(self._places)
+        draws = random.Random(seed).sample(range(count), count)
+        offsets = [MIB * self._places[i // each] + size * (i % each) for i in draws]
         if not direct:
             self._forget()
         return self._read(engine, direct, size, depth, offsets * (2 if direct else 1))
@@ -242,11 +253,14 @@ class _Reader:
             ffi.cast("void *", self._buffer.address), int(1e9 * READ_SECONDS), pace,
         )  # fmt: skip
         if status == lib.EM_FLASH:
-            raise FlashError(
-                f"measuring reads of {self._name}: {os.strerror(pace.error)}; check the device"
-            )
+            raise self._failure(pace.error)
         check(status, f"measuring reads by {engine}")
         return 1e9 * pace.read_bytes / max(1, pace.spent_ns)
+
+    def _failure(self, error: int) -> FlashError:
+        return FlashError(
+            f"measuring reads of {self._name}: {os.strerror(error)}; check the device"
+        )
 
 
 @contextlib.contextmanager

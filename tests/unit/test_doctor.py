@@ -220,6 +220,26 @@ def test_a_file_that_shrinks_is_told(file, monkeypatch):
     refusal(file, "measuring reads of", "check the device")
 
 
+def test_all_figures_of_a_large_file_are_of_the_same_places(tmp_path, monkeypatch):
+    large, read = tmp_path / "large", {}
+    with open(large, "wb") as out:
+        out.truncate(4 * doctor.FILE_BYTES)
+
+    def note(reader, engine, direct, size, depth, offsets):
+        assert all(offset % size == 0 for offset in offsets)
+        read.setdefault(size, set()).update(offset // MIB for offset in offsets)
+        return 1.0
+
+    monkeypatch.setattr(doctor._Reader, "_read", note)
+    with doctor._reader(large) as reader:
+        reader.settle()
+        for cell in reader.cells():
+            reader.rate(*cell, 0)
+    places = read.pop(doctor.SIZES[0])
+    assert len(places) == doctor.FILE_BYTES // MIB and max(places) > 3 * len(places)
+    assert len(read) == len(doctor.SIZES) - 1 and all(found == places for found in read.values())
+
+
 # What is made of the figures
 
 
