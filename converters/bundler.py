@@ -401,8 +401,8 @@ class _Chunk:
 
     def pack(self) -> np.ndarray:
         tensor, segment = self.piece.tensor, self.piece.segment
-        bits, dtype = self.piece.source.read(tensor, self.first, self.count)
         try:
+            bits, dtype = self.piece.source.read(tensor, self.first, self.count)
             return blocks.pack(bits, dtype, segment.dtype, segment.lanes)
         except ValueError as error:
             raise CheckpointError(f"converting tensor {tensor.name}: {error}") from None

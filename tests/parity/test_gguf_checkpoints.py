@@ -17,6 +17,7 @@ from tiny_families import FAMILIES
 
 import edgemem
 from edgemem import converters
+from edgemem.errors import CheckpointError
 from edgemem.format import Kind
 from edgemem.kernels.reference import StoreWeights
 from edgemem.spec import RopeSpec
@@ -129,16 +130,33 @@ def same(found: np.ndarray, expected: np.ndarray) -> bool:
     return expected.dtype == np.float32 and np.array_equal(found.view("u4"), expected.view("u4"))
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_what_latents_are_multiplied_by_keeps_its_values(seed, tmp_path, seed_base):
-    """Older files have blocks along the other side of what a store has turned around: of those it
-    has the numbers, in 32 bits."""
+def file_of_latents(tmp_path, seed: int, seed_base: int):
+    """A GGUF of DeepSeek-V2 in q8_0, all of whose rows are whole blocks; older for even seeds."""
     facts = tiny_gguf.facts("deepseek_v2", seed) | {
         "rope": RopeSpec(dims=8), "attention_scale": 0.0, "head_dim": 40, "latent": 64,
         "value_dim": 32, "hidden": 96,
     }  # fmt: skip
     model = tiny.write(tmp_path / "hf", "deepseek_v2", seed_base + seed, **facts)
-    path = tiny_gguf.write(tmp_path / "m.gguf", model, Type.Q8_0)
+    return tiny_gguf.write(tmp_path / "m.gguf", model, Type.Q8_0)
+
+
+def test_bad_scales_of_what_latents_are_multiplied_by_are_refused(tmp_path, seed_base):
+    """Of what is turned into numbers as it is read."""
+    path, infinity = file_of_latents(tmp_path, 0, seed_base), np.float16(np.inf).tobytes()
+    offsets = {t.name: int(t.data_offset) for t in GGUFReader(path).tensors}
+    with path.open("r+b") as file:
+        file.seek(offsets["blk.0.attn_kv_b.weight"])
+        file.write(infinity)
+    with pytest.raises(CheckpointError, match="tensor .*kv_b.*: it holds NaN or infinite"):
+        converters.convert(path, tmp_path / "m.edgemem")
+    assert not (tmp_path / "m.edgemem").exists()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_latents_are_multiplied_by_keeps_its_values(seed, tmp_path, seed_base):
+    """Older files have blocks along the other side of what a store has turned around: of those it
+    has the numbers, in 32 bits."""
+    path = file_of_latents(tmp_path, seed, seed_base)
     theirs = {t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(path).tensors}
     converters.convert(path, tmp_path / "m.edgemem")
     with Store.open(tmp_path / "m.edgemem") as store:
