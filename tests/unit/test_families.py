@@ -173,6 +173,12 @@ def test_experts_need_no_shared_one_beside_them(tmp_path, seed_base):
     ],
 )
 def test_keys_of_gguf_that_are_not_computed_are_refused(architecture, keys, words, tmp_path):
+    with pytest.raises(UnsupportedError, match=words):
+        config_of(metadata(tmp_path / "m.gguf", architecture, keys), {})
+
+
+def metadata(path, architecture, keys) -> Metadata:
+    """Of these keys and those that every file has."""
     least = {
         "block_count": 2, "attention.head_count": 4, "embedding_length": 64, "context_length": 512,
         "attention.layer_norm_rms_epsilon": 1e-5, "vocab_size": 300, "attention.scale": 1.0,
@@ -180,5 +186,15 @@ def test_keys_of_gguf_that_are_not_computed_are_refused(architecture, keys, word
     least = least if architecture.startswith("granite") else least | {"attention.scale": 0.0}
     values = {"general.architecture": architecture}
     values |= {f"{architecture}.{key}": value for key, value in (least | keys).items()}
-    with pytest.raises(UnsupportedError, match=words):
-        config_of(Metadata(tmp_path / "m.gguf", values), {})
+    return Metadata(path, values)
+
+
+@pytest.mark.parametrize("key", ["key_length", "value_length"])
+def test_gguf_files_that_do_not_say_the_sizes_of_heads_are_refused(key, tmp_path):
+    """Of latents; older and newer files say them under different keys."""
+    path, old = tmp_path / "m.gguf", f"attention.{key}"
+    keys = {name: value for name, value in _SIZES.items() if name != old}
+    with pytest.raises(CheckpointError, match=f"lacks the key deepseek2.{old}"):
+        config_of(metadata(path, "deepseek2", keys), {})
+    newer = config_of(metadata(path, "deepseek2", keys | {f"{old}_mla": _SIZES[old]}), {})
+    assert (newer["qk_nope_head_dim"], newer["v_head_dim"]) == (16, 16)

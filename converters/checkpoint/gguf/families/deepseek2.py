@@ -43,8 +43,8 @@ def config(metadata, tensors: dict, config: dict) -> dict:
 
 def _size(metadata, name: str) -> int:
     """Of a head, whichever a file says."""
-    plain = metadata.count(f".attention.{name}", None)
-    return metadata.count(f".attention.{name}_mla", plain)
+    newer = f".attention.{name}_mla"
+    return metadata.count(newer if newer in metadata else f".attention.{name}")
 
 
 def _rope(metadata, config: dict) -> dict | None:
