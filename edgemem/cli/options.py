@@ -125,7 +125,7 @@ _TOKENS = (
     ),
     click.option(
         "-n", "--new-tokens", type=click.IntRange(min=1), metavar="N",
-        help="Tokens after it, one by one.  [default: 128, or a quarter of what fits]",
+        help="Tokens after it, one by one.  [default: 128, or fewer as they fit]",
     ),
 )  # fmt: skip
 
@@ -171,10 +171,12 @@ def fill_token_counts(values: dict, max_positions: int) -> None:
     from ..benchmark import NEW_TOKENS, PROMPT_TOKENS
 
     fits = min(values["context"] or max_positions, max_positions)
-    if values["new_tokens"] is None:
-        values["new_tokens"] = max(1, min(NEW_TOKENS, fits // 4))
-    if values["prompt_tokens"] is None:
-        values["prompt_tokens"] = max(1, min(PROMPT_TOKENS, fits - values["new_tokens"]))
+    prompt, new = values["prompt_tokens"], values["new_tokens"]
+    if new is None:
+        new = max(1, min(NEW_TOKENS, fits // 4 if prompt is None else fits - prompt))
+    if prompt is None:
+        prompt = max(1, min(PROMPT_TOKENS, fits - new))
+    values.update(prompt_tokens=prompt, new_tokens=new)
 
 
 def streaming_options(command: Callable) -> Callable:

@@ -325,7 +325,8 @@ def test_neurons_that_rest_have_a_row_too(resting, cache):
 
 
 @pytest.mark.parametrize(
-    "more, context", [((), 512), (("--context", "64"), 64), (("-n", "9"), 512)]
+    "more, context",
+    [((), 512), (("--context", "64"), 64), (("-n", "9"), 512), (("-p", "500"), 512)],
 )
 @pytest.mark.parametrize("command", ["plan", "bench"])
 def test_short_models_are_asked_for_what_fits(command, more, context, stories_store, cache):
