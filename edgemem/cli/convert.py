@@ -17,8 +17,8 @@ checkpoint is a Hugging Face folder (config.json, tokenizer.json and safetensors
 --dtype keep leaves the weights as they are; f16 rounds the matrices; q8_0 and q4_0 quantise them in
 blocks of 32 columns, q6_k to q2_k in blocks of 256 whose scales are searched for, which takes
 longer and keeps more: q4_k is as small as q4_0. Matrices whose rows are not whole blocks of 256
-become q8_0 (for q6_k and q5_k), q5_0 (q4_k) or q4_0 (q3_k and q2_k), and are named. Beside blocks
-embedding and output head stay at q8_0; routers stay as they are, norms and biases become f32.
+become q8_0 (for q6_k and q5_k), q5_0 (q4_k) or q4_0 (q3_k and q2_k), which is told. Beside blocks
+embedding and output head become q8_0; routers stay as they are, norms and biases become f32.
 Memory use stays within a small multiple of the largest tensor.
 """
 
