@@ -24,7 +24,6 @@ from ..naming import PREFIXES as PREFIXES
 from ..naming import Source
 from ..rope import finite, yarn_mscale
 from . import glm4_moe
-from .glm4_moe import unused as unused
 
 DEFAULTS = {
     "vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -37,7 +36,7 @@ DEFAULTS = {
     "norm_topk_prob": False, "scoring_func": "softmax", "moe_layer_freq": 1,
     "rope_interleave": True,
 }  # fmt: skip
-KEYS = {"num_experts": "n_routed_experts"}
+KEYS: dict[str, str] = {}
 _METHODS = ("greedy", "group_limited_greedy")
 _NAMES = {
     "q_down": "q_a_proj", "q_down_norm": "q_a_layernorm", "latent_norm": "kv_a_layernorm",

@@ -1,10 +1,10 @@
-"""DeepSeek-V3 and R1, Moonlight, Kimi K2: DeepSeek-V2 with experts chosen in groups by biased
-sigmoids.
+"""DeepSeek-V3 and R1, Moonlight, as GGUF also Kimi K2: DeepSeek-V2 with experts chosen in groups by
+biased sigmoids.
 
 Source: modeling_deepseek_v3.py in transformers.
 """
 
-from edgemem.errors import UnsupportedError
+from edgemem.errors import CheckpointError, UnsupportedError
 
 from . import deepseek_v2
 from .deepseek_v2 import EMBED as EMBED
@@ -13,7 +13,7 @@ from .deepseek_v2 import KEYS as KEYS
 from .deepseek_v2 import PREFIXES as PREFIXES
 from .deepseek_v2 import biases as biases
 from .deepseek_v2 import sources as sources
-from .deepseek_v2 import unused as unused
+from .glm4_moe import unused as unused
 
 DEFAULTS = deepseek_v2.DEFAULTS | {
     "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "num_hidden_layers": 61,
@@ -23,10 +23,17 @@ DEFAULTS = deepseek_v2.DEFAULTS | {
     "topk_group": 4, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
     "topk_method": "noaux_tc", "scoring_func": "sigmoid",
 }  # fmt: skip
+_NOT_NULL = ("norm_topk_prob", "rope_interleave", "n_group", "topk_group")
+"""Keys whose null is not what it means that they are absent."""
 
 
 def facts(keys, hidden: int, heads: int) -> dict:
     """Fields of ModelSpec."""
+    for name in _NOT_NULL:
+        if keys.config.get(name, True) is None:
+            raise CheckpointError(
+                f"config.json: {name} = null has no meaning for deepseek_v3; give a value"
+            )
     found = deepseek_v2.common_facts(keys)
     method = keys.get("topk_method", (str,), "a name")
     if method != "noaux_tc":

@@ -5,7 +5,7 @@ Source: modeling_gpt_oss.py in transformers. Rows of gate and up take turns in o
 matrices are turned around where they are floats.
 """
 
-from edgemem.errors import UnsupportedError
+from edgemem.errors import CheckpointError, UnsupportedError
 from edgemem.format import Kind, Part
 from edgemem.spec import ModelSpec, RopeSpec
 
@@ -42,6 +42,8 @@ def facts(keys, hidden: int, heads: int) -> dict:
             raise UnsupportedError(f"config.json: {name} is not supported but for {value}")
     layers, width = keys.count("num_hidden_layers"), keys.count("intermediate_size")
     sliding = keys.sliding_layers() or [i % 2 == 0 for i in range(layers)]
+    if any(sliding) and keys.config.get("sliding_window", 0) is None:
+        raise CheckpointError("config.json: sliding_window = null, but there are layers that slide")
     window = keys.window() if any(sliding) else 0
     return {
         "n_kv_heads": keys.kv_heads(heads), "head_dim": keys.count("head_dim", hidden // heads),

@@ -1,6 +1,8 @@
 """Families that are spelled unlike Llama: the defaults of their configuration classes, and options
 that are refused by name."""
 
+import json
+
 import numpy as np
 import pytest
 import tiny
@@ -21,6 +23,10 @@ _GROUPS = {
 _SIZES = {
     "attention.key_length": 24, "attention.value_length": 16, "attention.kv_lora_rank": 16,
     "rope.dimension_count": 8,
+}  # fmt: skip
+_YARN = {
+    "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+    "rope.scaling.yarn_log_multiplier": 0.1,
 }  # fmt: skip
 SMALL = {
     "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 6,
@@ -121,12 +127,16 @@ def test_what_is_not_computed_is_refused(model_type, more, words):
                                      "long_factor": [1.0] * 8}}, "lacks its short_mscale"),
         ("gpt_oss", {"layer_types": ["full_attention"]}, "layer_types"),
         ("gpt_oss", {"sliding_window": 0}, "sliding_window = 0"),
+        ("gpt_oss", {"sliding_window": None}, "sliding_window = null"),
         ("gpt_oss", {"num_experts_per_tok": 999}, "top_k = 999"),
         ("glm4_moe", {"n_group": 7}, "n_groups = 7"),
         ("glm4_moe", {"n_group": 64, "topk_group": 1}, "top_groups = 1"),
         ("deepseek_v2", _GROUPS | {"n_group": 7}, "n_groups = 7"),
         ("deepseek_v2", _GROUPS | {"topk_group": 0}, "top_groups = 0"),
         ("deepseek_v3", {"n_group": 7}, "n_groups = 7"),
+        ("deepseek_v3", {"n_group": None}, "n_group = null"),
+        ("deepseek_v3", {"norm_topk_prob": None}, "norm_topk_prob = null"),
+        ("deepseek_v3", {"rope_interleave": None}, "rope_interleave = null"),
         ("deepseek_v3", {"qk_rope_head_dim": 7}, "qk_rope_head_dim = 7"),
         ("deepseek_v3", {"qk_nope_head_dim": 0}, "qk_nope_head_dim = 0"),
         ("deepseek_v3", {"q_lora_rank": -1}, "q_lora_rank = -1"),
@@ -158,6 +168,20 @@ def test_experts_need_no_shared_one_beside_them(tmp_path, seed_base):
         assert np.allclose(engine.logits(model.ids), expected, atol=1e-5 * np.abs(expected).max())
 
 
+def test_layers_behind_the_last_are_left_out_only_where_they_foretell(tmp_path, seed_base):
+    """DeepSeek-V2 has none such: with more layers than its config says, one of the two is wrong."""
+    for model_type in ("deepseek_v2", "deepseek_v3"):
+        facts = {"n_layers": 2, "routed": (True, True), "windows": (0, 0)}
+        model = tiny.write(tmp_path / model_type, model_type, seed_base, **facts)
+        path = model.folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 1}))
+        if model_type == "deepseek_v3":
+            converters.convert(model.folder, tmp_path / "m.edgemem")
+            continue
+        with pytest.raises(CheckpointError, match=r"has no use for: model\.layers\.1\."):
+            converters.convert(model.folder, tmp_path / "refused.edgemem")
+
+
 @pytest.mark.parametrize(
     ("architecture", "keys", "words"),
     [
@@ -170,6 +194,7 @@ def test_experts_need_no_shared_one_beside_them(tmp_path, seed_base):
         ("gpt-oss", {"attention.sliding_window_pattern": 4}, "sliding_window_pattern = 4"),
         ("deepseek2", _SIZES | {"expert_count": 8, "expert_gating_func": 3}, "gating_func = 3"),
         ("deepseek2", _SIZES | {"attention.temperature_scale": 0.1}, "temperature_scale = 0.1"),
+        ("deepseek2", _SIZES | _YARN | {"rope.scaling.attn_factor": 1.5}, "attn_factor = 1.5"),
     ],
 )
 def test_keys_of_gguf_that_are_not_computed_are_refused(architecture, keys, words, tmp_path):

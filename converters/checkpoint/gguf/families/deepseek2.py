@@ -54,6 +54,8 @@ def _rope(metadata, config: dict) -> dict | None:
     said = metadata.number(".rope.scaling.yarn_log_multiplier", 0.0)
     if not said:
         return scaling
+    if metadata.number(".rope.scaling.attn_factor", 1.0) != 1.0:
+        raise metadata.unsupported(".rope.scaling.attn_factor", "1 with yarn_log_multiplier")
     # A decimal that the converter's product rounds from.
     both = float(f"{said / _LOG_SCALE:.6g}")
     del scaling["attention_factor"]
