@@ -32,17 +32,19 @@ def spread(values: list[float]) -> Spread:
 
 
 def rounds(works: dict[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
-    """Amounts per second of several kinds of work in each of the runs, taken in turn: A B A B …,
-    so that drift of the machine falls on all alike. Each function does its work once and returns
-    how much it was; what it does first, before the runs, is not timed."""
+    """Amounts per second of several kinds of work in each of the runs, taken in turn: A B C, C B A,
+    …, so that drift of the machine falls on all alike, and what one leaves behind, such as threads
+    that go on spinning, not always on the same. Each function does its work once and returns how
+    much it was; what it does first, before the runs, is not timed."""
     for work in works.values():
         work()
-    found = {name: [] for name in works}
+    found, order = {name: [] for name in works}, list(works.items())
     for _ in range(runs):
-        for name, work in works.items():
+        for name, work in order:
             started = time.perf_counter()
             amount = work()
             found[name].append(amount / (time.perf_counter() - started))
+        order.reverse()
     return found
 
 
