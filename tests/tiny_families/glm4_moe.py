@@ -96,7 +96,8 @@ def tensors(draw, spec, weights, attention=None) -> dict:
             gate_up, down = fused_experts(weights, layer, spec.n_experts)
             found[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = gate_up
             found[f"model.layers.{layer}.mlp.experts.down_proj"] = down
-    if draw.maybe(0.3):  # a layer that foretells tokens after the next
+    foretells = draw.maybe(0.3) and spec.model_type != "deepseek_v2"
+    if foretells:  # tokens after the next, in a layer of its own
         found[f"model.layers.{spec.n_layers}.eh_proj.weight"] = np.ones((2, 2))
     return found
 
