@@ -71,7 +71,6 @@ def test_a_device_that_is_slow_afterwards_does_not_flatter_the_run(tiny_moe_stor
     decode = report.decode
     rate = decode.read_bytes_per_token * decode.tokens_per_second.low / decode.device_share
     assert report.flash_bytes_per_second >= 0.9 * rate > 1e5
-    assert report.ideal_seconds_per_token <= 1.01 / decode.tokens_per_second.low
 
 
 def test_a_model_whose_neurons_stream(shared, tmp_path):
