@@ -312,9 +312,12 @@ def _report(
     dram = dram_rate(engine)
     record, flash = flash_rate(engine) if len(plan.streamed) else (None, None)
     turns = [stretch for demand in demands for stretch in demand.stretches[1:]]
-    if flash and not turns:  # bundles were all that the device read
-        flash = max(flash, _device_rate(summary["decode"]))
     of_rows = row_rate(engine, _mean_share(engine, turns)) if turns else None
+    # Where bundles alone were read, or rows alone, what the device gave then was theirs.
+    if flash and not of_rows:
+        flash = max(flash, _device_rate(summary["decode"]))
+    if of_rows and not flash:
+        of_rows = max(of_rows, _device_rate(summary["decode"]))
     missed = best.missed_bytes / flash if flash else 0.0
     missed += best.missed_row_bytes / of_rows if of_rows else 0.0
     ideal = max(decode.demand_bytes_per_token / dram, missed / (new_tokens * len(times)))
