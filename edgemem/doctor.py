@@ -50,7 +50,7 @@ KNEE = 0.9
 """Reads are large and deep enough that give this share of the best rate."""
 _MOUNTS, _IN_MEMORY = Path("/proc/self/mountinfo"), ("tmpfs", "ramfs")
 _YEAR_3000, _MOST = 32_503_680_000, 1 << 40
-FORMAT = 1
+FORMAT = 2
 """Of the file in the cache folder; those of another are not read."""
 
 Progress = Callable[[int, int], None]
