@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -18,7 +19,7 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter, time
 
@@ -45,12 +46,15 @@ FILE_BYTES, LEAST_FILE_BYTES = 256 * MIB, 16 * MIB
 DISK_SHARE = 4
 """A file that is written for the purpose takes at most this part of what is free."""
 MEMORY_BYTES = 1 << 30
-BUFFER_BYTES = 128 * MIB
+BUFFER_BYTES = 256 * MIB
+"""Reads go into one half, the next ones into the other, so that no processor's cache has what they
+overwrite: into a megabyte that it has, a virtual disk was seen to read 1.4 times as fast as into
+slots (bench/LOG.md)."""
 KNEE = 0.9
 """Reads are large and deep enough that give this share of the best rate."""
 _MOUNTS, _IN_MEMORY = Path("/proc/self/mountinfo"), ("tmpfs", "ramfs")
 _YEAR_3000, _MOST = 32_503_680_000, 1 << 40
-FORMAT = 2
+FORMAT = 3
 """Of the file in the cache folder; those of another are not read."""
 
 Progress = Callable[[int, int], None]
@@ -101,6 +105,13 @@ class Device:
             rates = np.log([found[each, d] for d in depths])
             at_depth.append(np.interp(np.log(depth), np.log(depths), rates))
         return float(np.exp(np.interp(np.log(size), np.log(sizes), at_depth)))
+
+    def paced(self, dram: float, flash: float | None, size: int = 0, depth: int = 1) -> Device:
+        """The same device, had memory been read at `dram` bytes per second, and flash, where that
+        is said, at `flash` by reads of `size`, `depth` in flight; other reads in proportion."""
+        ratio = flash / self.flash_rate(size, depth) if flash else 1.0
+        readings = (replace(r, bytes_per_second=ratio * r.bytes_per_second) for r in self.flash)
+        return replace(self, dram_bytes_per_second=dram, flash=tuple(readings))
 
     def knee(self) -> Reading:
         """The reading with the fewest bytes in flight that has about the best rate."""
@@ -193,8 +204,9 @@ class _Reader:
 
     def __init__(self, path: str, size: int, name: Path):
         self._size, self._name = size, name
-        self._buffer = Slab(min(BUFFER_BYTES, max(DEPTHS) * size))
+        self._buffer = Slab(BUFFER_BYTES)
         np.frombuffer(self._buffer.view, np.uint8)[:] = 1  # its memory is there before the reads
+        self._halves = itertools.cycle((0, BUFFER_BYTES // 2))
         direct_fd, is_direct = open_direct(path)
         self._fds = {True: direct_fd} if is_direct else {}
         self._fds[False] = os.open(path, os.O_RDONLY) if is_direct else direct_fd
@@ -219,7 +231,7 @@ class _Reader:
         return [
             (engine, direct, size, depth)
             for engine in engines for direct in self._fds for size in SIZES for depth in DEPTHS
-            if size * depth <= min(self._buffer.bytes, self._size)
+            if size * depth <= min(BUFFER_BYTES // 2, self._size)
         ]  # fmt: skip
 
     def rate(self, engine: str, direct: bool, size: int, depth: int, seed: int) -> float:
@@ -250,7 +262,8 @@ class _Reader:
         pace = ffi.new("em_flash_pace *")
         status = lib.em_flash_measure(
             self._fds[direct], engine.encode(), depth, pieces,
-            ffi.cast("void *", self._buffer.address), int(1e9 * READ_SECONDS), pace,
+            ffi.cast("void *", self._buffer.address + next(self._halves)), BUFFER_BYTES // 2,
+            int(1e9 * READ_SECONDS), pace,
         )  # fmt: skip
         if status == lib.EM_FLASH:
             raise self._failure(pace.error)

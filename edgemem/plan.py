@@ -28,7 +28,7 @@ import numpy as np
 
 from . import inventory, residency, rows, streamer
 from .arguments import MAX_THREADS, check_count, check_kv, check_predict, check_sparse
-from .benchmark import NEW_TOKENS, PROMPT_TOKENS
+from .benchmark import NEW_TOKENS, PROMPT_TOKENS, Report
 from .benchmark import check as check_tokens
 from .budget import Budget, Item, fast_cpus
 from .doctor import Device
@@ -48,8 +48,6 @@ IN_TRANSIT = 1 + streamer.AHEAD
 """Slots of layers that come in turns which hold what is used now, or next."""
 PRODUCT_SHARE = 0.9
 """Of the pace of a plain read of memory, what products reach."""
-BUNDLE_SHARE = 0.9
-"""Of the pace of flash, what bundles reach that come in turns: each is checked."""
 STEP_SECONDS, LAYER_SECONDS = 0.3e-3, 10e-6
 """Python's part of a step, and what each layer adds."""
 TURN_SECONDS, FORESEEING_SECONDS = 20e-6, 60e-6
@@ -148,6 +146,13 @@ def outlook(
     )  # fmt: skip
 
 
+def hindsight(device: Device, report: Report) -> Device:
+    """The device with memory, and the flash that bundles come from, as fast as runs found them."""
+    size = min(report.record_bytes or 0, residency.PIECE_BYTES)
+    flash = report.flash_bytes_per_second
+    return device.paced(report.dram_bytes_per_second, flash, size, residency.DEPTH)
+
+
 def expect(needs: Needs, slots: dict[int, int], tokens: int, device: Device) -> Expectation:
     """How long a token takes after so many others, on a device, with the default policy and slots
     of each layout class."""
@@ -200,10 +205,9 @@ def _stream(needs: Needs, index: int, slots: int, device: Device) -> _Stream:
     turns = len(np.unique(inventory.turns(store)[bundles]))
     at_once = max(1.0, min(missed / turns, slots // 2)) * -(-each // residency.PIECE_BYTES)
     size, depth = min(each, residency.PIECE_BYTES), min(at_once, residency.DEPTH)
-    by_chance = kind == Kind.EXPERT
-    rate = device.flash_rate(size, depth) * (1.0 if by_chance else BUNDLE_SHARE)
-    seconds = missed * each / rate
-    return _Stream(wanted, missed, missed * each, seconds, serial, turns if by_chance else 0)
+    seconds = missed * each / device.flash_rate(size, depth)
+    chances = turns if kind == Kind.EXPERT else 0
+    return _Stream(wanted, missed, missed * each, seconds, serial, chances)
 
 
 def _missed(kind: int, slots: int, count: int, top_k: int) -> tuple[float, float]:

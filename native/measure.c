@@ -4,22 +4,25 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#define MOST_PARTS (1 << 16)
+
 typedef struct {
     const em_io_engine *engine;
     em_io *io;
     const em_pieces *pieces;
     uint8_t *buffer;
-    em_read *reads; /* [depth]: what each part of the buffer waits for */
+    em_read *reads; /* [parts]: what each part of the buffer waits for */
     em_done *done;  /* [depth] */
-    int32_t *spare; /* parts of the buffer that are free */
-    int32_t depth, n_spare, next;
+    int32_t *spare; /* [parts], a ring: parts of the buffer that are free, longest so first */
+    int32_t parts, depth, in_flight, first_spare, next;
 } measuring;
 
 /* Starts as many reads as the depth allows. */
 static void start_pieces(measuring *m) {
     uint64_t bytes = m->pieces->bytes;
-    while (m->n_spare > 0 && m->next < m->pieces->n) {
-        int32_t part = m->spare[--m->n_spare];
+    for (; m->in_flight < m->depth && m->next < m->pieces->n; m->in_flight++) {
+        int32_t part = m->spare[m->first_spare];
+        m->first_spare = (m->first_spare + 1) % m->parts;
         m->reads[part] = (em_read){(uint64_t)part, m->pieces->offsets[m->next++],
                                    m->buffer + (uint64_t)part * bytes, bytes};
         m->engine->submit(m->io, &m->reads[part], 1);
@@ -36,7 +39,7 @@ static bool end_pieces(measuring *m, em_flash_pace *pace) {
             m->engine->submit(m->io, &m->reads[part], 1);
             continue;
         }
-        m->spare[m->n_spare++] = part;
+        m->spare[(m->first_spare + m->parts - m->in_flight--) % m->parts] = part;
         if (result > 0) pace->read_bytes += result;
         if (result != (int64_t)m->pieces->bytes && pace->error == 0)
             pace->error = result < 0 ? (int32_t)-result : ENODATA;
@@ -49,24 +52,29 @@ static void read_pieces(measuring *m, int64_t most_ns, em_flash_pace *pace) {
     bool goes_on = true;
     for (;;) {
         if (goes_on) start_pieces(m);
-        if (m->n_spare == m->depth) break;
+        if (m->in_flight == 0) break;
         goes_on = end_pieces(m, pace) && em_now_ns() - started < most_ns;
     }
     pace->spent_ns = em_now_ns() - started;
 }
 
 int32_t em_flash_measure(int32_t fd, const char *engine, int32_t depth, const em_pieces *pieces,
-                         void *buffer, int64_t most_ns, em_flash_pace *pace) {
+                         void *buffer, uint64_t buffer_bytes, int64_t most_ns,
+                         em_flash_pace *pace) {
     if (depth < 1 || pieces->n < 0 || pieces->bytes < 1) return EM_INVALID;
+    if (buffer_bytes / pieces->bytes < (uint64_t)depth) return EM_INVALID;
     *pace = (em_flash_pace){0, 0, 0};
-    measuring m = {.pieces = pieces, .buffer = buffer, .depth = depth, .n_spare = depth};
+    uint64_t fit = buffer_bytes / pieces->bytes;
+    int32_t parts = fit < MOST_PARTS ? (int32_t)fit : MOST_PARTS;
+    if (parts < depth) parts = depth;
+    measuring m = {.pieces = pieces, .buffer = buffer, .parts = parts, .depth = depth};
     int32_t status = em_io_open(fd, engine, depth, NULL, &m.engine, &m.io);
     if (status != EM_OK) return status;
-    m.reads = calloc((size_t)depth, sizeof *m.reads);
+    m.reads = calloc((size_t)parts, sizeof *m.reads);
     m.done = calloc((size_t)depth, sizeof *m.done);
-    m.spare = calloc((size_t)depth, sizeof *m.spare);
+    m.spare = calloc((size_t)parts, sizeof *m.spare);
     status = m.reads && m.done && m.spare ? EM_OK : EM_NO_MEMORY;
-    for (int32_t i = 0; status == EM_OK && i < depth; i++) m.spare[i] = depth - 1 - i;
+    for (int32_t i = 0; status == EM_OK && i < parts; i++) m.spare[i] = i;
     if (status == EM_OK) read_pieces(&m, most_ns, pace);
     m.engine->close(m.io);
     free(m.reads);

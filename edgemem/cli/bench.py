@@ -22,11 +22,12 @@ its own that starts from empty slots (--warm: with those of the one before, afte
 count). Each budget is measured in a process of its own.
 
 In the table, plan is the tok/s that 'edgemem plan' expects, where 'edgemem doctor' measured this
-device before; hits are of decode (what was read ahead in time is one, so that there may be more
-than Belady's), stall is the share of its time in which products waited for bundles, and busy that
-in which the device read. η is the share of the pace that is possible: reading each token's weights
-once from DRAM, and from flash only what the best of all caches (Belady's, which knows the future)
-misses, at the rates that are measured beside it.
+device before, and in brackets what it expects of memory and flash as fast as they were in the run:
+where the two differ, the device has changed. Hits are of decode (what was read ahead in time is
+one, so that there may be more than Belady's), stall is the share of its time in which products
+waited for bundles, and busy that in which the device read. η is the share of the pace that is
+possible: reading each token's weights once from DRAM, and from flash only what the best of all
+caches (Belady's, which knows the future) misses, at the rates that are measured beside it.
 
 --json prints one object with all that was measured. A budget below the floor is a row that says so,
 and ends in exit code 1.
@@ -94,7 +95,8 @@ def measured(
 ) -> dict:  # fmt: skip
     """What this process measures inside one budget, or why the model does not fit it; `expected`
     is what a plan says, None where the cache folder has no figures of the device, or it streams in
-    another way than is usual."""
+    another way than is usual; and `expected_in_hindsight` what it says of memory and flash as fast
+    as they were measured with the run."""
     from .. import benchmark, doctor, plan
     from ..arguments import Streaming
     from .cache import default_folder
@@ -116,12 +118,15 @@ def measured(
             rates = device if as_usual else None
             told = plan.outlook(engine._needs, engine.budget, *counts[:2], rates)
             report = benchmark.measure(engine, *counts, warm=warm, progress=progress)
+            rates = rates and plan.hindsight(rates, report)
+            hindsight = plan.outlook(engine._needs, engine.budget, *counts[:2], rates)
             how = {name: getattr(engine._streaming, name) for name in _COMPARED}
     except BudgetError as error:
         options.note(f"edgemem: {error}")
         return {"memory": memory, "error": "does not fit", "message": str(error)}
-    expected = told.expected and dataclasses.asdict(told.expected)
-    return {"memory": memory, "expected": expected} | how | dataclasses.asdict(report)
+    plans = {"expected": told, "expected_in_hindsight": hindsight}
+    plans = {name: p.expected and dataclasses.asdict(p.expected) for name, p in plans.items()}
+    return {"memory": memory} | plans | how | dataclasses.asdict(report)
 
 
 _COMPARED = ("loading", "windowing", "bundling")

@@ -56,14 +56,14 @@ def _row(result: dict) -> tuple[str, ...]:
     if "error" in result:
         return (result["memory"], result["error"], *[""] * (len(COLUMNS) - 2))
     decode, streams = result["decode"], _streams(result)
-    expected = result["expected"]
+    plans = [result[name] for name in ("expected", "expected_in_hindsight")]
     return (
         result["memory"],
         slots_text(result) if streams else "all resident",
         _rate(result["prefill"]["tokens_per_second"]),
         _seconds(result["first_token_seconds"]["median"]),
         _rate(decode["tokens_per_second"]),
-        _number(expected["tokens_per_second"]) if expected else "–",
+        "{} ({})".format(*(_number(p["tokens_per_second"]) for p in plans)) if all(plans) else "–",
         show_size(decode["read_bytes_per_token"]) if streams else "–",
         share(decode["hit_rate"]),
         share(result["belady_hit_rate"]),

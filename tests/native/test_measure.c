@@ -38,7 +38,8 @@ static void all_pieces_arrive(const char *engine, int32_t depth) {
     em_flash_pace pace;
     offsets_backwards(offsets);
     em_pieces pieces = {offsets, PAGE, PIECES};
-    int32_t status = em_flash_measure(fileno(file), engine, depth, &pieces, buffer, LONG_NS, &pace);
+    int32_t status = em_flash_measure(fileno(file), engine, depth, &pieces, buffer, depth * PAGE,
+                                      LONG_NS, &pace);
     if (!refused(status, engine)) {
         CHECK(status == EM_OK && pace.error == 0, "%s: status %d", engine, status);
         CHECK(pace.read_bytes == PIECES * PAGE, "%s: %ld bytes", engine, (long)pace.read_bytes);
@@ -56,6 +57,25 @@ static void all_pieces_arrive(const char *engine, int32_t depth) {
     fclose(file);
 }
 
+static void all_of_the_buffer_takes_them_in_turn(const char *engine) {
+    uint64_t offsets[PIECES];
+    FILE *file = make_file();
+    uint8_t *buffer = exact(PIECES * PAGE);
+    em_flash_pace pace;
+    offsets_backwards(offsets);
+    em_pieces pieces = {offsets, PAGE, PIECES};
+    int32_t status =
+        em_flash_measure(fileno(file), engine, 2, &pieces, buffer, PIECES * PAGE, LONG_NS, &pace);
+    if (!refused(status, engine)) {
+        CHECK(status == EM_OK, "%s: status %d", engine, status);
+        bool seen[PIECES + 1] = {false};
+        for (int32_t i = 0; i < PIECES; i++) seen[buffer[i * PAGE]] = true;
+        for (int32_t i = 1; i <= PIECES; i++) CHECK(seen[i], "%s: piece %d", engine, i);
+    }
+    free(buffer);
+    fclose(file);
+}
+
 static void time_ends_it(const char *engine) {
     uint64_t offsets[PIECES];
     FILE *file = make_file();
@@ -63,7 +83,7 @@ static void time_ends_it(const char *engine) {
     em_flash_pace pace;
     offsets_backwards(offsets);
     em_pieces pieces = {offsets, PAGE, PIECES};
-    int32_t status = em_flash_measure(fileno(file), engine, 2, &pieces, buffer, 0, &pace);
+    int32_t status = em_flash_measure(fileno(file), engine, 2, &pieces, buffer, 2 * PAGE, 0, &pace);
     if (!refused(status, engine)) {
         CHECK(status == EM_OK, "%s: status %d", engine, status);
         CHECK(pace.read_bytes == 2 * PAGE, "%s: %ld bytes", engine, (long)pace.read_bytes);
@@ -78,13 +98,18 @@ static void a_file_that_ends_is_told(const char *engine) {
     uint8_t *buffer = exact(8 * PAGE);
     em_flash_pace pace;
     em_pieces pieces = {offsets, PAGE, 2};
-    int32_t status = em_flash_measure(fileno(file), engine, 8, &pieces, buffer, LONG_NS, &pace);
+    int32_t status =
+        em_flash_measure(fileno(file), engine, 8, &pieces, buffer, 8 * PAGE, LONG_NS, &pace);
     if (!refused(status, engine)) {
         CHECK(status == EM_FLASH && pace.error == ENODATA, "%s: status %d, error %d", engine,
               status, pace.error);
         em_pieces none = {offsets, 0, 2};
-        CHECK(em_flash_measure(fileno(file), engine, 8, &none, buffer, 0, &pace) == EM_INVALID,
+        CHECK(em_flash_measure(fileno(file), engine, 8, &none, buffer, 8 * PAGE, 0, &pace) ==
+                  EM_INVALID,
               "%s: pieces of nothing", engine);
+        CHECK(em_flash_measure(fileno(file), engine, 8, &pieces, buffer, 8 * PAGE - 1, 0, &pace) ==
+                  EM_INVALID,
+              "%s: no room", engine);
     }
     free(buffer);
     fclose(file);
@@ -95,6 +120,7 @@ int main(void) {
     const int32_t depths[] = {1, 3, PIECES, 64};
     for (int32_t e = 0; e < 2; e++) {
         for (int32_t d = 0; d < 4; d++) all_pieces_arrive(engines[e], depths[d]);
+        all_of_the_buffer_takes_them_in_turn(engines[e]);
         time_ends_it(engines[e]);
         a_file_that_ends_is_told(engines[e]);
     }
