@@ -147,8 +147,8 @@ def outlook(
 
 
 def hindsight(device: Device, report: Report) -> Device:
-    """The device with memory as fast as was measured beside runs, and flash as it was in them; where
-    neurons came too, flash as it is: bundles' part of what was read is not known."""
+    """The device with memory as fast as was measured beside runs, and flash as it was in them;
+    where neurons came too, flash as it is: bundles' part of what was read is not known."""
     decode, size = report.decode, min(report.record_bytes or 0, residency.PIECE_BYTES)
     alone = size > 0 and not report.neurons and decode.device_share > 0
     read = decode.read_bytes_per_token * decode.tokens_per_second.median
