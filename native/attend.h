@@ -81,8 +81,13 @@ EM_INLINE vf load_kv(const uint8_t *row, int64_t d, const int32_t dtype) {
     return vf_mul(vf_from_vi(quants), vf_set1_f16(row));
 }
 
-/* What is read is asked for one span before, in the order of memory (bench/LOG.md). */
+/* What is read is asked for one span before, in the order of memory (bench/LOG.md); or as weights
+ * are. */
 EM_INLINE void expect_next(const em_kept *kept, const uint8_t *part, int64_t bytes) {
+    if (em_by_two_caches) {
+        prefetch(part, bytes);
+        return;
+    }
     for (int64_t i = 0; i < bytes; i += EM_ALIGN)
         __builtin_prefetch(part + EM_SPAN_ROWS * kept->row_bytes + i);
 }

@@ -179,6 +179,17 @@ static bool matches_portable(const em_kernels *kernels) {
     return memcmp(&expected, &found, sizeof found) == 0;
 }
 
+bool em_by_two_caches;
+
+static bool is_intel(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel");
+#else
+    return false;
+#endif
+}
+
 static void probe(void) {
     struct sigaction action = {.sa_handler = on_illegal};
     sigemptyset(&action.sa_mask);
@@ -186,6 +197,7 @@ static void probe(void) {
     sigaction(SIGILL, &action, &before);
     for (int32_t i = 0; i < N_TABLES; i++) runs[i] = matches_portable(best_first[i]);
     sigaction(SIGILL, &before, NULL);
+    em_by_two_caches = is_intel();
 }
 
 /* ---- choosing ---------------------------------------------------------------------------- */

@@ -123,6 +123,10 @@ EM_INLINE bool em_dtype_is_block(int32_t dtype) { return dtype >= EM_Q8_0; }
 int64_t em_group_bytes(int32_t dtype, int32_t cols, int32_t lanes);
 int64_t em_scale_bytes(int32_t dtype, int32_t cols, int32_t lanes);
 
+/* cpu.c: whether to ask for memory into the second cache, then into the first: this processor is of
+ * a kind that was faster so (bench/LOG.md). No bit of a result depends on it. */
+extern bool em_by_two_caches;
+
 /* cpu.c: the table of that name, or the best one that runs; NULL with a status if there is none. */
 const em_kernels *em_kernels_pick(const char *isa, int32_t *status);
 

@@ -46,19 +46,17 @@ EM_INLINE int64_t act_row(const em_acts *a, int64_t token) {
  * (bench/LOG.md). Where it lies beyond a group, it is that after all groups of the tile. */
 #define PREFETCH_BYTES 4096
 
-/* Where it pays (bench/LOG.md), blocks of few bits are asked for twice: into the second cache, and
- * from there into the first. */
-#ifndef EM_FEW_BITS_BY_L2
-#define EM_FEW_BITS_BY_L2 0
-#endif
+/* Where em_by_two_caches, it is asked for twice: into the second cache, and from there into the
+ * first. */
 #define PREFETCH_L2_BYTES 8192
 #define PREFETCH_L1_BYTES 2048
 
-EM_INLINE void prefetch(const void *p, int64_t bytes, const bool by_l2) {
+EM_INLINE void prefetch(const void *p, int64_t bytes) {
+    const bool twice = em_by_two_caches;
     for (int64_t i = 0; i < bytes; i += 64) {
         const uint8_t *at = (const uint8_t *)p + i;
-        if (by_l2) __builtin_prefetch(at + PREFETCH_L2_BYTES, 0, 2);
-        __builtin_prefetch(at + (by_l2 ? PREFETCH_L1_BYTES : PREFETCH_BYTES));
+        if (twice) __builtin_prefetch(at + PREFETCH_L2_BYTES, 0, 2);
+        __builtin_prefetch(at + (twice ? PREFETCH_L1_BYTES : PREFETCH_BYTES));
     }
 }
 
@@ -76,7 +74,7 @@ EM_INLINE void prefetch(const void *p, int64_t bytes, const bool by_l2) {
             const int64_t past = k < turn ? 0 : (groups - 1) * next;                               \
             for (int g = 0; g < groups; g++) {                                                     \
                 const type *at = w + g * next + k * EM_LANES;                                      \
-                if (token == 0) prefetch(at + past, EM_LANES * sizeof(type), false);               \
+                if (token == 0) prefetch(at + past, EM_LANES * sizeof(type));                      \
                 vf wk = load(at);                                                                  \
                 for (int t = 0; t < tokens; t++)                                                   \
                     sum[g * tokens + t] = vf_fma(wk, vf_set1(x[t][k]), sum[g * tokens + t]);       \
@@ -182,7 +180,7 @@ EM_INLINE void block_tile(const int dtype, const uint8_t *weights, const em_acts
             const int64_t past = ahead < turn ? 0 : (groups - 1) * next;
             const int8_t *q[BLOCK_TOKENS];
             for (int g = 0; token == 0 && g < groups; g++)
-                prefetch(ahead + past + g * next, step_bytes, EM_FEW_BITS_BY_L2 && f->low < 8);
+                prefetch(ahead + past + g * next, step_bytes);
             for (int t = 0; t < tokens; t++) q[t] = a->q + at[t] * EM_BLOCK;
             for (int part = 0; part < f->parts; part++) {
                 for (int i = 0; i < groups * tokens; i++)

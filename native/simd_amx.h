@@ -8,7 +8,6 @@
 #include <stddef.h>
 
 #define EM_TILE_TOKENS 16
-#define EM_FEW_BITS_BY_L2 1
 
 /* Macros, since assemblers read them as parts of registers' names. */
 #define TILE_ACTS 0
