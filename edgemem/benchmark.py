@@ -59,7 +59,8 @@ class PhaseReport:
 
     `hit_rate` is None where nothing streams; what was read ahead in time counts as a hit, so
     that it may exceed Belady's, who reads nothing ahead. Shares are of the seconds: those in which
-    products waited for bundles, and in which the device read at all.
+    products waited for bundles, and in which the device read at all; in these it gave
+    `device_bytes_per_second`, 0 where there were none.
     """
 
     tokens_per_second: Spread
@@ -68,6 +69,7 @@ class PhaseReport:
     hit_rate: float | None
     stall_share: float
     device_share: float
+    device_bytes_per_second: float
 
 
 @dataclass(frozen=True)
@@ -315,9 +317,9 @@ def _report(
     of_rows = row_rate(engine, _mean_share(engine, turns)) if turns else None
     # Where bundles alone were read, or rows alone, what the device gave then was theirs.
     if flash and not of_rows:
-        flash = max(flash, _device_rate(summary["decode"]))
+        flash = max(flash, decode.device_bytes_per_second)
     if of_rows and not flash:
-        of_rows = max(of_rows, _device_rate(summary["decode"]))
+        of_rows = max(of_rows, decode.device_bytes_per_second)
     missed = best.missed_bytes / flash if flash else 0.0
     missed += best.missed_row_bytes / of_rows if of_rows else 0.0
     ideal = max(decode.demand_bytes_per_token / dram, missed / (new_tokens * len(times)))
@@ -357,7 +359,8 @@ def _phase(summary: dict, rates: Sequence[float]) -> PhaseReport:
     names = (
         "demand_bytes_per_token", "read_bytes_per_token", "hit_rate", "stall_share", "device_share"
     )  # fmt: skip
-    return PhaseReport(_spread(rates), **{name: summary[name] for name in names})
+    found = {name: summary[name] for name in names}
+    return PhaseReport(_spread(rates), **found, device_bytes_per_second=_device_rate(summary))
 
 
 def _spread(values: Sequence[float]) -> Spread:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import random
@@ -47,9 +46,9 @@ DISK_SHARE = 4
 """A file that is written for the purpose takes at most this part of what is free."""
 MEMORY_BYTES = 1 << 30
 BUFFER_BYTES = 256 * MIB
-"""Reads go into one half, the next ones into the other, so that no processor's cache has what they
-overwrite: into a megabyte that it has, a virtual disk was seen to read 1.4 times as fast as into
-slots (bench/LOG.md)."""
+"""All that is measured is read into it in turn, so that processors' caches have little of what is
+overwritten: into 16 MiB that they had, a virtual disk read 1.4 times as fast as into slots
+(bench/LOG.md)."""
 KNEE = 0.9
 """Reads are large and deep enough that give this share of the best rate."""
 _MOUNTS, _IN_MEMORY = Path("/proc/self/mountinfo"), ("tmpfs", "ramfs")
@@ -106,11 +105,10 @@ class Device:
             at_depth.append(np.interp(np.log(depth), np.log(depths), rates))
         return float(np.exp(np.interp(np.log(size), np.log(sizes), at_depth)))
 
-    def paced(self, dram: float, flash: float | None, size: int = 0, depth: int = 1) -> Device:
-        """The same device, had memory been read at `dram` bytes per second, and flash, where that
-        is said, at `flash` by reads of `size`, `depth` in flight; other reads in proportion."""
-        ratio = flash / self.flash_rate(size, depth) if flash else 1.0
-        readings = (replace(r, bytes_per_second=ratio * r.bytes_per_second) for r in self.flash)
+    def paced(self, dram: float, flash: float) -> Device:
+        """The same device, had memory been read at `dram` bytes per second, and flash `flash` times
+        as fast."""
+        readings = (replace(r, bytes_per_second=flash * r.bytes_per_second) for r in self.flash)
         return replace(self, dram_bytes_per_second=dram, flash=tuple(readings))
 
     def knee(self) -> Reading:
@@ -127,9 +125,9 @@ def examine(
 ) -> Device:  # fmt: skip
     """The figures of the device that `place` lies on: those in `folder`, or measured and put there.
 
-    Measuring takes about 25 s and 1 GiB of memory. A file is read as it is, if it is large enough,
-    and leaves the page cache; in a folder a file of up to 256 MiB is written, which has no name and
-    ends with this process.
+    Measuring takes about 25 s and 1.25 GiB of memory. A file is read as it is, if it is large
+    enough, and leaves the page cache; in a folder a file of up to 256 MiB is written, which has no
+    name and ends with this process.
     `progress(done, total)` is called between measurements. Raises FlashError where that cannot be.
     """
     path = _file(place, folder)
@@ -206,7 +204,7 @@ class _Reader:
         self._size, self._name = size, name
         self._buffer = Slab(BUFFER_BYTES)
         np.frombuffer(self._buffer.view, np.uint8)[:] = 1  # its memory is there before the reads
-        self._halves = itertools.cycle((0, BUFFER_BYTES // 2))
+        self._at = 0  # of the buffer, from where the next reads go into the half that follows
         direct_fd, is_direct = open_direct(path)
         self._fds = {True: direct_fd} if is_direct else {}
         self._fds[False] = os.open(path, os.O_RDONLY) if is_direct else direct_fd
@@ -262,9 +260,11 @@ class _Reader:
         pace = ffi.new("em_flash_pace *")
         status = lib.em_flash_measure(
             self._fds[direct], engine.encode(), depth, pieces,
-            ffi.cast("void *", self._buffer.address + next(self._halves)), BUFFER_BYTES // 2,
+            ffi.cast("void *", self._buffer.address + self._at), BUFFER_BYTES // 2,
             int(1e9 * READ_SECONDS), pace,
         )  # fmt: skip
+        most = max(SIZES)
+        self._at = (self._at + -(-pace.read_bytes // most) * most) % (BUFFER_BYTES // 2)
         if status == lib.EM_FLASH:
             raise self._failure(pace.error)
         check(status, f"measuring reads by {engine}")

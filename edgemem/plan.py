@@ -146,14 +146,13 @@ def outlook(
     )  # fmt: skip
 
 
-def hindsight(device: Device, report: Report) -> Device:
-    """The device with memory as fast as was measured beside runs, and flash as it was in them;
-    where neurons came too, flash as it is: bundles' part of what was read is not known."""
-    decode, size = report.decode, min(report.record_bytes or 0, residency.PIECE_BYTES)
-    alone = size > 0 and not report.neurons and decode.device_share > 0
-    read = decode.read_bytes_per_token * decode.tokens_per_second.median
-    flash = read / decode.device_share if alone and read else None
-    return device.paced(report.dram_bytes_per_second, flash, size, residency.DEPTH)
+def hindsight(device: Device, expected: Expectation, report: Report) -> Device:
+    """The device with memory as fast as was measured beside runs, and flash as much faster or
+    slower as it was in them than `expected`; as doctor found it where nothing was read."""
+    found, flash = report.decode.device_bytes_per_second, 1.0
+    if found and expected.read_bytes:
+        flash = found * expected.flash_seconds / expected.read_bytes
+    return device.paced(report.dram_bytes_per_second, flash)
 
 
 def expect(needs: Needs, slots: dict[int, int], tokens: int, device: Device) -> Expectation:

@@ -85,7 +85,7 @@ EM_INLINE vf load_kv(const uint8_t *row, int64_t d, const int32_t dtype) {
  * are. */
 EM_INLINE void expect_next(const em_kept *kept, const uint8_t *part, int64_t bytes) {
     if (em_by_two_caches) {
-        prefetch(part, bytes);
+        prefetch(part, bytes, INT64_MAX, 0);
         return;
     }
     for (int64_t i = 0; i < bytes; i += EM_ALIGN)
@@ -113,6 +113,20 @@ typedef struct {
     int64_t bytes; /* from one to the next */
 } kv_rows;
 
+/* The scales of n rows of EM_Q8_0 as floats in s->block: one conversion for 16 of them. They are
+ * the first that is read of rows. */
+EM_INLINE void unpack_scales(const em_queries *s, const em_kept *kept, const uint8_t *rows,
+                             int64_t n) {
+    const int64_t count = n * (kept->padded / EM_BLOCK);
+    for (int64_t i = 0; i < count; i += EM_LANES) {
+        uint16_t half[EM_LANES] = {0};
+        expect_next(kept, rows, em_min(EM_LANES, count - i) * EM_KV_BLOCK_BYTES);
+        for (int64_t j = 0; j < em_min(EM_LANES, count - i); j++, rows += EM_KV_BLOCK_BYTES)
+            memcpy(half + j, rows, sizeof *half);
+        vf_store(s->block + i, vf_load_f16(half));
+    }
+}
+
 /* n rows of the cache, where they are if they are of `dtype`, else unpacked to floats. */
 EM_INLINE kv_rows rows_at(const em_queries *s, const em_kept *kept, int64_t key, int64_t n,
                           const int32_t dtype) {
@@ -123,6 +137,21 @@ EM_INLINE kv_rows rows_at(const em_queries *s, const em_kept *kept, int64_t key,
     else
         unpack_rows(s, kept, row, n, EM_Q8_0);
     return (kv_rows){(const uint8_t *)s->block, kept->padded * (int64_t)sizeof(float)};
+}
+
+/* 16 numbers of the j-th value of a span. */
+EM_INLINE vf load_value(const em_queries *s, kv_rows v, int64_t j, int64_t d, const int32_t dtype) {
+    const uint8_t *value = v.first + j * v.bytes;
+    if (dtype != EM_Q8_0) return load_kv(value, d, dtype);
+    const uint8_t *block = value + d / EM_BLOCK * EM_KV_BLOCK_BYTES;
+    float scale = s->block[j * (s->values.padded / EM_BLOCK) + d / EM_BLOCK];
+    return vf_mul(vf_from_vi(vi_load_i8((const int8_t *)block + 2 + d % EM_BLOCK)), vf_set1(scale));
+}
+
+/* Asks for what follows a value, unless its scale has been read, and that asked for. */
+EM_INLINE void expect_value(const em_queries *s, kv_rows v, int64_t j, const int32_t dtype) {
+    if (s->dtype == dtype && dtype != EM_Q8_0)
+        expect_next(&s->values, v.first + j * v.bytes, v.bytes);
 }
 
 /* ---- scores ------------------------------------------------------------------------------ */
@@ -222,9 +251,8 @@ EM_INLINE void score_latents(const em_queries *s, kv_rows v, const int32_t dtype
     for (int i = 0; i < rows * keys; i++) sum[i] = vf_set1(0);
     for (int64_t d = 0; d < padded; d += EM_LANES)
         for (int k = 0; k < keys; k++) {
-            const uint8_t *value = v.first + (j + k) * v.bytes;
-            if (row == 0 && d == 0 && s->dtype == dtype) expect_next(&s->values, value, v.bytes);
-            vf vk = load_kv(value, d, dtype);
+            if (row == 0 && d == 0) expect_value(s, v, j + k, dtype);
+            vf vk = load_value(s, v, j + k, d, dtype);
             for (int r = 0; r < rows; r++)
                 sum[k * rows + r] = vf_fma(vk, vf_load(q + r * padded + d), sum[k * rows + r]);
         }
@@ -297,10 +325,9 @@ EM_INLINE void mix_tile(const em_queries *s, kv_rows v, const int32_t dtype, spa
             sum[r * chunks + c] =
                 vf_mul(vf_load(out + r * padded + c * EM_LANES), vf_set1(shrink[row + r]));
     for (int64_t j = begin; j < end; j++) {
-        const uint8_t *value = v.first + j * v.bytes;
-        if (row == 0 && d == 0 && s->dtype == dtype) expect_next(&s->values, value, v.bytes);
+        if (row == 0 && d == 0) expect_value(s, v, j, dtype);
         for (int c = 0; c < chunks; c++) {
-            vf vj = load_kv(value, d + c * EM_LANES, dtype);
+            vf vj = load_value(s, v, j, d + c * EM_LANES, dtype);
             for (int r = 0; r < rows; r++)
                 sum[r * chunks + c] = vf_fma(vf_set1(p[row + r][j]), vj, sum[r * chunks + c]);
         }
@@ -352,6 +379,7 @@ EM_INLINE void attend_as(const em_queries *s, const int32_t key_dtype, const int
         int64_t end[EM_QUERIES];
         score_span(s, key, n, key_dtype, p);
         kv_rows v = rows_at(s, &s->values, key, n, dtype);
+        if (dtype == EM_Q8_0) unpack_scales(s, &s->values, v.first, n);
         if (s->latents) score_values(s, v, dtype, n, p);
         for (int r = 0; r < s->n_rows; r++) {
             end[r] = em_min(n, s->end + r / s->heads - key);

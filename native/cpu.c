@@ -1,7 +1,8 @@
 /* Which instruction sets are built in, and which of them really run here.
  *
  * A set counts as running when its self-test ends without an illegal instruction and gives the
- * portable code's bytes. What CPUID or the kernel say is not asked: hypervisors and emulators lie.
+ * portable code's bytes. What CPUID or the kernel say of it is not asked: hypervisors and emulators
+ * lie.
  */
 #include "core.h"
 
@@ -181,6 +182,7 @@ static bool matches_portable(const em_kernels *kernels) {
 
 bool em_by_two_caches;
 
+/* By its own word: were it a lie, it would cost speed alone. */
 static bool is_intel(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_cpu_init();

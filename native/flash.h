@@ -225,8 +225,7 @@ typedef struct {
  * and all of it takes them in turn, as slots do: a part that a cache still has is written faster.
  * `engine` as em_residency_open. EM_FLASH: a read failed, or the file ends before it. */
 int32_t em_flash_measure(int32_t fd, const char *engine, int32_t depth, const em_pieces *pieces,
-                         void *buffer, uint64_t buffer_bytes, int64_t most_ns,
-                         em_flash_pace *pace);
+                         void *buffer, uint64_t buffer_bytes, int64_t most_ns, em_flash_pace *pace);
 
 /* end cdef */
 

@@ -60,8 +60,8 @@ typedef struct {
     float cap;            /* of scores (em_attention) */
     const float *sinks;   /* [heads] or NULL (em_attention_run) */
     const float *latents; /* [n_rows, padded], as values are: what of a query meets them; or NULL */
-    float *block;         /* scratch [EM_SPAN_ROWS, padded], of keys or of values */
-    float *out;           /* [n_rows, padded], as values are */
+    float *block; /* scratch [EM_SPAN_ROWS, padded], of keys or of values, or their scales */
+    float *out;   /* [n_rows, padded], as values are */
 } em_queries;
 
 typedef void em_product(const uint8_t *weights, int32_t first_group, int32_t n_groups,

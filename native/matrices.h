@@ -29,7 +29,7 @@ EM_INLINE void panel_unpack(const int dtype, panel_weights *to, const uint8_t *g
         const uint8_t *d = group + b * f->scale_bytes * EM_LANES;
         const uint8_t *w = group + plane + b * block_words(dtype) * 4 * EM_LANES;
         const uint8_t *step = w + (f->header + s * step_words(dtype)) * 4 * EM_LANES;
-        if (ahead) prefetch(step, step_words(dtype) * 4 * EM_LANES);
+        if (ahead) prefetch(step, step_words(dtype) * 4 * EM_LANES, INT64_MAX, 0);
         for (int c = 0; c < EM_BLOCK / 4; c++)
             vb_store(to->q[i] + 64 * c, vb_sub(quants(dtype, step, c), offset));
         for (int part = 0; part < f->parts; part++) {

@@ -51,12 +51,15 @@ EM_INLINE int64_t act_row(const em_acts *a, int64_t token) {
 #define PREFETCH_L2_BYTES 8192
 #define PREFETCH_L1_BYTES 2048
 
-EM_INLINE void prefetch(const void *p, int64_t bytes) {
-    const bool twice = em_by_two_caches;
+/* What lies `left` bytes or more ahead lies beyond a group, and `past` it there. */
+EM_INLINE void prefetch(const void *p, int64_t bytes, int64_t left, int64_t past) {
+    const int64_t near = em_by_two_caches ? PREFETCH_L1_BYTES : PREFETCH_BYTES;
+    const uint8_t *at = (const uint8_t *)p + near + (near < left ? 0 : past);
+    const uint8_t *far = (const uint8_t *)p + PREFETCH_L2_BYTES;
+    if (PREFETCH_L2_BYTES >= left) far += past;
     for (int64_t i = 0; i < bytes; i += 64) {
-        const uint8_t *at = (const uint8_t *)p + i;
-        if (twice) __builtin_prefetch(at + PREFETCH_L2_BYTES, 0, 2);
-        __builtin_prefetch(at + (twice ? PREFETCH_L1_BYTES : PREFETCH_BYTES));
+        if (em_by_two_caches) __builtin_prefetch(far + i, 0, 2);
+        __builtin_prefetch(at + i);
     }
 }
 
@@ -69,12 +72,13 @@ EM_INLINE void prefetch(const void *p, int64_t bytes) {
         const type *w = (const type *)weights + group * next;                                      \
         for (int t = 0; t < tokens; t++) x[t] = a->x + act_row(a, token + t) * em_acts_stride(a);  \
         for (int i = 0; i < groups * tokens; i++) sum[i] = vf_set1(0);                             \
-        const int64_t turn = a->cols - PREFETCH_BYTES / (int64_t)(EM_LANES * sizeof(type));        \
         for (int64_t k = 0; k < a->cols; k++) {                                                    \
-            const int64_t past = k < turn ? 0 : (groups - 1) * next;                               \
+            const int64_t left = (a->cols - k) * EM_LANES * (int64_t)sizeof(type);                 \
             for (int g = 0; g < groups; g++) {                                                     \
                 const type *at = w + g * next + k * EM_LANES;                                      \
-                if (token == 0) prefetch(at + past, EM_LANES * sizeof(type));                      \
+                if (token == 0)                                                                    \
+                    prefetch(at, EM_LANES * sizeof(type), left,                                    \
+                             (groups - 1) * next * sizeof(type));                                  \
                 vf wk = load(at);                                                                  \
                 for (int t = 0; t < tokens; t++)                                                   \
                     sum[g * tokens + t] = vf_fma(wk, vf_set1(x[t][k]), sum[g * tokens + t]);       \
@@ -173,14 +177,13 @@ EM_INLINE void block_tile(const int dtype, const uint8_t *weights, const em_acts
     int64_t at[BLOCK_TOKENS];
     for (int t = 0; t < tokens; t++) at[t] = act_row(a, token + t) * a->blocks;
     for (int i = 0; i < groups * tokens; i++) sum[i] = vf_set1(0);
-    const uint8_t *turn = ahead + (next - plane - PREFETCH_BYTES) / step_bytes * step_bytes;
     for (int64_t b = 0; b < a->blocks; b += f->steps) {
         for (int s = 0; s < f->steps; s++) {
             const uint8_t *step = w + (f->header + s * step_words(dtype)) * 4 * EM_LANES;
-            const int64_t past = ahead < turn ? 0 : (groups - 1) * next;
+            const int64_t left = weights + (group + 1) * next - ahead;
             const int8_t *q[BLOCK_TOKENS];
             for (int g = 0; token == 0 && g < groups; g++)
-                prefetch(ahead + past + g * next, step_bytes);
+                prefetch(ahead + g * next, step_bytes, left, (groups - 1) * next);
             for (int t = 0; t < tokens; t++) q[t] = a->q + at[t] * EM_BLOCK;
             for (int part = 0; part < f->parts; part++) {
                 for (int i = 0; i < groups * tokens; i++)

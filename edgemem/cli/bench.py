@@ -22,12 +22,12 @@ its own that starts from empty slots (--warm: with those of the one before, afte
 count). Each budget is measured in a process of its own.
 
 In the table, plan is the tok/s that 'edgemem plan' expects, where 'edgemem doctor' measured this
-device before, and in brackets what it expects of memory and flash as fast as they were in the run:
-where the two differ, the device has changed. Hits are of decode (what was read ahead in time is
-one, so that there may be more than Belady's), stall is the share of its time in which products
-waited for bundles, and busy that in which the device read. η is the share of the pace that is
-possible: reading each token's weights once from DRAM, and from flash only what the best of all
-caches (Belady's, which knows the future) misses, at the rates that are measured beside it.
+device before (and below the table, what it says of memory and flash as fast as they were in the
+run); hits are of decode (what was read ahead in time is one, so that there may be more than
+Belady's), stall is the share of its time in which products waited for bundles, and busy that in
+which the device read. η is the share of the pace that is possible: reading each token's weights
+once from DRAM, and from flash only what the best of all caches (Belady's, which knows the future)
+misses, at the rates that are measured beside it.
 
 --json prints one object with all that was measured. A budget below the floor is a row that says so,
 and ends in exit code 1.
@@ -118,7 +118,7 @@ def measured(
             rates = device if as_usual else None
             told = plan.outlook(engine._needs, engine.budget, *counts[:2], rates)
             report = benchmark.measure(engine, *counts, warm=warm, progress=progress)
-            rates = rates and plan.hindsight(rates, report)
+            rates = rates and plan.hindsight(rates, told.expected, report)
             hindsight = plan.outlook(engine._needs, engine.budget, *counts[:2], rates)
             how = {name: getattr(engine._streaming, name) for name in _COMPARED}
     except BudgetError as error:

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import painted
@@ -365,21 +367,40 @@ def test_bench_says_what_was_expected(tiny_moe_store, cache):
     head, _, *rows = [line.split("|") for line in shown if line.startswith("|")]
     place = [cell.strip() for cell in head].index("plan")
     rate = expected.expected.tokens_per_second
-    plans = [row[place].split()[0] for row in rows]
-    assert list(map(float, plans)) == [pytest.approx(rate, rel=0.02)] * 2
+    assert [float(row[place]) for row in rows] == [pytest.approx(rate, rel=0.02)] * 2
+    assert len(re.search(r"a plan says (.*) tok/s", shown[-1])[1].split(", ")) == 2
     unusual = json.loads(bench(*few, "--json", "--policy", "lru"))["results"][0]
     assert unusual["expected"] is None and unusual["expected_in_hindsight"] is None
 
 
-def test_a_device_with_the_paces_of_a_run():
-    """All reads are faster or slower by as much as those that were measured."""
-    readings = tuple(Reading("io_uring", True, 1 << 20, depth, 1e8 * depth) for depth in (4, 16))
-    found = dataclasses.replace(device(), flash=readings)
-    paced = found.paced(3e9, 8e8, 1 << 20, 4)
-    assert paced.dram_bytes_per_second == 3e9
-    assert paced.flash_rate(1 << 20, 4) == pytest.approx(8e8)
-    assert paced.flash_rate(1 << 20, 16) == pytest.approx(3.2e9)
-    assert found.paced(3e9, None).flash == found.flash
+def found_in_a_run(dram: float, flash: float):
+    return SimpleNamespace(
+        dram_bytes_per_second=dram, decode=SimpleNamespace(device_bytes_per_second=flash)
+    )
+
+
+@pytest.mark.parametrize("name", ["tiny_moe_store", "resting"])
+def test_a_plan_in_hindsight_takes_the_paces_of_the_run(name, request):
+    """Of bundles as of neurons, whatever depth they are read at."""
+    store = request.getfixturevalue(name)
+    memory = budgets(store)[-1]
+    readings = tuple(
+        Reading("io_uring", True, size, depth, 1e6 * size**0.5 * depth)
+        for size in (4096, 1 << 20) for depth in (1, 128)
+    )  # fmt: skip
+    before = dataclasses.replace(device(dram=1e10), flash=readings)
+    told = looked(store, memory, device=before).expected
+    pace = told.read_bytes / told.flash_seconds
+    same, slow, unread = (
+        looked(store, memory, device=plan.hindsight(before, told, run)).expected
+        for run in (
+            found_in_a_run(1e10, pace), found_in_a_run(5e9, pace / 3), found_in_a_run(1e10, 0.0)
+        )
+    )  # fmt: skip
+    assert same.seconds == pytest.approx(told.seconds)
+    assert slow.flash_seconds == pytest.approx(3 * told.flash_seconds)
+    assert slow.compute_seconds > told.compute_seconds
+    assert unread == told
 
 
 def test_bench_says_what_was_expected_of_neurons_that_rest(resting, cache):
