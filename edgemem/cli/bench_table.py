@@ -95,7 +95,7 @@ def legend(results: list[dict]) -> str:
     start = "slots kept between them" if one["warm"] else "each from empty slots"
     parts = [
         f"Prompts of {_count(one['prompt_tokens'], 'token')} and {one['new_tokens']} more, one by "
-        f"one; medians of {_count(one['repetitions'], 'repetition')} (least–most), {start}.",
+        f"one; medians of {_count(one['repetitions'], 'repetition')} (least–most), {start}",
         f"{_count(one['threads'], 'thread')}, {one['isa']}, KV cache at {one['kv']}; "
         f"memory {_span(done, 'dram_bytes_per_second')}",
     ]
@@ -116,7 +116,7 @@ def legend(results: list[dict]) -> str:
     if all(hindsight):
         rates = ", ".join(_number(plan["tokens_per_second"]) for plan in hindsight)
         parts += [f"With memory and flash as fast as they were, a plan says {rates} tok/s"]
-    return "\n".join([parts[0], *(f"{part}." for part in parts[1:])])
+    return ".\n".join(parts) + "."
 
 
 def _count(number: int, noun: str) -> str:
